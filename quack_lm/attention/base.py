@@ -1,0 +1,98 @@
+"""The forward that all attention variants share.
+
+A variant supplies `project` (x -> q, k, v before rotation) and `logit_paths` (which weights multiply into its logits,
+one matrix per symbol in the math). Here they are stabilized, rotated and attended. Axes: B batch, T time, D model
+width, H query heads, G key heads, K width of queries and keys, V width of values, 2TF rotary table.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from quack_lm.attention.rope import rotate
+from quack_lm.attention.scores import Backend, Mask, attend
+from quack_lm.errors import UserError
+from quack_lm.logit_paths import LogitPath
+
+
+class QueryKeySeam(nn.Module):
+    """Where queries and keys get their final form. Stabilizers act here, and the probe listens here."""
+
+    def __init__(self, transform: nn.Module | None) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, rope_2TF: Tensor) -> tuple[Tensor, Tensor]:
+        """Transform, then rotate, so that a learned gain keeps its meaning per dimension."""
+        if self.transform is not None:
+            q_BHTK, k_BGTK = self.transform(q_BHTK, k_BGTK)
+        return rotate(q_BHTK, rope_2TF), rotate(k_BGTK, rope_2TF)
+
+
+class Attention(nn.Module, ABC):
+    """Causal self-attention: [B, T, D] -> [B, T, D].
+
+    `max_logits_H` holds each head's largest logit over the training forwards since `reset_max_logits`, if tracked.
+    """
+
+    max_logits_H: Tensor
+    rope_theta: float
+    w_o: nn.Linear
+
+    def __init__(
+        self,
+        *,
+        n_heads: int,
+        qk_width: int,
+        rope_width: int,
+        backend: Backend,
+        make_transform: Callable[[int], nn.Module | None] | None,
+    ) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.rope_width = rope_width
+        self.backend: Backend = backend
+        self.tracks_max_logits = False
+        self.seam = QueryKeySeam(make_transform(qk_width) if make_transform else None)
+        self.register_buffer("max_logits_H", torch.full((n_heads,), -torch.inf), persistent=False)
+
+    @abstractmethod
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, K], keys [B, G, T, K] and values [B, G, T, V], before transform and rotation."""
+
+    @abstractmethod
+    def logit_paths(self) -> tuple[LogitPath, ...]:
+        """Which weights multiply into the logits, head by head."""
+
+    def forward(self, x_BTD: Tensor, rope_2TF: Tensor, mask: Mask) -> Tensor:
+        """Project, stabilize and rotate, attend, project out."""
+        q, k, v = self.project(x_BTD)
+        q, k = self.seam(q, k, rope_2TF)
+        # Validation and probe forwards are not the training data that a clip is decided on.
+        want_max = self.tracks_max_logits and self.training
+        out_BHTV, max_H = attend(q, k, v, mask=mask, backend=self.backend, want_max=want_max)
+        if max_H is not None:
+            # Maximum, not mean: activation recomputation may report a head twice, and a maximum does not mind.
+            self.max_logits_H.copy_(torch.maximum(self.max_logits_H, max_H))
+        return self.w_o(out_BHTV.transpose(1, 2).flatten(2))
+
+
+def even_split(d_model: int, n_heads: int) -> int:
+    """The head dimension d_model / n_heads; UserError if that is no whole number."""
+    if d_model % n_heads:
+        raise UserError(
+            f"attention.n_heads={n_heads} must divide model.d_model={d_model}, or set the head dimensions of attention"
+        )
+    return d_model // n_heads
+
+
+def split_heads(x_BTE: Tensor, n_heads: int) -> Tensor:
+    """[B, T, heads * width] -> [B, heads, T, width]."""
+    return x_BTE.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+
+
+def linear(d_in: int, d_out: int) -> nn.Linear:
+    """A linear map without bias: [.., d_in] -> [.., d_out]."""
+    return nn.Linear(d_in, d_out, bias=False)

@@ -1,0 +1,321 @@
+"""From a checked config to objects. Everything that can be wrong is found in `check_run`, before anything is
+written."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+
+from quack_lm import checkpoint
+from quack_lm.attention.base import Attention
+from quack_lm.attention.scores import check_backend
+from quack_lm.config import choice, fingerprint, identity, instantiate
+from quack_lm.corpus import Corpus
+from quack_lm.data import EvalBatches, TokenData, TrainBatches
+from quack_lm.errors import UserError
+from quack_lm.metrics import (
+    LoggerSettings,
+    RunLog,
+    WandbMirror,
+    flops_per_token,
+    peak_flops,
+    write_atomically,
+    write_json,
+)
+from quack_lm.model import ModelSizes, Transformer, count_parameters
+from quack_lm.optim.recipe import Recipe
+from quack_lm.outcome import Progress
+from quack_lm.parallel import (
+    World,
+    check_world,
+    default_device,
+    launched_world,
+    materialize,
+    shard,
+    start_world,
+)
+from quack_lm.probe import Probe
+from quack_lm.stabilizers.base import Stabilizer
+from quack_lm.step import LogitWeights
+from quack_lm.train import Run, TrainerSettings
+
+# What may change when a run is continued: how long and how it is executed and watched, not what it computes.
+CHANGEABLE = {
+    "data.dir",
+    "data.verify_checksums",
+    "data.workers",
+    "trainer.steps",
+    "trainer.micro_batch_size",
+    "trainer.val_every",
+    "trainer.probe_every",
+    "trainer.checkpoint_every",
+    "trainer.keep_checkpoints",
+    "trainer.device",
+    "trainer.replicas",
+    "trainer.compile",
+    "trainer.recompute",
+    "trainer.loss_chunk",
+    "trainer.timeout_s",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: its config, and what checking it has opened and built already."""
+
+    config: dict[str, Any]
+    run_dir: Path
+    settings: TrainerSettings
+    logger: LoggerSettings
+    recipe: Recipe
+    stabilizer: Stabilizer
+    model: Transformer  # on the meta device
+    data: TokenData
+    device: str
+    flops_per_token: float
+    resumes_from: Path | None
+    finished: str | None  # the status with which this very run has ended already
+
+
+def make_model(config: dict[str, Any], *, eot_id: int | None = None, backend: str | None = None) -> Transformer:
+    """The config's model on the meta device; UserError for shapes that cannot be."""
+    sizes: ModelSizes = instantiate(config["model"])
+    settings: TrainerSettings = instantiate(config["trainer"])
+    stabilizer: Stabilizer = instantiate(config["stabilizer"])
+    section = config["attention"] | ({"backend": backend} if backend else {})
+
+    def make_attention() -> Attention:
+        attention: Attention = instantiate(section, sizes.d_model, stabilizer.qk_transform)
+        attention.tracks_max_logits = stabilizer.needs_max_logits
+        return attention
+
+    with torch.device("meta"):
+        return Transformer(
+            sizes, make_attention, eot_id=eot_id, recompute=settings.recompute, loss_chunk=settings.loss_chunk
+        )
+
+
+def check_run(config: dict[str, Any]) -> Plan:
+    """Check everything that a config promises against the data, the machine and the run directory; write nothing."""
+    settings: TrainerSettings = instantiate(config["trainer"])
+    _, world_size, _ = launched_world()
+    device = default_device() if settings.device == "auto" else settings.device
+    check_world(device=device, replicas=settings.replicas)
+    _check_batch(settings, world_size)
+    check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
+    reference = make_model(config, backend="eager")
+    corpus: Corpus = instantiate(config["data"])
+    data = _open_data(corpus, config["model"]["vocab_size"])
+    for split in ("train", "val", "probe"):
+        data.windows(split, settings.seq_len)
+    run_dir = Path(config["run_dir"] or default_run_dir(config))
+    resumes_from, finished = _check_run_dir(run_dir, config, settings)
+    return Plan(
+        config={**config, "run_dir": str(run_dir)},
+        run_dir=run_dir,
+        settings=settings,
+        logger=instantiate(config["logger"]),
+        recipe=instantiate(config["optimizer"]),
+        stabilizer=instantiate(config["stabilizer"]),
+        model=make_model(config, eot_id=data.manifest.eot_id if corpus.mask_documents else None),
+        data=data,
+        device=device,
+        flops_per_token=flops_per_token(reference, settings.seq_len),
+        resumes_from=resumes_from,
+        finished=finished,
+    )
+
+
+def default_run_dir(config: dict[str, Any]) -> Path:
+    """runs/<attention>-<stabilizer>-<fingerprint>: the same for the same run, so that calling again continues it."""
+    return Path("runs", f"{choice(config['attention'])}-{choice(config['stabilizer'])}-{fingerprint(config)}")
+
+
+def build(plan: Plan) -> Run:
+    """Start the processes' group, take the run directory, and build every object of the run."""
+    settings, config = plan.settings, plan.config
+    world = start_world(
+        device=plan.device,
+        # One float32 process needs no wrapping; in bfloat16 it gets FSDP's precision rules like many would.
+        is_wrapped=launched_world()[1] > 1 or settings.precision != "float32",
+        replicas=settings.replicas,
+        timeout_s=settings.timeout_s,
+    )
+    lock = _take_run_dir(plan.run_dir) if world.is_main else None
+    state = checkpoint.read_state(plan.resumes_from) if plan.resumes_from else {}
+
+    model = plan.model
+    n_params = count_parameters(model)["total"]
+    if settings.compile:
+        for block in model.blocks:
+            block.compile()
+    shard(model, list(model.blocks), world, precision=settings.precision)
+    initial = partial(model.initial_value, seed=config["seed"], device=world.device)
+    materialize(model, None if plan.resumes_from else initial, world.device)
+    optimizers = plan.recipe.build(model)
+    weights = LogitWeights(model.attentions)
+    if plan.resumes_from:
+        checkpoint.load(plan.resumes_from, model, optimizers, plan.stabilizer, world)
+    elif plan.stabilizer.needs_norms:
+        plan.stabilizer.initialize(weights.paths, weights.norms(plan.stabilizer.needs_norms))
+
+    progress = Progress(**state.get("progress", {}))
+    batch_tokens = settings.global_batch_size * settings.seq_len
+    log = RunLog(plan.run_dir, plan.logger, world, batch_tokens=batch_tokens, total_steps=settings.steps)
+    split = {"micro_batch_size": settings.micro_batch_size, "rank": world.rank, "world_size": world.size}
+    validation = EvalBatches(plan.data.windows("val", settings.seq_len), n_sequences=settings.val_sequences, **split)
+    probe = EvalBatches(plan.data.windows("probe", settings.seq_len), n_sequences=settings.probe_sequences, **split)
+    facts = {
+        "n_params": n_params,
+        "fingerprint": fingerprint(config),
+        "world_size": world.size,
+        "manifest_sha256": plan.data.manifest_sha256,
+    }
+    run = Run(
+        run_dir=plan.run_dir,
+        settings=settings,
+        world=world,
+        model=model,
+        optimizers=optimizers,
+        schedule=plan.recipe.make_schedule(settings.steps),
+        max_grad_norm=plan.recipe.max_grad_norm,
+        stabilizer=plan.stabilizer,
+        stabilizer_name=choice(config["stabilizer"]),
+        weights=weights,
+        batches=TrainBatches(
+            plan.data.windows("train", settings.seq_len),
+            seed=config["seed"],
+            global_batch_size=settings.global_batch_size,
+            **split,
+        ),
+        validation=validation,
+        probe=Probe(model, model.attentions, probe, world, eot_id=model.eot_id),
+        log=log,
+        progress=progress,
+        unigram_entropy=plan.data.manifest.unigram_entropy,
+        flops_per_token=plan.flops_per_token,
+        peak_flops=peak_flops(world.device, settings.precision),
+        facts=facts,
+        lock=lock,
+    )
+    log.rewind(progress.step if plan.resumes_from else -1)
+    if world.is_main:
+        _describe(plan, world, n_params)
+        if plan.logger.wandb != "disabled":
+            log.mirror = WandbMirror(plan.run_dir, plan.logger, config, state.get("wandb_id"))
+    log.start_progress(progress.step, f"{choice(config['attention'])}/{choice(config['stabilizer'])}")
+    return run
+
+
+def _check_batch(settings: TrainerSettings, world_size: int) -> None:
+    whole, micro = settings.global_batch_size, settings.micro_batch_size
+    if whole % (world_size * micro):
+        raise UserError(
+            f"trainer.global_batch_size={whole} must be a multiple of processes x trainer.micro_batch_size = "
+            f"{world_size} x {micro} = {world_size * micro}"
+        )
+
+
+def _open_data(corpus: Corpus, vocab_size: int) -> TokenData:
+    # One process per machine reads every byte; the others trust it.
+    verify = corpus.verify_checksums and launched_world()[2] == 0
+    data = TokenData.open(Path(corpus.dir), verify_checksums=verify)
+    if data.manifest.vocab_size > vocab_size:
+        raise UserError(
+            f"model.vocab_size={vocab_size} is smaller than the vocabulary of data.dir={corpus.dir}; "
+            f"set data.vocab_size={data.manifest.vocab_size}"
+        )
+    return data
+
+
+def _check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettings) -> tuple[Path | None, str | None]:
+    """(the checkpoint to continue from, the status with which this run has ended already), or None for each."""
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(
+            f"run_dir={run_dir}: {existing} is not a directory that can be written to; choose another run_dir"
+        )
+    if not (run_dir / "config.yaml").exists():
+        return None, None
+    try:
+        before = identity(yaml.safe_load((run_dir / "config.yaml").read_text()))
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        raise UserError(f"{run_dir / 'config.yaml'} cannot be read; choose another run_dir") from None
+    now = identity(config)
+    changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in CHANGEABLE]
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
+        raise UserError(
+            f"run_dir={run_dir} holds a run with {key}={before.get(key)}, not {now.get(key)}{more}; "
+            "choose another run_dir"
+        )
+    if settings.resume == "never":
+        raise UserError(
+            f"run_dir={run_dir} already holds this run; trainer.resume=auto continues it, or choose another run_dir"
+        )
+    return checkpoint.newest(run_dir / "checkpoints"), _finished(run_dir, settings)
+
+
+def _finished(run_dir: Path, settings: TrainerSettings) -> str | None:
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    is_done = summary.get("status") == "completed" and summary.get("step", 0) >= settings.steps
+    return summary["status"] if is_done or summary.get("status") == "diverged" else None
+
+
+def _take_run_dir(run_dir: Path) -> IO[str]:
+    """Lock the run directory for as long as the returned file is open."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(
+            f"run_dir={run_dir} is in use by another process; wait for it or choose another run_dir"
+        ) from None
+    return lock
+
+
+def _describe(plan: Plan, world: World, n_params: int) -> None:
+    """Write what a result is worthless without: the resolved config and the environment."""
+    write_atomically(plan.run_dir / "config.yaml", yaml.safe_dump(plan.config, sort_keys=False))
+    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "wandb")
+    environment = {
+        "command": sys.argv,
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_is_dirty": bool(_git("status", "--porcelain")),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "device": torch.cuda.get_device_name()
+        if world.device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "device_type": world.device.type,
+        "world_size": world.size,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "n_params": n_params,
+    }
+    write_json(plan.run_dir / "environment.json", environment)
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the directory that this package lies in; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

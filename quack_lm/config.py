@@ -1,0 +1,268 @@
+"""From command-line overrides to one plain, checked dictionary; nothing else in the project reads raw configs.
+
+Hydra composes the yaml files of `configs/`. Every section names a class of this package as its `_target_`; the
+section's other keys are that class's keyword-only constructor parameters, checked by pydantic against the
+constructor's own type hints. A positional constructor parameter is something the builder supplies and no config can
+set.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from quack_lm.errors import UserError
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+
+# The class that each section's `_target_` must be, or derive from.
+SECTIONS = {
+    "model": "quack_lm.model.ModelSizes",
+    "attention": "quack_lm.attention.base.Attention",
+    "stabilizer": "quack_lm.stabilizers.base.Stabilizer",
+    "optimizer": "quack_lm.optim.recipe.Recipe",
+    "data": "quack_lm.corpus.Corpus",
+    "trainer": "quack_lm.train.TrainerSettings",
+    "logger": "quack_lm.metrics.LoggerSettings",
+}
+SCALARS: dict[str, Any] = {"run_dir": str | None, "seed": pydantic.NonNegativeInt}
+
+# Two configs that differ only here describe the same run: the keys change where it writes, not what it computes.
+NOT_IDENTITY = ("run_dir", "logger", "trainer.resume")
+
+
+def compose(overrides: Iterable[str] = (), *, file: Path | None = None) -> dict[str, Any]:
+    """The resolved and checked config of one run.
+
+    `overrides` follow Hydra's grammar (`optimizer.lr=3e-3`, `attention=mla`). `file` is the `config.yaml` of an earlier
+    run, which then takes the place of `configs/`. Raises UserError naming the key and the mend.
+    """
+    raw = _compose_file(file, list(overrides)) if file else _compose_groups(list(overrides))
+    _refuse_resolvers(raw)
+    try:
+        OmegaConf.resolve(raw)
+        config = OmegaConf.to_container(raw, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error)) from None
+    assert isinstance(config, dict)
+    return check(config)
+
+
+def check(config: dict[Any, Any]) -> dict[str, Any]:
+    """The config with every default filled in; raises UserError at the first unknown, missing or wrongly typed key."""
+    _refuse_unknown("", config, [*SCALARS, *SECTIONS])
+    scalars = pydantic.create_model("config", __config__=_STRICT, **{k: (t, ...) for k, t in SCALARS.items()})  # type: ignore[call-overload]
+    checked = _check_fields("", {k: config[k] for k in SCALARS if k in config}, scalars)
+    for name in SECTIONS:
+        section = config.get(name)
+        if not isinstance(section, dict):
+            raise UserError(f"{name}={section!r} must be a section with keys; choose one of {name}={choices(name)}")
+        target = _target_class(name, section)
+        values = {k: v for k, v in section.items() if k != "_target_"}
+        checked[name] = {"_target_": section["_target_"], **_check_fields(f"{name}.", values, _schema(target))}
+    return checked
+
+
+def instantiate(section: dict[str, Any], *supplied: Any) -> Any:
+    """Build the object of a checked section; `supplied` are the constructor's positional arguments."""
+    target = _import(section["_target_"])
+    return target(*supplied, **{k: v for k, v in section.items() if k != "_target_"})
+
+
+def choice(section: dict[str, Any]) -> str:
+    """The group choice a section was made from: the last module name of its target, `quack_lm.attention.mla.MLA` ->
+    `mla`."""
+    return str(section["_target_"]).split(".")[-2]
+
+
+def choices(group: str) -> list[str]:
+    """The names that `group=...` accepts."""
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The flat keys and values that determine what a run computes."""
+    return {k: v for k, v in flatten(config).items() if not any(k == n or k.startswith(n + ".") for n in NOT_IDENTITY)}
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """Twelve hex digits that are equal for two configs exactly when they describe the same run."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+# ------------------------------------------------------------------------------------------------ Hydra
+
+
+def _compose_groups(overrides: list[str]) -> DictConfig:
+    groups = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()}
+    ready = [_prepare(override, groups) for override in _parse(overrides)]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+            return hydra_compose("train", overrides=ready)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from None
+
+
+def _compose_file(file: Path, overrides: list[str]) -> DictConfig:
+    if not file.is_file():
+        raise UserError(f"--config {file}: no such file")
+    try:
+        base = OmegaConf.load(file)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file}: not a readable yaml file: {_one_line(error)}") from None
+    if not isinstance(base, DictConfig):
+        raise UserError(f"--config {file}: expected the sections of a run's config.yaml")
+    for override in _parse(overrides):
+        key = override.key_or_group
+        if key in SECTIONS or "@" in key:
+            raise UserError(
+                f"{override.input_line}: a config file has its sections already; override single keys of {key}"
+            )
+        OmegaConf.update(base, key, override.value(), force_add=True)
+    return base
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    return [_parse_one(override) for override in overrides]
+
+
+def _parse_one(text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise UserError(
+            f"cannot read {text!r}: write key=value, and quote a value with special characters, "
+            f"like run_dir='\"a=b\"' ({_one_line(error)})"
+        ) from None
+    if override.is_sweep_override():
+        raise UserError(f"{text}: one run takes one value per key; use scripts/sweep.py for several")
+    if override.is_delete() or override.package is not None:
+        raise UserError(f"{text}: write key=value; keys cannot be deleted or moved")
+    return override
+
+
+def _prepare(override: Override, groups: set[str]) -> str:
+    """The override as Hydra gets it: group choices are checked here, and other keys may be new, so that `check` names
+    them."""
+    key, line = override.key_or_group, str(override.input_line)
+    if key.split(".")[0] == "hydra":
+        raise UserError(f"{line}: quack_lm has no hydra section; the run's directory is run_dir")
+    if key not in groups:
+        return "++" + line.lstrip("+")
+    options = choices(key)
+    value = override.value()
+    if value not in options:
+        raise UserError(f"{key}={value}: {_nearest(str(value), options)}")
+    # Only `experiment` may be absent from the defaults; Hydra wants a plus sign for nothing here.
+    return line.lstrip("+")
+
+
+def _refuse_resolvers(raw: DictConfig) -> None:
+    """Only plain references `${a.b}` may stand in a config: a resolver could read the environment, and its secrets."""
+    for key, value in flatten(typing.cast(dict, OmegaConf.to_container(raw, resolve=False))).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and "${" in re.sub(r"\$\{[\w.]+\}", "", text):
+                raise UserError(
+                    f"{key}={text!r}: only plain references such as ${{model.n_heads}} are allowed in a config"
+                )
+
+
+def _one_line(error: Exception) -> str:
+    """The first lines of a library's message that say something about the user's input."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return "; ".join([line for line in lines if line and not line.startswith(("object_type", "See https"))][:2])
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+_STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def _import(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _target_class(section: str, values: dict[str, Any]) -> type:
+    """The class that a section names: only classes of this package that fit the section are ever imported."""
+    target = values.get("_target_")
+    base = _import(SECTIONS[section])
+    refusal = UserError(f"{section}._target_={target!r} must be a class of quack_lm derived from {SECTIONS[section]}")
+    if not isinstance(target, str) or not re.fullmatch(r"quack_lm(\.[A-Za-z_]\w*)+", target):
+        raise refusal
+    try:
+        cls = _import(target)
+    except (ImportError, AttributeError):
+        raise refusal from None
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
+        raise refusal
+    return cls
+
+
+def _schema(cls: type) -> type[pydantic.BaseModel]:
+    """The keyword-only constructor parameters of `cls` as a pydantic model."""
+    hints = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
+    fields = {
+        name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+        if field.default_factory is not dataclasses.MISSING:
+            fields[field.name] = (hints[field.name], pydantic.Field(default_factory=field.default_factory))
+    return pydantic.create_model(cls.__name__, __config__=_STRICT, **fields)  # type: ignore[call-overload]
+
+
+def _check_fields(prefix: str, values: dict[str, Any], schema: type[pydantic.BaseModel]) -> dict[str, Any]:
+    _refuse_unknown(prefix, values, list(schema.model_fields))
+    try:
+        return schema.model_validate(values).model_dump()
+    except pydantic.ValidationError as error:
+        first, *more = error.errors()
+        key = prefix + str(first["loc"][0])
+        if first["type"] == "missing":
+            message = f"{key} is not set; give it a value, for example on the command line: {key}=..."
+        else:
+            # A union reports each of its members; together they say what the key accepts.
+            same = [e for e in (first, *more) if e["loc"][0] == first["loc"][0]]
+            message = f"{key}={values[str(first['loc'][0])]!r}: {' or '.join(dict.fromkeys(e['msg'] for e in same))}"
+        raise UserError(message) from None
+
+
+def _refuse_unknown(prefix: str, values: dict[Any, Any], known: list[str]) -> None:
+    for key in values:
+        if key not in known:
+            raise UserError(f"unknown key {prefix}{key}: {_nearest(str(key), known, prefix)}")
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    everything = ", ".join(prefix + k for k in known)
+    return f"did you mean {prefix}{close[0]}? (choices: {everything})" if close else f"choices: {everything}"

@@ -1,0 +1,19 @@
+"""The one exception for a user's mistake, and how a script ends on it."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """A mistake in a config, data set, checkpoint or environment: one line naming the key or file, and the mend."""
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """End the program with one clear line and exit code 2 instead of a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None

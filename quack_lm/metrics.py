@@ -1,0 +1,313 @@
+"""What a run writes down: metrics.jsonl (the truth), Weights & Biases (a mirror that may fail), a progress line.
+
+Anyone records a named value for a step; here values are reduced over ranks, copied to the host once per `log_every`
+steps, and written, one object per step.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from quack_lm.parallel import World
+
+Value = Tensor | float
+
+# Dense bfloat16 peaks in TFLOP/s, from the vendors' data sheets (without sparsity, whose figures are twice as large).
+PEAK_TFLOPS = {
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "B200": 2250.0,
+    "L40S": 362.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerSettings:
+    """Where numbers go. `per_head` mirrors the tables over layers and heads to W&B too, one key each."""
+
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    project: str = "quack_lm"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+    log_every: PositiveInt = 10
+    per_head: bool = False
+    progress: bool = True
+
+
+class Clock:
+    """Seconds spent training: validation, probes and checkpoints are paused out, with the device drained at the
+    edges."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._active_s = 0.0
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing inside counts."""
+        self._stop()
+        yield
+        self.world.synchronize()
+        self._since = time.perf_counter()
+
+    def take(self) -> float:
+        """Training seconds since the last call."""
+        self._stop()
+        active_s, self._active_s = self._active_s, 0.0
+        return active_s
+
+    def _stop(self) -> None:
+        self.world.synchronize()
+        now = time.perf_counter()
+        self._active_s += now - self._since
+        self._since = now
+
+
+class RunLog:
+    """Records by step, written by the main process when flushed."""
+
+    def __init__(
+        self, run_dir: Path, settings: LoggerSettings, world: World, *, batch_tokens: int, total_steps: int
+    ) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self.settings = settings
+        self.world = world
+        self.batch_tokens = batch_tokens
+        self.total_steps = total_steps
+        self.mirror: WandbMirror | None = None
+        self._records: dict[int, dict[str, Value]] = {}
+        self._summed: dict[int, Tensor] = {}
+        self._bar: tqdm | None = None
+
+    def add(self, step: int, values: dict[str, Value]) -> None:
+        """Keep values that are the same on every rank; tensors stay on the device until `flush`."""
+        self._records.setdefault(step, {}).update(values)
+
+    def add_loss(self, step: int, share: Tensor) -> None:
+        """Keep this rank's share of the training loss: the shares of all ranks sum to it."""
+        self._summed[step] = share
+
+    @property
+    def pending_steps(self) -> int:
+        """Training steps kept since the last flush."""
+        return len(self._summed)
+
+    def flush(self) -> list[float]:
+        """Write everything kept, and return the training losses in order of step; every rank gets the same."""
+        losses: list[float] = []
+        if self._summed:
+            # Before: each rank's shares of the losses since the last flush. After: the losses, on every rank.
+            losses = self.world.sum(torch.stack(list(self._summed.values()))).tolist()
+            for step, loss in zip(self._summed, losses, strict=True):
+                self.add(step, {"train/loss": loss})
+        if self.world.is_main:
+            with self.path.open("a") as file:
+                for step in sorted(self._records):
+                    record = {"step": step, "tokens": step * self.batch_tokens}
+                    record |= {name: _plain(value) for name, value in self._records[step].items()}
+                    file.write(json.dumps(_finite(record)) + "\n")
+                    if self.mirror:
+                        self.mirror.log(record)
+            self._show()
+        self._records, self._summed = {}, {}
+        return losses
+
+    def rewind(self, step: int) -> None:
+        """Drop what was written after `step`, when a run continues from an older checkpoint."""
+        if not self.world.is_main or not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        write_atomically(self.path, "".join(line + "\n" for line in kept))
+
+    def start_progress(self, step: int, description: str) -> None:
+        """Show a progress bar, on a terminal or in a log file."""
+        if self.world.is_main and self.settings.progress:
+            is_file = not os.isatty(2)
+            self._bar = tqdm(
+                total=self.total_steps,
+                initial=step,
+                desc=description,
+                unit="step",
+                dynamic_ncols=not is_file,
+                mininterval=10.0 if is_file else 0.2,
+            )
+
+    def close(self) -> None:
+        """End the bar and the mirror."""
+        if self._bar is not None:
+            self._bar.close()
+        if self.mirror:
+            self.mirror.close()
+
+    def _show(self) -> None:
+        if self._bar is None or not self._records:
+            return
+        last = max(self._records)
+        shown = {"loss": "train/loss", "val": "val/loss", "tok/s": "throughput/tokens_per_s"}
+        values = {label: _plain(self._records[last][k]) for label, k in shown.items() if k in self._records[last]}
+        texts = {k: format_count(v) if k == "tok/s" else f"{v:.4f}" for k, v in values.items()}
+        if texts:
+            self._bar.set_postfix(texts, refresh=False)
+        self._bar.update(last - self._bar.n)
+
+
+class WandbMirror:
+    """A copy of the log on Weights & Biases; its failures are reported once and never stop the run."""
+
+    def __init__(self, run_dir: Path, settings: LoggerSettings, config: dict[str, Any], run_id: str | None) -> None:
+        self.per_head = settings.per_head
+        self.id: str | None = run_id
+        self._run: Any = None
+        with self._forgiven():
+            import wandb
+
+            self._run = wandb.init(
+                mode=settings.wandb,
+                dir=run_dir,
+                project=settings.project,
+                entity=settings.entity,
+                group=settings.group,
+                name=settings.name or run_dir.name,
+                tags=settings.tags,
+                config=config,
+                id=run_id,
+                resume="allow",
+                settings=wandb.Settings(console="off", init_timeout=60),
+            )
+            self.id = self._run.id
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Mirror one line of metrics.jsonl."""
+        flat: dict[str, float] = {}
+        for name, value in record.items():
+            if not isinstance(value, list):
+                flat[name] = value
+            elif self.per_head and value and isinstance(value[0], list):
+                base = name.removesuffix("_per_head").removesuffix("_per_block")
+                flat |= {f"{base}/layer{i}/head{j}": x for i, row in enumerate(value) for j, x in enumerate(row)}
+        with self._forgiven():
+            self._run.log(flat, step=record["step"])
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        """Write the summary and finish."""
+        with self._forgiven():
+            if summary:
+                self._run.summary.update(summary)
+            self._run.finish()
+
+    @contextmanager
+    def _forgiven(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a network service does, training goes on
+            if self._run is not None or self.id is None:
+                print(f"W&B failed and is off for the rest of this run: {type(error).__name__}: {error}")
+            self._run = _Silence()
+
+
+class _Silence:
+    """What is left of W&B after it failed: takes every call and does nothing."""
+
+    summary: dict[str, Any] = {}  # noqa: RUF012
+
+    def log(self, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
+def flops_per_token(meta_model: torch.nn.Module, seq_len: int) -> float:
+    """FLOPs of forward and backward per token, counted on a meta model with the reference attention.
+
+    The backward pass costs twice the forward; recomputation is not counted (that is MFU, not hardware utilization).
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        meta_model(torch.zeros(1, seq_len, dtype=torch.long, device="meta"))
+    return 3.0 * counter.get_total_flops() / seq_len
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """The device's peak in FLOP/s: from its data sheet, or what a large matrix product reaches where that is
+    unknown."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = [peak for part, peak in PEAK_TFLOPS.items() if all(word in name for word in part.split())]
+        if known and precision == "bfloat16":
+            return known[0] * 1e12
+    return _measured_flops(device, getattr(torch, precision))
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    size = 8192 if device.type == "cuda" else 768
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        World(0, 1, 0, device).synchronize()
+        start = time.perf_counter()
+        a @ b
+        World(0, 1, 0, device).synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, sees the old or the new text and nothing between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """A json file for people and programs, atomically; non-finite numbers become null."""
+    write_atomically(path, json.dumps(_finite(value), indent=2) + "\n")
+
+
+def format_count(value: float) -> str:
+    """412_345 -> '412k'."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _plain(value: Value) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinities as None, which is what JSON has."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list) else value
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for a line that a crash cut short, so that it is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,161 @@
+"""A Qwen3-style decoder: RMSNorm, rotary positions, SwiGLU, no biases. Any attention fits in.
+
+Built on the meta device, sharded, materialized, then initialized: nothing a constructor computes survives that.
+Axes: B batch, T time, D model width, V vocabulary.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from quack_lm.attention.base import Attention, linear
+from quack_lm.attention.rope import rope_table
+from quack_lm.attention.scores import Mask, make_mask, number_documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """The sizes of a decoder and of its initialization.
+
+    `n_heads`, `q_latent_dim` and `kv_latent_dim` are what the attention configs refer to.
+    """
+
+    vocab_size: PositiveInt
+    d_model: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    d_ff: PositiveInt
+    q_latent_dim: PositiveInt
+    kv_latent_dim: PositiveInt
+    tied_embeddings: bool = True
+    norm_eps: PositiveFloat = 1e-6
+    init_std: NonNegativeFloat = 0.02
+    embedding_std: NonNegativeFloat = 0.02
+
+
+class Transformer(nn.Module):
+    """Tokens [B, T] -> logits [B, T, V], or the cross-entropy of given targets.
+
+    `eot_id` turns on document masking. `loss_chunk` bounds the tokens whose vocabulary logits exist at once.
+    """
+
+    def __init__(
+        self,
+        sizes: ModelSizes,
+        make_attention: Callable[[], Attention],
+        *,
+        eot_id: int | None = None,
+        recompute: bool = False,
+        loss_chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.eot_id = eot_id
+        self.loss_chunk = loss_chunk
+        self.embedding = nn.Embedding(sizes.vocab_size, sizes.d_model)
+        self.blocks = nn.ModuleList(Block(sizes, make_attention(), recompute) for _ in range(sizes.n_layers))
+        self.norm = nn.RMSNorm(sizes.d_model, eps=sizes.norm_eps)
+        self.head = None if sizes.tied_embeddings else linear(sizes.d_model, sizes.vocab_size)
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """The attention of each layer."""
+        return [block.attention for block in self.blocks]  # type: ignore[misc]
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V]; with targets the cross-entropy of each token, [B * T], in nats and float32."""
+        length, first = tokens_BT.shape[1], self.attentions[0]
+        documents = None if self.eot_id is None else number_documents(tokens_BT, self.eot_id)
+        mask = make_mask(first.backend, length=length, documents_BT=documents, device=tokens_BT.device)
+        rope = rope_table(length, first.rope_width, theta=first.rope_theta, device=tokens_BT.device)
+        x = self.embedding(tokens_BT)
+        for block in self.blocks:
+            x = block(x, rope, mask)
+        x = self.norm(x)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        if targets_BT is None:
+            return F.linear(x, weight)
+        return _cross_entropy(x, weight, targets_BT, self.loss_chunk)
+
+    def initial_value(self, name: str, shape: torch.Size, *, seed: int, device: torch.device) -> Tensor:
+        """The whole initial value of a parameter: a function of its name and the seed alone.
+
+        So the same matrix starts equal for every stabilizer, attention, world size and sharding.
+        """
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, device=device)
+        std = self.sizes.init_std
+        if name.startswith(("embedding.", "head.")):
+            std = self.sizes.embedding_std
+        elif name.endswith(("w_o.weight", "w_down.weight")):
+            std /= math.sqrt(2 * self.sizes.n_layers)  # two residual additions per layer
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+        return torch.empty(shape, device=device).normal_(0, std, generator=generator)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); `recompute` trades a second forward for activation memory."""
+
+    def __init__(self, sizes: ModelSizes, attention: Attention, recompute: bool = False) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.attention_norm = nn.RMSNorm(sizes.d_model, eps=sizes.norm_eps)
+        self.attention = attention
+        self.mlp_norm = nn.RMSNorm(sizes.d_model, eps=sizes.norm_eps)
+        self.mlp = SwiGLU(sizes.d_model, sizes.d_ff)
+
+    def forward(self, x_BTD: Tensor, rope_2TF: Tensor, mask: Mask) -> Tensor:
+        """One layer."""
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing in a block is random, so there is no generator state to restore.
+            return checkpoint(self._layer, x_BTD, rope_2TF, mask, use_reentrant=False, preserve_rng_state=False)
+        return self._layer(x_BTD, rope_2TF, mask)
+
+    def _layer(self, x_BTD: Tensor, rope_2TF: Tensor, mask: Mask) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_2TF, mask)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class SwiGLU(nn.Module):
+    """w_down(silu(w_gate x) * w_up x) (arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.w_gate = linear(d_model, d_ff)
+        self.w_up = linear(d_model, d_ff)
+        self.w_down = linear(d_ff, d_model)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Position by position."""
+        return self.w_down(F.silu(self.w_gate(x_BTD)) * self.w_up(x_BTD))
+
+
+def _cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, chunk: int | None) -> Tensor:
+    """Nats per token, [B * T]; with a chunk, vocabulary logits are recomputed in the backward pass piece by piece."""
+
+    def nats(x_ND: Tensor, targets_N: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x_ND, weight_VD).float(), targets_N, reduction="none")
+
+    x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+    if chunk is None:
+        return nats(x_ND, targets_N)
+    pieces = zip(x_ND.split(chunk), targets_N.split(chunk), strict=True)
+    return torch.cat([checkpoint(nats, x, t, use_reentrant=False, preserve_rng_state=False) for x, t in pieces])
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters by component: embedding, each kind of attention weight, mlp, norms, head, and their `total`."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        parts = [part for part in name.split(".") if not part.isdigit() and part not in ("blocks", "weight")]
+        component = "norms" if parts[-1].endswith("norm") else ".".join(parts)
+        counts[component] = counts.get(component, 0) + parameter.numel()
+    return {**counts, "total": sum(counts.values())}

@@ -1,0 +1,110 @@
+"""Which parameter is optimized how: hidden matrices by Muon and the rest by AdamW, or all by AdamW."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from torch import nn
+from torch.optim import Optimizer
+
+from quack_lm.optim.muon import Muon, UpdateScale
+from quack_lm.optim.schedule import ScheduleName, make_schedule
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """A base rate with its schedule, and the settings of AdamW, which has a part in every recipe.
+
+    `weight_decay` is decoupled and spares the norm gains. `max_grad_norm` clips by global norm, before any optimizer.
+    """
+
+    lr: PositiveFloat
+    warmup_steps: NonNegativeInt
+    schedule: ScheduleName = "constant"
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    final_ratio: Fraction = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat | None = 1.0
+    adamw_beta1: Beta = 0.9
+    adamw_beta2: Beta = 0.95
+    adamw_eps: PositiveFloat = 1e-8
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> list[Optimizer]:
+        """Optimizers that hold every trainable parameter of the model exactly once."""
+
+    def make_schedule(self, total_steps: int) -> Callable[[int], float]:
+        """The factor on every rate at each step."""
+        return make_schedule(
+            self.schedule,
+            total_steps=total_steps,
+            warmup_steps=self.warmup_steps,
+            decay_fraction=self.decay_fraction,
+            final_ratio=self.final_ratio,
+        )
+
+    def _adamw(self, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
+        parameters = list(parameters)
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        betas = (self.adamw_beta1, self.adamw_beta2)
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=self.adamw_eps, fused=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWRecipe(Recipe):
+    """AdamW for every parameter."""
+
+    def build(self, model: nn.Module) -> list[Optimizer]:
+        """One AdamW."""
+        return _checked(model, [self._adamw(model.parameters(), self.lr)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonRecipe(Recipe):
+    """Muon for the matrices inside the blocks; AdamW for embedding, head and norms, at `adamw_lr` (null: at `lr`)."""
+
+    momentum: Beta = 0.95
+    is_nesterov: bool = True
+    update_scale: UpdateScale = "jordan"
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    adamw_lr: PositiveFloat | None = None
+
+    def build(self, model: nn.Module) -> list[Optimizer]:
+        """Muon and AdamW."""
+        hidden = {p: None for p in model.get_submodule("blocks").parameters() if p.ndim == 2}
+        muon = Muon(
+            hidden,
+            lr=self.lr,
+            momentum=self.momentum,
+            is_nesterov=self.is_nesterov,
+            weight_decay=self.weight_decay,
+            update_scale=self.update_scale,
+            ns_dtype=getattr(torch, self.ns_dtype),
+        )
+        rest = [p for p in model.parameters() if p not in hidden]
+        return _checked(model, [muon, self._adamw(rest, self.adamw_lr or self.lr)])
+
+
+def set_rates(optimizers: list[Optimizer], factor: float) -> None:
+    """Scale every group's base rate by the schedule's factor."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+
+def _checked(model: nn.Module, optimizers: list[Optimizer]) -> list[Optimizer]:
+    held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters()), "each parameter belongs to exactly one group"
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers

@@ -1,0 +1,88 @@
+"""How a run ends: whether it diverged, and the quieter signs that it was not stable.
+
+Many failures show no NaN: the loss sticks near the unigram entropy while logits explode. So a run has a `status` and,
+beside it, a list of reasons to call it unstable.
+"""
+
+import math
+from dataclasses import dataclass
+
+from pydantic import PositiveFloat, PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityRules:
+    """What counts as diverged (the run ends) and as unstable (the summary says so).
+
+    Diverged: the training loss is not finite, or above `factor` times its running best for `patience` steps in a row.
+    Unstable: a logit above `max_logit`, or a validation loss `loss_margin` nats above its best, or above
+    `stuck_fraction` of the unigram entropy after `stuck_after` steps.
+    """
+
+    factor: PositiveFloat = 1.5
+    patience: PositiveInt = 100
+    max_logit: PositiveFloat = 1000.0
+    loss_margin: PositiveFloat = 0.1
+    stuck_fraction: PositiveFloat = 0.85
+    stuck_after: PositiveInt = 300
+
+
+@dataclass
+class Progress:
+    """What a run knows of itself; a checkpoint carries it."""
+
+    step: int = 0
+    best_loss: float = math.inf
+    steps_above: int = 0
+    initial_val_loss: float | None = None
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    max_logit: float | None = None
+    peak_logit: float | None = None
+    delta_mean: float | None = None
+    elapsed_s: float = 0.0  # training alone
+    timed_s: float = 0.0  # the same without warm-up intervals
+    timed_tokens: int = 0
+
+    def take_losses(self, losses: list[float], rules: StabilityRules) -> str | None:
+        """Follow the training losses of consecutive steps up to `step`; the reason for divergence, if any."""
+        for back, loss in zip(range(len(losses) - 1, -1, -1), losses, strict=True):
+            step = self.step - back
+            if not math.isfinite(loss):
+                return f"training loss {loss} at step {step}"
+            self.steps_above = self.steps_above + 1 if loss > rules.factor * self.best_loss else 0
+            self.best_loss = min(self.best_loss, loss)
+            if self.steps_above >= rules.patience:
+                return (
+                    f"training loss above {rules.factor:g} x its best, {self.best_loss:.4g}, "
+                    f"for {rules.patience} steps up to step {step}"
+                )
+        return None
+
+    def take_val_loss(self, loss: float) -> None:
+        """Follow the validation loss."""
+        self.val_loss = loss
+        if self.step == 0:
+            self.initial_val_loss = loss
+        if self.best_val_loss is None or not loss >= self.best_val_loss:
+            self.best_val_loss = loss if math.isfinite(loss) else self.best_val_loss
+
+    def take_logits(self, max_logit: float, delta_mean: float) -> None:
+        """Follow the probe's aggregates."""
+        self.max_logit, self.delta_mean = max_logit, delta_mean
+        self.peak_logit = max_logit if self.peak_logit is None else max(self.peak_logit, max_logit)
+
+    def instabilities(self, rules: StabilityRules, unigram_entropy: float) -> list[str]:
+        """The reasons to call the run unstable; none if it was fine."""
+        reasons = []
+        if self.peak_logit is not None and not self.peak_logit <= rules.max_logit:
+            reasons.append(f"largest logit {self.peak_logit:.3g} above {rules.max_logit:g}")
+        if self.val_loss is not None and self.best_val_loss is not None:
+            if not self.val_loss <= self.best_val_loss + rules.loss_margin:
+                reasons.append(f"validation loss {self.val_loss:.3f} ended above its best, {self.best_val_loss:.3f}")
+            stuck = rules.stuck_fraction * unigram_entropy
+            if self.step >= rules.stuck_after and not self.val_loss <= stuck:
+                reasons.append(
+                    f"validation loss {self.val_loss:.3f} stuck near the unigram entropy, {unigram_entropy:.3f}"
+                )
+        return reasons

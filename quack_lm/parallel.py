@@ -1,0 +1,291 @@
+"""Processes, sharding, and the few collectives; the rest of the project is written as if for one device.
+
+Weights are sharded by rows (FSDP2's Shard(0)), unevenly where the world size does not divide them. Work that needs
+whole matrices (orthogonalization, spectral norms) is shared out: an all-to-all gives each rank some matrices whole,
+and another brings the results back. A single float32 process runs on plain tensors, without any wrapping.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from quack_lm.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all that train together."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    mesh: DeviceMesh | None = None  # None: a single process on plain tensors
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to people."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Before: one tensor per rank. After: their sum, on every rank, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Before: one tensor per rank. After: their maximum, on every rank, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; every rank gets the same answer."""
+        return bool(self.max(torch.tensor(float(flag), device=self.device)).item()) if self.size > 1 else flag
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, on every rank."""
+        box = [value]
+        if self.mesh is not None:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.mesh is not None:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read on the host means something."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.mesh is not None:
+            dist.destroy_process_group()
+
+
+def launched_world() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for a plain process."""
+    return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # type: ignore[return-value]
+
+
+def default_device() -> str:
+    """`cuda` where there is a GPU, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: float = 600.0) -> World:
+    """Join the other ranks: gloo on CPU, NCCL on GPUs. `replicas` > 1 gives HSDP: shards inside, copies across."""
+    rank, size, local_rank = launched_world()
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    if not is_wrapped:
+        return World(rank, size, local_rank, place)
+    # Gloo beside NCCL: checkpoints and small objects travel between hosts without touching a GPU.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    store = dist.HashStore() if size == 1 and "MASTER_ADDR" not in os.environ else None
+    if store is None:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    else:
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    if replicas > 1:
+        mesh = init_device_mesh(device, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+    return World(rank, size, local_rank, place, mesh)
+
+
+def check_world(*, device: str, replicas: int) -> None:
+    """Raise UserError where the launched processes and the config do not fit."""
+    _, size, local_rank = launched_world()
+    if size % replicas:
+        raise UserError(f"trainer.replicas={replicas} must divide the number of processes, {size}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "trainer.device=cuda: torch sees no GPU here; use trainer.device=cpu or install a CUDA build of torch"
+        )
+    if device == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{local_rank + 1} processes on a machine with {torch.cuda.device_count()} GPUs: start one process per GPU"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World, *, precision: str) -> None:
+    """FSDP2 per block: float32 master weights, gradients reduced in float32, matrix products in `precision`."""
+    if world.mesh is None:
+        return
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
+    # The rotary table is a float32 argument of the blocks and must stay so.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=world.mesh, mp_policy=policy)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+
+
+def materialize(
+    model: nn.Module, initial_value: Callable[[str, torch.Size], Tensor] | None, device: torch.device
+) -> None:
+    """From the meta device to real memory; every rank draws each whole initial value and keeps its own rows."""
+    tracked = {name: buffer.shape for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        if initial_value is None:
+            continue
+        start, stop = local_rows(parameter)
+        with torch.no_grad():
+            local(parameter).copy_(initial_value(name, parameter.shape)[start:stop])
+    for name in tracked:
+        # The only buffers are running maxima.
+        assert name.endswith("max_logits_H"), name
+        model.get_buffer(name).fill_(-torch.inf)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Forwards without gradients, in evaluation mode; afterwards the parameters are sharded again."""
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train()
+    if isinstance(model, FSDPModule):
+        # FSDP keeps the root's parameters whole after a forward, for a backward that does not come here.
+        model.reshard()
+
+
+# ------------------------------------------------------------------------------------------------ sharded tensors
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this rank holds: all of them where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_rows(tensor: Tensor) -> tuple[int, int]:
+    """The first row held here and the one after the last."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.shape[0]
+    group = _shard_group(tensor)
+    sizes = _rows_by_rank(tensor.shape[0], group.size())
+    start = sum(sizes[: group.rank()])
+    return start, start + sizes[group.rank()]
+
+
+def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
+    """Before: one tensor per rank of a shard group. After: their sum on each. `like` is any tensor sharded that way."""
+    if isinstance(like, DTensor):
+        dist.all_reduce(values, group=_shard_group(like))
+    return values
+
+
+def map_whole_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor, like: Tensor) -> Tensor:
+    """Apply a function of whole matrices, [n, R, C] -> [n, R, C], to N row-sharded matrices; the ranks share the work.
+
+    `shards_NrC` are this rank's rows of N matrices shaped and sharded like `like`; so is the result.
+    """
+    if not isinstance(like, DTensor):
+        return function(shards_NrC)
+    group, replicas = _shard_group(like), _replica_group(like)
+    count, rows, columns = len(shards_NrC), like.shape[0], like.shape[1]
+    sizes = _rows_by_rank(rows, group.size())
+    result = function(_to_owners(shards_NrC, like))
+    # Before: whole results of the matrices owned here. After: this rank's rows of all its replica's matrices.
+    send = torch.cat([part.reshape(-1) for part in result.split(sizes, dim=1)])
+    mine, each = sizes[group.rank()], len(result)
+    back = send.new_empty(group.size() * each * mine * columns)
+    dist.all_to_all_single(
+        back, send, [each * mine * columns] * group.size(), [each * r * columns for r in sizes], group
+    )
+    back_MrC = back.view(group.size() * each, mine, columns)
+    if replicas is not None:
+        # Before: each replica has the results of its own share. After: all of them.
+        everything = back_MrC.new_empty(replicas.size() * back_MrC.shape[0], mine, columns)
+        dist.all_gather_into_tensor(everything, back_MrC, group=replicas)
+        back_MrC = everything
+    return back_MrC[:count]
+
+
+def measure_whole_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor, like: Tensor) -> Tensor:
+    """Apply a function of whole matrices, [n, R, C] -> [n, M], to N row-sharded matrices: [N, M] on every rank."""
+    if not isinstance(like, DTensor):
+        return function(shards_NrC)
+    group, replicas = _shard_group(like), _replica_group(like)
+    owned = _to_owners(shards_NrC, like)
+    measured = function(owned)
+    share = 0 if replicas is None else replicas.rank()
+    first = (share * group.size() + group.rank()) * len(owned)
+    n_shares = 1 if replicas is None else replicas.size()
+    table = measured.new_zeros(n_shares * group.size() * len(owned), *measured.shape[1:])
+    table[first : first + len(owned)] = measured
+    # Before: each rank has the rows of its own matrices. After: all rows; adding zeros is exact.
+    dist.all_reduce(table, group=group)
+    if replicas is not None:
+        dist.all_reduce(table, group=replicas)
+    return table[: len(shards_NrC)]
+
+
+def _to_owners(shards_NrC: Tensor, like: DTensor) -> Tensor:
+    """Before: each rank has its rows of all matrices. After: each rank has all rows of its own n matrices, [n, R,
+    C]."""
+    group, replicas = _shard_group(like), _replica_group(like)
+    count, mine, columns = shards_NrC.shape
+    n_shares = 1 if replicas is None else replicas.size()
+    each = math.ceil(count / (group.size() * n_shares))
+    padded = shards_NrC.new_zeros(n_shares, group.size() * each, mine, columns)
+    padded.view(-1, mine, columns)[:count] = shards_NrC
+    send = padded[0 if replicas is None else replicas.rank()].reshape(-1)
+    sizes = _rows_by_rank(like.shape[0], group.size())
+    receive = send.new_empty(each * like.shape[0] * columns)
+    splits_out = [each * rows * columns for rows in sizes]
+    dist.all_to_all_single(receive, send, splits_out, [each * mine * columns] * group.size(), group)
+    pieces = zip(receive.split(splits_out), sizes, strict=True)
+    return torch.cat([piece.view(each, rows, columns) for piece, rows in pieces], dim=1)
+
+
+def _rows_by_rank(rows: int, size: int) -> list[int]:
+    """FSDP2 cuts like torch.chunk: equal pieces, the last ones shorter or empty."""
+    step = math.ceil(rows / size)
+    return [max(0, min(step, rows - rank * step)) for rank in range(size)]
+
+
+def _shard_group(tensor: DTensor) -> dist.ProcessGroup:
+    dims = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Shard)]
+    assert len(dims) == 1, f"expected one sharded dimension, got {tensor.placements}"
+    return tensor.device_mesh.get_group(dims[0])
+
+
+def _replica_group(tensor: DTensor) -> dist.ProcessGroup | None:
+    return tensor.device_mesh.get_group(0) if tensor.device_mesh.ndim == 2 else None
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The global gradient norm; gradients are scaled down to `max_norm` where it is given and exceeded."""
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    # Before: each rank has the squared norm of its shards. After: the whole.
+    norm = sum_over_shards(squares, parameters[0]).sqrt()
+    if max_norm is not None:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp_max(1.0))
+    return norm

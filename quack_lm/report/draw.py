@@ -1,0 +1,159 @@
+"""Turns a plot's numbers into a picture; a stabilizer looks the same in every picture."""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from quack_lm.report.figures import Line, Panel, Plot
+
+# Okabe and Ito's palette, which color-blind readers can tell apart; marker and dashes repeat the distinction.
+LOOKS = {
+    "none": ("#000000", "s"),
+    "fixed": ("#E69F00", "^"),
+    "qk_norm": ("#56B4E9", "D"),
+    "qk_clip": ("#CC79A7", "v"),
+    "quack": ("#009E73", "o"),
+}
+MORE_LOOKS = (("#D55E00", "P"), ("#0072B2", "*"), ("#999999", "h"))
+DASHES: tuple = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
+FILLS = ("full", "none", "left", "top")
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # text stays text
+    "figure.dpi": 150,
+}
+PANEL_INCHES = (4.3, 3.3)
+LEGEND_ENTRY_INCHES = 1.2
+MARKERS_PER_CURVE = 7
+
+
+def draw(plot: Plot, *, columns: int | None = None) -> Figure:
+    """The figure, with its panels in `columns` columns: a phone wants one."""
+    columns = min(columns or plot.columns, len(plot.panels))
+    rows = math.ceil(len(plot.panels) / columns)
+    with matplotlib.rc_context(STYLE):
+        width, height = PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.7
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+        looks = Looks(plot)
+        for axis, panel in zip(axes, plot.panels, strict=False):
+            _draw_panel(axis, panel, plot, looks)
+        for unused in axes[len(plot.panels) :]:
+            unused.set_visible(False)
+        figure.suptitle(plot.title, fontsize=12)
+        handles = looks.legend(plot)
+        legend_rows = math.ceil(len(handles) * LEGEND_ENTRY_INCHES / width)
+        legend_columns = math.ceil(len(handles) / max(1, legend_rows))
+        figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, handlelength=3)
+    return figure
+
+
+def save(figure: Figure, kind: str = "png") -> bytes:
+    """The figure as the bytes of a PNG or PDF file."""
+    with matplotlib.rc_context(STYLE):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind)
+        return buffer.getvalue()
+
+
+class Looks:
+    """Color and marker of each stabilizer; settings of the same stabilizer differ in dashes and filling."""
+
+    def __init__(self, plot: Plot) -> None:
+        lines = [line for panel in plot.panels for line in panel.lines]
+        others = sorted({line.stabilizer for line in lines} - set(LOOKS))
+        self.looks = LOOKS | {name: MORE_LOOKS[i % len(MORE_LOOKS)] for i, name in enumerate(others)}
+        self.ranks = {name: rank for rank, name in enumerate(self.looks)}
+        self.variations: dict[str, list[str]] = {}
+        for line in lines:
+            known = self.variations.setdefault(line.stabilizer, [])
+            known += [line.variation] if line.variation not in known else []
+
+    def of(self, line: Line) -> dict:
+        color, marker = self.looks[line.stabilizer]
+        variation = self.variations[line.stabilizer].index(line.variation)
+        return {
+            "color": color,
+            "marker": marker,
+            "fillstyle": FILLS[variation % len(FILLS)],
+            "linestyle": DASHES[(self.ranks[line.stabilizer] + variation) % len(DASHES)],
+            "markersize": 5,
+            "linewidth": 1.6,
+        }
+
+    def rank(self, line: Line) -> int:
+        return self.ranks[line.stabilizer]
+
+    def legend(self, plot: Plot) -> list[Line2D]:
+        lines = [line for panel in plot.panels for line in panel.lines]
+        # Seeds share a label and one entry.
+        methods = {line.label: line for line in lines if line.points or line.diverged}
+        handles = [Line2D([], [], label=label, **self.of(line)) for label, line in methods.items()]
+        if any(line.diverged for line in lines):
+            handles.append(Line2D([], [], label="diverged", **_cross("#444444")))
+        if any(line.unstable for line in lines):
+            handles.append(Line2D([], [], label="unstable", **_ring("#444444")))
+        return handles
+
+
+def _draw_panel(axis: Axes, panel: Panel, plot: Plot, looks: Looks) -> None:
+    axis.set_title(panel.title, fontsize=10)
+    axis.set_xlabel(plot.x_label)
+    axis.set_ylabel(plot.y_label)
+    axis.label_outer()
+    axis.set_xscale("log" if plot.log_x else "linear")
+    axis.set_yscale("log" if plot.log_y else "linear")
+    for line in panel.lines:
+        x, y = zip(*line.points, strict=True) if line.points else ((), ())
+        axis.plot(x, y, markevery=_markers(line.points, looks.rank(line), plot.log_x), **looks.of(line))
+    if plot.ceiling is not None:
+        axis.set_ylim(top=min(plot.ceiling, axis.get_ylim()[1]))
+    if not any(line.points or line.diverged for line in panel.lines):
+        axis.text(0.5, 0.5, "no data yet", transform=axis.transAxes, ha="center", color="#666666")
+    for line in panel.lines:
+        _mark_outcome(axis, line, looks.of(line)["color"], plot.ceiling)
+
+
+def _mark_outcome(axis: Axes, line: Line, color: str, ceiling: float | None) -> None:
+    for x, y in line.diverged:
+        if y is None or (ceiling is not None and y > ceiling):
+            axis.plot([x], [0.97], transform=axis.get_xaxis_transform(), clip_on=False, **_cross(color))
+        else:
+            axis.plot([x], [y], clip_on=False, **_cross(color))
+    for x, y in line.unstable:
+        axis.plot([x], [y], clip_on=False, **_ring(color))
+
+
+def _cross(color: str) -> dict:
+    return {"linestyle": "", "marker": "X", "markersize": 10, "color": color, "markeredgecolor": "white", "zorder": 5}
+
+
+def _ring(color: str) -> dict:
+    return {
+        "linestyle": "",
+        "marker": "o",
+        "markersize": 11,
+        "fillstyle": "none",
+        "markeredgewidth": 1.6,
+        "color": color,
+    }
+
+
+def _markers(points: Sequence[tuple[float, float]], rank: int, every: bool) -> slice | int:
+    """A few markers per curve, at other places for each stabilizer, so that they do not hide each other."""
+    if every or len(points) <= MARKERS_PER_CURVE:
+        return 1
+    stride = max(1, len(points) // MARKERS_PER_CURVE)
+    return slice((rank * stride) // (len(LOOKS) + 1), None, stride)

@@ -1,0 +1,169 @@
+"""What the runs of a sweep directory measured, as plain data for the table, the figures and the page."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quack_lm.config import choice, flatten
+from quack_lm.sweep import FINISHED, Cell, Plan, read_plan
+
+# Settings that have a column, a panel or a style of their own; every other difference between runs goes into the label.
+SHOWN_ELSEWHERE = ("run_dir", "seed", "attention._target_", "stabilizer._target_", "optimizer.lr")
+
+
+# A metric's name, or what to take from a line of metrics; `...` stands for "not due at this step".
+Reader = str | Callable[[dict[str, Any]], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One cell with what it has reached."""
+
+    cell: Cell
+    variation: str  # what tells it from cells of the same attention, stabilizer, rate and seed: "tau=0.1"
+    status: str
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    environment: dict[str, Any]
+
+    @property
+    def attention(self) -> str:
+        return choice(self.cell.config["attention"])
+
+    @property
+    def stabilizer(self) -> str:
+        return choice(self.cell.config["stabilizer"])
+
+    @property
+    def method(self) -> str:
+        """The stabilizer with what varies beside it, as legends and tables name it."""
+        return f"{self.stabilizer} {self.variation}".rstrip()
+
+    @property
+    def lr(self) -> float:
+        return float(self.cell.config["optimizer"]["lr"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.cell.config["seed"])
+
+    @property
+    def unstable(self) -> list[str]:
+        """The reasons for which a run that did not diverge is still no healthy run."""
+        return list(self.summary.get("unstable") or [])
+
+    @property
+    def is_diverged(self) -> bool:
+        return self.status == "diverged"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status in FINISHED
+
+    def number(self, key: str) -> float | None:
+        """A number of the summary; None where it was not measured or not finite."""
+        value = self.summary.get(key)
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+    def curve(self, read: Reader) -> list[tuple[int, float]]:
+        """(step, value) wherever the metric was due; a value that was not finite is nan."""
+        values = [(line["step"], line.get(read, ...) if isinstance(read, str) else read(line)) for line in self.metrics]
+        return [(step, math.nan if value is None else float(value)) for step, value in values if value is not ...]
+
+
+def middle_head(key: str) -> Reader:
+    """Reads the middle head of the middle layer out of a [layer][head] table."""
+
+    def read(line: dict[str, Any]) -> Any:
+        if key not in line:
+            return ...
+        layer = line[key][len(line[key]) // 2]
+        return layer[len(layer) // 2]
+
+    return read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """A sweep directory as it is now, ordered by attention, stabilizer, rate and seed."""
+
+    directory: Path
+    plan: Plan
+    results: list[Result]
+
+    def attentions(self) -> list[str]:
+        return list(dict.fromkeys(result.attention for result in self.results))
+
+    def rates(self) -> list[float]:
+        return sorted({result.lr for result in self.results})
+
+    def not_in_plan(self) -> list[str]:
+        """Run directories of an earlier, larger plan: they are shown nowhere else."""
+        planned = {cell.name for cell in self.plan.cells}
+        found = {path.parent.name for path in self.directory.glob("*/summary.json")}
+        return sorted(found - planned)
+
+
+def load(directory: Path) -> Results:
+    plan = read_plan(directory)
+    variations = _variations([cell.config for cell in plan.cells])
+    results = [_result(cell, variation) for cell, variation in zip(plan.cells, variations, strict=True)]
+    # Attentions and stabilizers keep the order in which the sweep file names them.
+    attentions = _ranks(result.attention for result in results)
+    stabilizers = _ranks(result.stabilizer for result in results)
+    methods = _ranks(result.method for result in results)
+    results.sort(key=lambda r: (attentions[r.attention], stabilizers[r.stabilizer], methods[r.method], r.lr, r.seed))
+    return Results(directory=directory, plan=plan, results=results)
+
+
+def _result(cell: Cell, variation: str) -> Result:
+    return Result(
+        cell=cell,
+        variation=variation,
+        status=cell.status(),
+        summary=cell.summary(),
+        metrics=list(_json_lines(cell.run_dir / "metrics.jsonl")),
+        environment=_json(cell.run_dir / "environment.json"),
+    )
+
+
+def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return  # the last line of a run that is being written, or was killed while writing
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _ranks(names: Iterable[str]) -> dict[str, int]:
+    return {name: rank for rank, name in enumerate(dict.fromkeys(names))}
+
+
+def _variations(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """For each config the settings that differ among the configs with the same choice in that section."""
+    flat = [flatten(config) for config in configs]
+    labels: list[str] = []
+    for config in flat:
+        parts = []
+        for key, value in config.items():
+            section, _, name = key.rpartition(".")
+            target = f"{section}._target_"
+            peers = [other for other in flat if name == "_target_" or other.get(target) == config.get(target)]
+            differs = len({_text(peer.get(key)) for peer in peers}) > 1
+            if differs and key not in SHOWN_ELSEWHERE and section != "logger":
+                parts.append(f"{section}={value.split('.')[-2]}" if name == "_target_" else f"{name}={_text(value)}")
+        labels.append(" ".join(dict.fromkeys(parts)))
+    return labels
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

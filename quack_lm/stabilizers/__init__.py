@@ -1,0 +1,1 @@
+"""Methods that tame attention logits, one file each."""

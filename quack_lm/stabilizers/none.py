@@ -1,0 +1,7 @@
+"""The default run of the paper: one learning rate for all weights and nothing done about the logits."""
+
+from quack_lm.stabilizers.base import Stabilizer
+
+
+class Nothing(Stabilizer):
+    """One rate for all."""

@@ -1,0 +1,289 @@
+"""The training loop: phases by name, each a function below. No stabilizer or attention is named here."""
+
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Literal
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.optim import Optimizer
+
+from quack_lm import checkpoint
+from quack_lm.data import EvalBatches, TrainBatches
+from quack_lm.metrics import Clock, RunLog, write_json
+from quack_lm.model import Transformer
+from quack_lm.optim.recipe import set_rates
+from quack_lm.outcome import Progress, StabilityRules
+from quack_lm.parallel import World, clip_gradients, evaluating
+from quack_lm.probe import Probe
+from quack_lm.stabilizers.base import Stabilizer
+from quack_lm.step import LogitWeights, stabilized_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """How long, how much at once, in which precision, and what happens every so many steps (0: only at the end).
+
+    Batch sizes are in sequences. `replicas` > 1 shards within groups of ranks and replicates across them (HSDP).
+    `recompute` trades a second forward for activation memory; `loss_chunk` bounds the tokens whose vocabulary logits
+    exist at once. `resume` is `auto` (continue from the newest checkpoint of run_dir) or `never`.
+    """
+
+    steps: PositiveInt
+    seq_len: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    precision: Literal["float32", "bfloat16"]
+    val_every: NonNegativeInt
+    val_sequences: PositiveInt
+    probe_every: NonNegativeInt
+    probe_sequences: PositiveInt
+    checkpoint_every: NonNegativeInt
+    keep_checkpoints: PositiveInt = 2
+    resume: Literal["auto", "never"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    replicas: PositiveInt = 1
+    compile: bool = False
+    recompute: bool = False
+    loss_chunk: PositiveInt | None = None
+    timeout_s: PositiveFloat = 600.0
+    diverged_factor: PositiveFloat = 1.5
+    diverged_patience: PositiveInt = 100
+    unstable_logit: PositiveFloat = 1000.0
+    unstable_margin: PositiveFloat = 0.1
+
+    @property
+    def rules(self) -> StabilityRules:
+        """What counts as diverged and as unstable."""
+        return StabilityRules(
+            factor=self.diverged_factor,
+            patience=self.diverged_patience,
+            max_logit=self.unstable_logit,
+            loss_margin=self.unstable_margin,
+        )
+
+
+@dataclass
+class Run:
+    """The built objects of one run."""
+
+    run_dir: Path
+    settings: TrainerSettings
+    world: World
+    model: Transformer
+    optimizers: list[Optimizer]
+    schedule: Callable[[int], float]
+    max_grad_norm: float | None
+    stabilizer: Stabilizer
+    stabilizer_name: str
+    weights: LogitWeights
+    batches: TrainBatches
+    validation: EvalBatches
+    probe: Probe
+    log: RunLog
+    progress: Progress
+    unigram_entropy: float
+    flops_per_token: float
+    peak_flops: float
+    lock: IO[str] | None  # held open by the main process: one run at a time in a directory
+    facts: dict[str, Any]  # what the summary and the checkpoints say beside the progress
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one optimizer step, over all ranks."""
+        return self.settings.global_batch_size * self.settings.seq_len
+
+
+def train(run: Run) -> str:
+    """Train to the end, or to a divergence or a signal; returns the status that summary.json has."""
+    clock, progress = Clock(run.world), run.progress
+    rates = [group["base_lr"] for optimizer in run.optimizers for group in optimizer.param_groups]
+    status, reason = "running", None
+    if progress.step == 0:
+        with clock.paused():
+            validate(run)
+            summarize(run, status)
+    with stop_signals() as is_asked_to_stop:
+        while progress.step < run.settings.steps and status == "running":
+            factor = run.schedule(progress.step)
+            set_rates(run.optimizers, factor)
+            is_probed = due(progress.step + 1, run.settings.probe_every, run.settings.steps) or progress.step == 0
+            if is_probed:
+                with clock.paused():
+                    run.probe.before()
+            # ---------------------------------------------------------------- timed
+            loss = accumulate_gradients(run)
+            grad_norm = clip_gradients(list(run.model.parameters()), run.max_grad_norm)
+            stabilized_step(run.optimizers, run.stabilizer, run.weights, run.world)
+            for optimizer in run.optimizers:
+                optimizer.zero_grad()
+            # ----------------------------------------------------------------
+            progress.step += 1
+            run.log.add_loss(progress.step, loss)
+            run.log.add(progress.step, {"optim/lr": rates[0] * factor, "optim/grad_norm": grad_norm})
+            if is_probed:
+                with clock.paused():
+                    record_probe(run)
+            if due(progress.step, run.settings.val_every, run.settings.steps):
+                with clock.paused():
+                    validate(run)
+            if run.world.any(is_asked_to_stop()):
+                status, reason = "interrupted", "asked to stop by a signal"
+            if status != "running" or due(progress.step, run.log.settings.log_every, run.settings.steps):
+                diverged = write_log(run, clock)
+                status, reason = ("diverged", diverged) if diverged else (status, reason)
+            if status == "interrupted" or (
+                status == "running" and due(progress.step, run.settings.checkpoint_every, run.settings.steps)
+            ):
+                with clock.paused():
+                    save(run)
+    return finish(run, "completed" if status == "running" else status, reason)
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now."""
+    return step == total or (every > 0 and step % every == 0)
+
+
+def accumulate_gradients(run: Run) -> Tensor:
+    """Forward and backward over this step's micro-batches; this rank's share of the mean loss per token.
+
+    Every token of the global batch weighs the same, whatever the ranks and micro-batches.
+    """
+    share = torch.zeros((), device=run.world.device)
+    for tokens in run.batches.micro_batches(run.progress.step):
+        tokens = tokens.to(run.world.device, non_blocking=True)
+        loss = run.model(tokens[:, :-1], tokens[:, 1:]).sum() / run.batch_tokens
+        # FSDP averages gradients over ranks; the loss is already this rank's share of a sum.
+        (loss * (run.world.size if run.world.mesh is not None else 1)).backward()
+        share += loss.detach()
+    return share
+
+
+def validate(run: Run) -> None:
+    """Mean loss per token over the fixed validation windows, the same for every world size."""
+    total = torch.zeros(2, device=run.world.device, dtype=torch.float64)
+    with evaluating(run.model):
+        for tokens, weights_B in run.validation:
+            tokens, weights_B = tokens.to(run.world.device), weights_B.to(run.world.device)
+            nats_BT = run.model(tokens[:, :-1], tokens[:, 1:]).unflatten(0, (len(tokens), -1))
+            # Padding sequences have weight 0; where() and not a product: they may be NaN in a run that diverges.
+            total[0] += torch.where(weights_B[:, None] > 0, nats_BT, 0.0).sum(dtype=torch.float64)
+            total[1] += weights_B.sum() * nats_BT.shape[1]
+    # Before: each rank has the sums over its windows. After: the sums over all.
+    nats, tokens_seen = run.world.sum(total).tolist()
+    run.progress.take_val_loss(nats / tokens_seen)
+    run.log.add(run.progress.step, {"val/loss": nats / tokens_seen})
+
+
+def record_probe(run: Run) -> None:
+    """Logits and their change in the step just made, and what the stabilizer did in it."""
+    values = run.probe.after()
+    run.progress.take_logits(values["logits/max"].item(), values["logits/delta_mean"].item())
+    own = {f"{run.stabilizer_name}/{name}": value for name, value in run.stabilizer.metrics().items()}
+    norms = {f"norms/{name}_per_block": value for name, value in run.weights.norms("frobenius").items()}
+    run.log.add(run.progress.step, {**values, **own, **norms})
+
+
+def write_log(run: Run, clock: Clock) -> str | None:
+    """Flush the log with the throughput since the last time; the reason if the run has diverged."""
+    progress = run.progress
+    seconds, steps = clock.take(), run.log.pending_steps
+    progress.elapsed_s += seconds
+    tokens_per_s = steps * run.batch_tokens / seconds if seconds > 0 else 0.0
+    # The first interval pays for warm caches, allocation and compilation.
+    if progress.step > steps:
+        progress.timed_s, progress.timed_tokens = (
+            progress.timed_s + seconds,
+            progress.timed_tokens + steps * run.batch_tokens,
+        )
+    mfu = tokens_per_s * run.flops_per_token / (run.peak_flops * run.world.size)
+    run.log.add(
+        progress.step,
+        {
+            "throughput/tokens_per_s": tokens_per_s,
+            "throughput/mfu": mfu,
+            "data/epoch": run.batches.epoch(progress.step),
+        },
+    )
+    reason = progress.take_losses(run.log.flush(), run.settings.rules)
+    if reason is None and progress.val_loss is not None and not math.isfinite(progress.val_loss):
+        reason = f"validation loss {progress.val_loss} at step {progress.step}"
+    summarize(run, "running", tokens_per_s=tokens_per_s)
+    return reason
+
+
+def save(run: Run) -> None:
+    """Checkpoint everything that the next step depends on."""
+    state = {"progress": asdict(run.progress), **run.facts}
+    if run.log.mirror is not None:
+        state["wandb_id"] = run.log.mirror.id
+    checkpoint.save(
+        run.run_dir / "checkpoints",
+        run.progress.step,
+        run.model,
+        run.optimizers,
+        run.stabilizer,
+        state,
+        run.world,
+        keep=run.settings.keep_checkpoints,
+    )
+
+
+def finish(run: Run, status: str, reason: str | None) -> str:
+    """Write the last summary."""
+    run.log.flush()
+    summarize(run, status, reason=reason)
+    run.log.close()
+    run.world.barrier()
+    return status
+
+
+def summarize(run: Run, status: str, *, reason: str | None = None, tokens_per_s: float | None = None) -> None:
+    """Replace summary.json."""
+    if not run.world.is_main:
+        return
+    progress = run.progress
+    if progress.timed_s > 0:
+        tokens_per_s = progress.timed_tokens / progress.timed_s
+    summary = {
+        "status": status,
+        "reason": reason,
+        "unstable": progress.instabilities(run.settings.rules, run.unigram_entropy),
+        "step": progress.step,
+        "tokens": progress.step * run.batch_tokens,
+        "val_loss": progress.val_loss,
+        "best_val_loss": progress.best_val_loss,
+        "initial_val_loss": progress.initial_val_loss,
+        "max_logit": progress.max_logit,
+        "peak_logit": progress.peak_logit,
+        "delta_mean": progress.delta_mean,
+        "tokens_per_s": tokens_per_s,
+        "elapsed_s": progress.elapsed_s,
+        **run.facts,
+    }
+    write_json(run.run_dir / "summary.json", summary)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within, the first SIGINT, SIGTERM or SIGUSR1 only asks the loop to stop; a second SIGINT stops at once."""
+    asked: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

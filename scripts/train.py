@@ -1,0 +1,85 @@
+"""Train one model.
+
+    python scripts/train.py experiment=tiny attention=mla stabilizer=quack
+    python scripts/train.py experiment=tiny stabilizer=quack stabilizer.tau=0.1 optimizer.lr=3e-3 run_dir=runs/mine
+    torchrun --nproc-per-node 8 scripts/train.py model=1b attention=mla stabilizer=qk_clip data.dir=/data/cosmopedia
+    python scripts/train.py --config runs/mine/config.yaml run_dir=runs/again     # the same run again
+
+Settings are key=value (Hydra's grammar). A group takes one of its choices:
+{groups}
+and every key inside a group can be set alone. Other flags:
+    --config FILE   take all settings from the config.yaml of an earlier run; key=value still overrides
+    --check         check everything, print the resolved config and the parameter counts, and train nothing
+    -h, --help      this text; with key=value, the resolved config too
+
+The run directory gets config.yaml, environment.json, metrics.jsonl, summary.json and checkpoints/. Calling the same
+command again continues an unfinished run. Exit codes: 0 completed, diverged or interrupted; 2 a mistake in the
+settings; 1 a crash.
+"""
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from quack_lm.config import CONFIG_DIR, choices, compose
+from quack_lm.errors import UserError, exit_on_user_error
+
+
+def main(arguments: list[str]) -> int:
+    """Read the command line, check, and train."""
+    if {"-h", "--help"} & set(arguments):
+        groups = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name != "sweep")
+        table = "\n".join(f"    {group + '=':13} {' | '.join(choices(group))}" for group in groups)
+        print((__doc__ or "").replace("{groups}", table))
+        return 0
+    file, is_check, overrides = _flags(arguments)
+    config = compose(overrides, file=file)
+
+    # Imported late: --help and a mistake in the settings need not wait for it.
+    from quack_lm.build import build, check_run
+    from quack_lm.model import count_parameters
+    from quack_lm.train import summarize, train
+
+    plan = check_run(config)
+    if is_check:
+        print(yaml.safe_dump(plan.config, sort_keys=False))
+        print("\n".join(f"{n:>15,}  {component}" for component, n in count_parameters(plan.model).items()))
+        return 0
+    if plan.finished:
+        print(f"{plan.run_dir} is finished already: {plan.finished}")
+        return 0
+    run = build(plan)
+    try:
+        status = train(run)
+    except BaseException as error:
+        summarize(run, "failed", reason=f"{type(error).__name__}: {error}")
+        raise
+    run.world.close()
+    if run.world.is_main:
+        print(f"{status} at step {run.progress.step}: validation loss {run.progress.val_loss:.4f}, {plan.run_dir}")
+    return 0
+
+
+def _flags(arguments: list[str]) -> tuple[Path | None, bool, list[str]]:
+    """(--config's file, whether --check, the overrides)."""
+    file, is_check, overrides = None, False, []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config" or argument.startswith("--config="):
+            value = argument.partition("=")[2] or next(rest, None)
+            if value is None:
+                raise UserError("--config needs a file")
+            file = Path(value)
+        elif argument == "--check":
+            is_check = True
+        elif argument.startswith("-"):
+            raise UserError(f"unknown flag {argument}; settings are key=value, and --help explains")
+        else:
+            overrides.append(argument)
+    return file, is_check, overrides
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,412 @@
+"""The preparation: the shards hold the texts, whatever the source, and whenever it was interrupted."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from quack_lm.config import CONFIG_DIR, compose, instantiate
+from quack_lm.corpus import Corpus, HubCorpus, LocalCorpus, StdlibCorpus, prepare
+from quack_lm.data import SPLITS, SplitName, TokenData
+from quack_lm.errors import UserError
+
+EOT = "<|endoftext|>"
+WORDS = ["attention", "logits", "change", "step,", "bound", "größer", "≤", "思", "🦆", "def f(x):\n\treturn x\n"]
+
+
+def make_texts(n: int, *, seed: int = 0) -> list[str]:
+    """Documents of 5 to 80 words; some equal, some that spell the end-of-text token."""
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(5, 80))) for _ in range(n)]
+    return [*texts[:-2], texts[0], f"a document that says {EOT} in its middle"]
+
+
+def write_jsonl(path: Path, texts: list[str | None], field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def local(directory: Path, files: list[str], **changes: Any) -> LocalCorpus:
+    settings: dict[str, Any] = {
+        "dir": str(directory),
+        "files": files,
+        "format": "jsonl",
+        "tokenizer": None,
+        "vocab_size": 300,
+        "val_fraction": 0.2,
+        "probe_fraction": 0.1,
+        "shard_tokens": 700,
+        "workers": 0,
+    }
+    return LocalCorpus(**(settings | changes))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def documents(directory: Path, split: SplitName) -> list[str]:
+    """The texts of a split, decoded from its shards."""
+    data = TokenData.open(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+    windows = data.windows(split, data.manifest.split(split).tokens - 1)
+    tokens = windows.read(np.array([0]))[0]
+    ends = np.flatnonzero(tokens == data.manifest.eot_id)
+    assert ends[-1] == len(tokens) - 1
+    return [tokenizer.decode(piece[piece != data.manifest.eot_id]) for piece in np.split(tokens, ends + 1)[:-1]]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return make_texts(150)
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("source") / "texts.jsonl", list(texts))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, jsonl: Path) -> Path:
+    return prepare(local(tmp_path_factory.mktemp("data") / "set", [str(jsonl)]), progress=False)
+
+
+# ------------------------------------------------------------------------------------------------ contents
+
+
+def test_the_shards_decode_to_the_texts_in_order(prepared: Path, jsonl: Path, texts: list[str]) -> None:
+    corpus = local(prepared, [str(jsonl)])
+    manifest = TokenData.open(prepared).manifest
+    for split in SPLITS:
+        expected = [text for text in texts if corpus.split_of(text) == split]
+        assert documents(prepared, split) == expected
+        assert manifest.split(split).documents == len(expected)
+    sizes = [shard.tokens for shard in manifest.splits.train.shards]
+    assert len(sizes) > 3
+    assert set(sizes[:-1]) == {700}
+
+
+def test_splits_share_no_document(prepared: Path) -> None:
+    sets = [set(documents(prepared, split)) for split in SPLITS]
+    assert sum(map(len, sets)) == len(set.union(*sets))
+
+
+def test_unigram_entropy_is_that_of_the_train_tokens(prepared: Path) -> None:
+    manifest = TokenData.open(prepared).manifest
+    tokens = np.concatenate([np.fromfile(prepared / s.file, dtype="<u2") for s in manifest.splits.train.shards])
+    p = np.array([np.mean(tokens == token) for token in np.unique(tokens)])
+    assert manifest.unigram_entropy == pytest.approx(-np.sum(p * np.log(p)), rel=1e-9)
+
+
+def test_blank_and_missing_documents_are_skipped(tmp_path: Path, texts: list[str]) -> None:
+    rows: list[str | None] = [None, "", " \n"]
+    source = write_jsonl(tmp_path / "blank.jsonl", rows + list(texts) + rows)
+    directory = prepare(local(tmp_path / "set", [str(source)]), progress=False)
+    manifest = TokenData.open(directory).manifest
+    assert sum(manifest.split(split).documents for split in SPLITS) == len(texts)
+
+
+def test_every_source_and_any_number_of_workers_gives_the_same_shards(
+    tmp_path: Path, prepared: Path, texts: list[str]
+) -> None:
+    pq.write_table(pa.table({"n": range(len(texts)), "body": texts}), tmp_path / "t.parquet", row_group_size=7)
+    halves = [write_jsonl(tmp_path / f"half_{i}.jsonl", list(t)) for i, t in enumerate((texts[:60], texts[60:]))]
+    (tmp_path / "files").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "files" / f"{number:04d}.txt").write_text(text, newline="")
+    corpora = [
+        local(tmp_path / "a", [str(tmp_path / "t.parquet")], format="parquet", text_field="body"),
+        local(tmp_path / "b", [str(half) for half in reversed(halves)], workers=2),
+        local(tmp_path / "c", [str(tmp_path / "**" / "*.txt")], format="text"),
+    ]
+    expected = {name: content for name, content in contents(prepared).items() if name != "manifest.json"}
+    for corpus in corpora:
+        made = contents(prepare(corpus, progress=False))
+        made.pop("manifest.json")
+        assert made == expected
+
+
+def test_stdlib_is_source_without_tests() -> None:
+    corpus = instantiate(compose(["data=stdlib"])["data"])
+    assert isinstance(corpus, StdlibCorpus)
+    paths = [path.as_posix() for path in corpus.input_files()]
+    assert paths == sorted(paths)
+    assert not any(
+        "/test" in path.split("/lib/", 1)[-1] or "packages/" in path for path in paths if "unittest" not in path
+    )
+    assert any(path.endswith("/argparse.py") for path in paths)
+    assert sum(len(row["text"]) for row in corpus.stream()) > 5_000_000
+
+
+def test_cosmopedia_settings_read_local_files_of_its_schema(tmp_path: Path, prepared: Path, texts: list[str]) -> None:
+    n = len(texts)
+    columns = {"prompt": ["write"] * n, "text": texts, "token_length": [5] * n, "audience": ["general"] * n}
+    table = pa.table(columns | {"format": ["blogpost"] * n, "seed_data": ["auto_math_text"] * n})
+    pq.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+    overrides = [
+        "data=cosmopedia_v2",
+        f"data.dir={tmp_path}/set",
+        f"data.files=[{tmp_path}/train-*.parquet]",
+        f"data.tokenizer={prepared}/tokenizer",
+        "data.vocab_size=300",
+        "data.val_fraction=0.2",
+        "data.probe_fraction=0.1",
+        "data.workers=0",
+    ]
+    corpus = instantiate(compose(overrides)["data"])
+    assert isinstance(corpus, HubCorpus)
+    directory = prepare(corpus, progress=False)
+    for split in SPLITS:
+        assert documents(directory, split) == documents(prepared, split)
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path, prepared: Path, jsonl: Path) -> None:
+    shutil.copytree(prepared / "tokenizer", tmp_path / "large")
+    state = json.loads((tmp_path / "large" / "tokenizer.json").read_text())
+    state["model"]["vocab"] |= {f"never merged {number}": 300 + number for number in range(2**16)}
+    (tmp_path / "large" / "tokenizer.json").write_text(json.dumps(state))
+    corpus = local(tmp_path / "set", [str(jsonl)], tokenizer=str(tmp_path / "large"), vocab_size=300 + 2**16)
+    directory = prepare(corpus, progress=False)
+    assert TokenData.open(directory).manifest.dtype == "uint32"
+    assert documents(directory, "val") == documents(prepared, "val")
+
+
+# ------------------------------------------------------------------------------------------------ interruptions
+
+# Commits after every batch of five documents, so that a kill soon has something to come back to.
+INTERRUPTIBLE = """
+import json, sys, time
+from quack_lm import corpus
+if __name__ == "__main__":
+    corpus.BATCH_DOCUMENTS = 5
+    settings, pause_s = json.loads(sys.argv[1]), float(sys.argv[2])
+    make, commit = corpus.LocalCorpus(**settings), corpus._commit
+    def commit_and_pause(*arguments):
+        commit(*arguments)
+        time.sleep(pause_s)
+    corpus._commit = commit_and_pause
+    corpus.prepare(make, progress=False, commit_every_s=0)
+"""
+
+
+def start_preparation(script: Path, settings: dict[str, Any], *, pause_s: float) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": str(CONFIG_DIR.parent)}
+    return subprocess.Popen([sys.executable, str(script), json.dumps(settings), str(pause_s)], env=environment)
+
+
+def committed_documents(partial: Path) -> int:
+    try:
+        return int(json.loads((partial / "progress.json").read_text())["documents"])
+    except FileNotFoundError:
+        return 0
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("format", "workers", "kill_after"), [("parquet", 2, [60]), ("text", 0, [20, 80])])
+def test_a_killed_preparation_goes_on_to_the_same_bytes(
+    tmp_path: Path, prepared: Path, texts: list[str], format: str, workers: int, kill_after: list[int]
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    if format == "parquet":
+        pq.write_table(pa.table({"body": texts}), source / "t.parquet", row_group_size=7)
+    for number, text in enumerate(texts if format == "text" else []):
+        (source / f"{number:04d}.txt").write_text(text, newline="")
+    corpus = local(tmp_path / "set", [f"{source}/*"], format=format, text_field="body", workers=workers)
+    settings = dict(vars(corpus))
+    script = tmp_path / "prepare.py"
+    script.write_text(INTERRUPTIBLE)
+    partial = tmp_path / "set.partial"
+
+    for at_least in kill_after:
+        process = start_preparation(script, settings, pause_s=0.05)
+        while committed_documents(partial) < at_least:
+            assert process.poll() is None
+            time.sleep(0.01)
+        helpers = children(process.pid)
+        assert len(helpers) >= workers
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "set").exists()
+        deadline = time.monotonic() + 20
+        while any(is_alive(helper) for helper in helpers):
+            assert time.monotonic() < deadline, "the workers outlive their killed parent"
+            time.sleep(0.05)
+        # What was written after the commit, and torn, must go.
+        with (partial / "train_00000.bin").open("ab") as file:
+            file.write(b"\xff" * 3)
+        (partial / "val_00077.bin").write_bytes(b"\xff")
+        assert committed_documents(partial) < len(texts)
+
+    assert start_preparation(script, settings, pause_s=0).wait() == 0
+    assert not partial.exists()
+    expected, made = contents(prepared), contents(tmp_path / "set")
+    del expected["manifest.json"], made["manifest.json"]
+    assert made == expected
+    TokenData.open(tmp_path / "set")
+
+
+def test_a_preparation_killed_before_its_rename_only_renames(tmp_path: Path, jsonl: Path) -> None:
+    corpus = local(tmp_path / "set", [str(jsonl)])
+    finished = prepare(corpus, progress=False).rename(tmp_path / "set.partial")
+    times = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    directory = prepare(corpus, progress=False)
+    assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == times
+
+
+def test_what_other_settings_left_is_made_anew(tmp_path: Path, jsonl: Path, prepared: Path) -> None:
+    other = local(tmp_path / "set", [str(jsonl)], val_fraction=0.4)
+    prepare(other, progress=False).rename(tmp_path / "set.partial")
+    assert contents(prepare(local(tmp_path / "set", [str(jsonl)]), progress=False)) == contents(prepared)
+
+
+# ------------------------------------------------------------------------------------------------ the directory
+
+
+def test_a_second_call_says_so_and_does_nothing(
+    prepared: Path, jsonl: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(prepared)
+    prepare(local(prepared, [str(jsonl)], workers=3, mask_documents=True))
+    assert "prepared already" in capsys.readouterr().out
+    assert contents(prepared) == before
+
+
+def test_other_settings_for_the_same_directory_are_refused(prepared: Path, jsonl: Path) -> None:
+    before = contents(prepared)
+    with pytest.raises(UserError, match=r"data\.dir=.*data\.val_fraction was 0\.2, is 0\.3.*another data\.dir"):
+        prepare(local(prepared, [str(jsonl)], val_fraction=0.3))
+    assert contents(prepared) == before
+
+
+@pytest.mark.parametrize("place", ["set", "set.partial"])
+def test_a_directory_with_a_users_files_is_left_alone(tmp_path: Path, jsonl: Path, place: str) -> None:
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"data\.dir.*another data\.dir"):
+        prepare(local(tmp_path / "set", [str(jsonl)]), progress=False)
+    assert (tmp_path / place / "thesis.txt").read_text() == "mine"
+
+
+def test_two_preparations_of_one_directory_do_not_meet(tmp_path: Path, jsonl: Path, texts: list[str]) -> None:
+    corpus = local(tmp_path / "set", [str(jsonl)])
+    script = tmp_path / "prepare.py"
+    script.write_text(INTERRUPTIBLE)
+    first = start_preparation(script, dict(vars(corpus)), pause_s=60)
+    try:
+        while committed_documents(tmp_path / "set.partial") == 0:
+            assert first.poll() is None
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="another preparation"):
+            prepare(corpus, progress=False)
+    finally:
+        first.kill()
+        first.wait()
+    prepare(corpus, progress=False)
+    assert not (tmp_path / "set.lock").exists()
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def refusal(corpus: Corpus) -> str:
+    with pytest.raises(UserError) as caught:
+        prepare(corpus, progress=False)
+    assert not Path(corpus.dir).exists()
+    return str(caught.value)
+
+
+def test_a_vocabulary_of_another_size_names_the_value_to_set(tmp_path: Path, prepared: Path, jsonl: Path) -> None:
+    for wrong in (299, 512):
+        corpus = local(tmp_path / "set", [str(jsonl)], tokenizer=str(prepared / "tokenizer"), vocab_size=wrong)
+        assert "set data.vocab_size=300" in refusal(corpus)
+    assert "too small" in refusal(local(tmp_path / "set", [str(jsonl)], vocab_size=60_000))
+    assert "at least 257" in refusal(local(tmp_path / "set", [str(jsonl)], vocab_size=256))
+
+
+def test_a_missing_end_of_text_token_names_the_key(tmp_path: Path, prepared: Path, jsonl: Path) -> None:
+    corpus = local(tmp_path / "set", [str(jsonl)], tokenizer=str(prepared / "tokenizer"), eot_token="</s>")
+    assert "data.eot_token='</s>'" in refusal(corpus)
+    assert EOT in refusal(corpus)
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path, jsonl: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no such directory" in refusal(local(tmp_path / "set", [str(jsonl)], tokenizer=str(tmp_path / "missing")))
+    assert "data.tokenizer" in refusal(local(tmp_path / "set", [str(jsonl)], tokenizer=str(tmp_path / "empty")))
+
+
+def test_a_missing_column_names_those_there_are(tmp_path: Path, jsonl: Path) -> None:
+    message = refusal(local(tmp_path / "set", [str(jsonl)], text_field="body"))
+    assert "data.text_field=body" in message
+    assert "id, text" in message
+
+
+def test_a_column_that_is_not_text_is_named(tmp_path: Path, jsonl: Path) -> None:
+    assert "data.text_field" in refusal(local(tmp_path / "set", [str(jsonl)], text_field="id"))
+
+
+def test_files_that_are_missing_or_unreadable_are_named(tmp_path: Path) -> None:
+    assert "matches no file" in refusal(local(tmp_path / "set", [str(tmp_path / "*.jsonl")]))
+    (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    assert "torn.jsonl" in refusal(local(tmp_path / "set", [str(tmp_path / "torn.jsonl")]))
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
+    assert "torn.parquet" in refusal(local(tmp_path / "set", [str(tmp_path / "torn.parquet")], format="parquet"))
+    (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+    assert "latin.txt is not UTF-8" in refusal(local(tmp_path / "set", [str(tmp_path / "latin.txt")], format="text"))
+
+
+def test_a_corpus_too_small_for_three_splits_names_the_fraction(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "few.jsonl", ["the only document there is, long enough for a few merges " * 5])
+    corpus = local(tmp_path / "set", [str(source)], vocab_size=257, val_fraction=0.001, probe_fraction=0.001)
+    assert "raise data.val_fraction=0.001" in refusal(corpus)
+    blank = write_jsonl(tmp_path / "blank.jsonl", ["", ""])
+    assert "no documents" in refusal(local(tmp_path / "set", [str(blank)]))
+
+
+def test_fractions_that_leave_nothing_to_train_on_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.val_fraction=0\.6 .* below 1"):
+        local(tmp_path, ["x"], val_fraction=0.6, probe_fraction=0.5)
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+def test_the_script_prepares_prints_a_table_and_refuses_in_one_line(tmp_path: Path, jsonl: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(CONFIG_DIR.parent / "scripts" / "prepare_data.py"), *arguments]
+        environment = os.environ | {"PYTHONPATH": str(CONFIG_DIR.parent)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    overrides = ["data=local", "data.dir=set", "data.format=jsonl", "data.vocab_size=300", "data.val_fraction=0.2"]
+    done = run(*overrides, "data.probe_fraction=0.1", f"data.files=[{jsonl}]", "data.workers=0")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[-4:]] == ["split", *SPLITS]
+    TokenData.open(tmp_path / "set")
+    refused = run("data=local", "data.dir=other")
+    assert refused.returncode == 2
+    assert "data.files" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1

@@ -1,0 +1,253 @@
+"""The loader: what is trained on depends on the seed and the step alone, and damaged data are refused."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quack_lm.data import EvalBatches, TokenData, TrainBatches, Windows, permutation
+from quack_lm.errors import UserError
+
+sizes = st.integers(1, 6)
+
+
+def counting_windows(n_windows: int, seq_len: int, shard_tokens: int = 7) -> Windows:
+    """Windows over the tokens 0, 1, 2, ..., cut into small shards."""
+    row = np.arange(n_windows * seq_len + 1, dtype=np.uint16)
+    return Windows([row[i : i + shard_tokens] for i in range(0, len(row), shard_tokens)], seq_len)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Path:
+    """A small valid data set, written by hand: train in two shards of 10 and 5 tokens, val and probe of 6."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    splits: dict[str, Any] = {}
+    for split, lengths in {"train": (10, 5), "val": (6,), "probe": (6,)}.items():
+        shards = []
+        for number, length in enumerate(lengths):
+            path = tmp_path / f"{split}_{number:05d}.bin"
+            np.arange(10 * number, 10 * number + length, dtype="<u2").tofile(path)
+            shards.append({"file": path.name, "tokens": length, "sha256": sha256(path)})
+        splits[split] = {"tokens": sum(lengths), "documents": 2, "shards": shards}
+    manifest = {
+        "format_version": 1,
+        "vocab_size": 300,
+        "eot_id": 0,
+        "dtype": "uint16",
+        "unigram_entropy": 2.5,
+        "tokenizer": {"name": "by hand", "files": {"tokenizer.json": sha256(tmp_path / "tokenizer/tokenizer.json")}},
+        "splits": splits,
+        "source": {"corpus": "by hand"},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------------ order
+
+
+@given(n=st.integers(1, 200), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
+@settings(deadline=None, max_examples=50)
+def test_a_permutation_has_every_number_once(n: int, seed: int, epoch: int) -> None:
+    assert sorted(permutation(n, seed=seed, epoch=epoch).tolist()) == list(range(n))
+
+
+def test_the_order_of_a_seed_never_changes() -> None:
+    # Written down once: a run resumed after an update of NumPy must see the same data.
+    assert permutation(8, seed=1, epoch=0).tolist() == [2, 0, 1, 4, 5, 6, 7, 3]
+    assert permutation(8, seed=1, epoch=1).tolist() != permutation(8, seed=1, epoch=0).tolist()
+    assert permutation(8, seed=2, epoch=0).tolist() != permutation(8, seed=1, epoch=0).tolist()
+
+
+@given(n_windows=st.integers(1, 40), seq_len=sizes, world=st.integers(1, 3), per_rank=st.integers(1, 4), micro=sizes)
+@settings(deadline=None, max_examples=60)
+def test_the_global_batch_is_the_same_for_every_world_and_micro_batch_size(
+    n_windows: int, seq_len: int, world: int, per_rank: int, micro: int
+) -> None:
+    windows = counting_windows(n_windows, seq_len)
+    batch_size = world * per_rank * micro
+    alone = TrainBatches(windows, seed=3, global_batch_size=batch_size, micro_batch_size=1)
+    for step in (5, 0, 1):
+        expected = torch.cat(list(alone.micro_batches(step)))
+        parts: list[torch.Tensor] = []
+        for rank in range(world):
+            rank_batches = TrainBatches(
+                windows, seed=3, global_batch_size=batch_size, micro_batch_size=micro, rank=rank, world_size=world
+            )
+            pieces = list(rank_batches.micro_batches(step))
+            assert [piece.shape for piece in pieces] == [(micro, seq_len + 1)] * per_rank
+            parts += pieces
+        assert torch.cat(parts).equal(expected)
+
+
+@given(n_windows=st.integers(1, 30), batch=st.integers(1, 12), seed=st.integers(0, 5))
+@settings(deadline=None, max_examples=40)
+def test_each_epoch_visits_each_window_exactly_once(n_windows: int, batch: int, seed: int) -> None:
+    batches = TrainBatches(counting_windows(n_windows, 3), seed=seed, global_batch_size=batch, micro_batch_size=batch)
+    n_steps = -(-3 * n_windows // batch)
+    seen = torch.cat([micro for step in range(n_steps) for micro in batches.micro_batches(step)])[:, 0] // 3
+    for epoch in seen[: 3 * n_windows].split(n_windows):
+        assert sorted(epoch.tolist()) == list(range(n_windows))
+    assert batches.epoch(n_steps) == pytest.approx(n_steps * batch / n_windows)
+
+
+def test_batches_depend_on_seed_and_step_and_not_on_what_was_read_before() -> None:
+    windows = counting_windows(50, 4)
+    first = TrainBatches(windows, seed=1, global_batch_size=6, micro_batch_size=3)
+    history = [torch.cat(list(first.micro_batches(step))) for step in range(20)]
+    late = TrainBatches(windows, seed=1, global_batch_size=6, micro_batch_size=6)
+    for step in (19, 8, 9, 0):
+        assert torch.cat(list(late.micro_batches(step))).equal(history[step])
+    other = TrainBatches(windows, seed=2, global_batch_size=6, micro_batch_size=6)
+    assert not torch.cat(list(other.micro_batches(0))).equal(history[0])
+
+
+def test_a_batch_that_ranks_cannot_share_names_the_key() -> None:
+    with pytest.raises(UserError, match=r"trainer\.global_batch_size=8 .* 3 x 2"):
+        TrainBatches(counting_windows(9, 2), seed=0, global_batch_size=8, micro_batch_size=2, world_size=3)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+@given(n_windows=st.integers(1, 40), wanted=st.integers(1, 50), world=st.integers(1, 4), micro=sizes)
+@settings(deadline=None, max_examples=80)
+def test_the_evaluation_set_is_the_same_for_every_world_size(
+    n_windows: int, wanted: int, world: int, micro: int
+) -> None:
+    windows = counting_windows(n_windows, 3)
+    alone = EvalBatches(windows, n_sequences=wanted, micro_batch_size=1)
+    expected = torch.cat([tokens for tokens, _ in alone])
+    assert alone.n_sequences == len(expected) == len(expected.unique(dim=0)) == min(wanted, n_windows)
+    ranks = [
+        EvalBatches(windows, n_sequences=wanted, micro_batch_size=micro, rank=rank, world_size=world)
+        for rank in range(world)
+    ]
+    assert len({len(list(rank)) for rank in ranks}) == 1
+    tokens = torch.cat([tokens for rank in ranks for tokens, _ in rank])
+    weights = torch.cat([weights for rank in ranks for _, weights in rank])
+    assert weights.dtype == torch.float32
+    assert tokens[weights > 0].equal(expected)
+    assert weights.sum() == len(expected)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@given(n_windows=st.integers(1, 20), seq_len=sizes, shard_tokens=st.integers(1, 9))
+@settings(deadline=None, max_examples=60)
+def test_windows_overlap_by_one_token_and_may_straddle_shards(n_windows: int, seq_len: int, shard_tokens: int) -> None:
+    windows = counting_windows(n_windows, seq_len, shard_tokens)
+    assert len(windows) == n_windows
+    read = windows.read(np.arange(n_windows))
+    assert read.dtype == np.int64
+    assert read.tolist() == [list(range(i * seq_len, (i + 1) * seq_len + 1)) for i in range(n_windows)]
+
+
+def test_a_data_set_opens_and_reads_back(data_set: Path) -> None:
+    data = TokenData.open(data_set)
+    windows = data.windows("train", 4)
+    assert data.manifest.unigram_entropy == 2.5
+    assert data.manifest_sha256 == sha256(data_set / "manifest.json")
+    assert windows.read(np.array([2, 0])).tolist() == [[8, 9, 10, 11, 12], [0, 1, 2, 3, 4]]
+    assert len(data.windows("val", 5)) == 1
+
+
+def test_a_split_shorter_than_a_window_names_seq_len_and_the_split(data_set: Path) -> None:
+    with pytest.raises(UserError, match=r"trainer\.seq_len=6 .* val split .* 6 tokens: .* at most 5"):
+        TokenData.open(data_set).windows("val", 6)
+
+
+def test_no_data_set_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no data set in .*missing.*python scripts/prepare_data\.py"):
+        TokenData.open(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["train_00001.bin", "val_00000.bin", "tokenizer/tokenizer.json"])
+def test_one_changed_byte_is_refused_by_name(data_set: Path, name: str) -> None:
+    content = bytearray((data_set / name).read_bytes())
+    content[1] ^= 1
+    (data_set / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is damaged or foreign: its sha256 .* scripts/prepare_data\.py"):
+        TokenData.open(data_set)
+
+
+def test_without_checksums_only_the_size_of_a_shard_is_checked(data_set: Path) -> None:
+    shard = data_set / "train_00000.bin"
+    shard.write_bytes(bytes(20))
+    TokenData.open(data_set, verify_checksums=False)
+    shard.write_bytes(bytes(18))
+    with pytest.raises(UserError, match=r"train_00000\.bin .* it has 18 bytes, the manifest says 20"):
+        TokenData.open(data_set, verify_checksums=False)
+
+
+@pytest.mark.parametrize("name", ["probe_00000.bin", "tokenizer/tokenizer.json"])
+def test_a_missing_file_is_refused_by_name(data_set: Path, name: str) -> None:
+    (data_set / name).unlink()
+    with pytest.raises(UserError, match=rf"{name} .* is missing"):
+        TokenData.open(data_set)
+
+
+def test_a_file_added_to_the_tokenizer_is_refused(data_set: Path) -> None:
+    (data_set / "tokenizer" / "added_tokens.json").write_text("{}")
+    with pytest.raises(UserError, match=r"added_tokens\.json .* does not know this file"):
+        TokenData.open(data_set)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("format_version",), 2),
+        (("vocab_size",), "300"),
+        (("vocab_size",), 70_000),
+        (("eot_id",), 300),
+        (("dtype",), "uint8"),
+        (("unigram_entropy",), -1.0),
+        (("surprise",), 1),
+        (("splits", "extra"), {}),
+        (("splits", "val", "tokens"), 7),
+        (("splits", "val", "shards"), []),
+        (("splits", "train", "shards", 0, "file"), "../train_00000.bin"),
+        (("splits", "train", "shards", 0, "file"), "/etc/passwd"),
+        (("splits", "train", "shards", 0, "file"), ".."),
+        (("splits", "train", "shards", 0, "tokens"), 10.0),
+        (("splits", "train", "shards", 0, "sha256"), "0"),
+        (("tokenizer", "files"), {}),
+    ],
+)
+def test_a_manifest_with_a_wrong_entry_is_refused(data_set: Path, path: tuple[Any, ...], value: Any) -> None:
+    manifest = json.loads((data_set / "manifest.json").read_text())
+    entry = manifest
+    for key in path[:-1]:
+        entry = entry[key]
+    entry[path[-1]] = value
+    (data_set / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged or foreign"):
+        TokenData.open(data_set)
+
+
+def test_a_truncated_manifest_is_refused_at_every_length(data_set: Path) -> None:
+    content = (data_set / "manifest.json").read_bytes()
+    for length in range(0, len(content), 97):
+        (data_set / "manifest.json").write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"manifest\.json is damaged or foreign"):
+            TokenData.open(data_set)
+
+
+def test_a_manifest_lacking_any_key_is_refused(data_set: Path) -> None:
+    manifest = json.loads((data_set / "manifest.json").read_text())
+    for key in manifest:
+        (data_set / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
+        with pytest.raises(UserError, match=rf"manifest\.json is damaged or foreign: {key}"):
+            TokenData.open(data_set)

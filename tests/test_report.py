@@ -1,0 +1,345 @@
+"""The report, on sweep directories written by hand in the format of the trainer."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quack_lm import report
+from quack_lm.errors import UserError
+from quack_lm.report import figures, results, table
+from quack_lm.sweep import Cell, Plan, write_plan
+
+ROOT = Path(__file__).resolve().parents[1]
+N_LAYERS, N_HEADS = 3, 5
+STEPS = 40
+TARGETS = {"none": "Nothing", "fixed": "Fixed", "qk_norm": "QKNorm", "qk_clip": "QKClip", "quack": "QuacK"}
+
+
+def make_cell(
+    directory: Path, attention: str, stabilizer: str, lr: float = 0.3, seed: int = 0, **settings: Any
+) -> Cell:
+    config = {
+        "run_dir": None,
+        "seed": seed,
+        "model": {"_target_": "quack_lm.model.ModelSizes", "n_layers": N_LAYERS},
+        "attention": {"_target_": f"quack_lm.attention.{attention}.{attention.upper()}", "n_heads": N_HEADS},
+        "stabilizer": {"_target_": f"quack_lm.stabilizers.{stabilizer}.{TARGETS.get(stabilizer, 'Other')}", **settings},
+        "optimizer": {"_target_": "quack_lm.optim.recipe.Recipe", "lr": lr},
+        "trainer": {"steps": STEPS, "global_batch_size": 8, "seq_len": 64},
+    }
+    setting = "".join(f" stabilizer.{key}={value}" for key, value in settings.items())
+    overrides = f"attention={attention} stabilizer={stabilizer}{setting} optimizer.lr={lr} seed={seed}".split()
+    identity = f"{abs(hash(json.dumps(config))):012x}"[:12]
+    run_dir = directory / f"{attention}-{stabilizer}-lr{lr:g}-seed{seed}-{identity}"
+    return Cell(overrides=overrides, config=config, fingerprint=identity, run_dir=run_dir)
+
+
+def write_run(
+    cell: Cell,
+    *,
+    status: str = "completed",
+    final: float = 3.78,
+    max_logit: float = 71.0,
+    last_step: int = STEPS,
+    unstable: tuple[str, ...] = (),
+) -> None:
+    """A run whose loss falls from 6.2 to `final` and whose logits grow to `max_logit`; null where it diverged."""
+    cell.run_dir.mkdir(parents=True)
+    lines = [_metrics_line(cell, step, final, max_logit) for step in range(0, last_step + 1)]
+    if status == "diverged":
+        lines[-1] |= {"train/loss": None, "val/loss": None, "logits/max": None}
+    (cell.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = {
+        "status": status,
+        "reason": "loss is not finite" if status == "diverged" else None,
+        "step": last_step,
+        "tokens": last_step * 512,
+        "val_loss": None if status == "diverged" else final,
+        "best_val_loss": final - 0.01,
+        "initial_val_loss": 6.2,
+        "tokens_per_s": 41234.5,
+        "max_logit": None if status == "diverged" else max_logit,
+        "delta_mean": None if status == "diverged" else max_logit / 100,
+        "n_params": 1234,
+        "elapsed_s": 12.5,
+        "unstable": list(unstable),
+        "fingerprint": cell.fingerprint,
+    }
+    (cell.run_dir / "summary.json").write_text(json.dumps(summary))
+    environment = {"command": ["train.py"], "git_revision": None, "versions": {"torch": "9.9.9"}, "cpu_count": 2}
+    (cell.run_dir / "environment.json").write_text(json.dumps(environment))
+
+
+def _metrics_line(cell: Cell, step: int, final: float, max_logit: float) -> dict[str, Any]:
+    done = step / STEPS
+    loss = final + (6.2 - final) * math.exp(-6 * done)
+    line: dict[str, Any] = {"step": step, "tokens": 512 * step}
+    if step:
+        line |= {"train/loss": loss + 0.1 * math.sin(37 * step), "optim/lr": 0.3, "throughput/tokens_per_s": 41234.5}
+    if step % 5 == 0:
+        line["val/loss"] = loss
+    if step % 4 == 0:
+        peak = max_logit**done
+        # Each head has its own value, so that a wrong index shows.
+        heads = [[peak * (1 + layer) * (1 + head) for head in range(N_HEADS)] for layer in range(N_LAYERS)]
+        line |= {"logits/max": heads[-1][-1], "logits/max_per_head": heads}
+        if step:
+            line |= {
+                "logits/delta_mean": peak / 100,
+                "logits/delta_mean_per_head": [[v / 100 for v in row] for row in heads],
+            }
+    return line
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the plan of some cells and returns the sweep directory."""
+
+    def write(*cells: Cell) -> Path:
+        command = "python scripts/sweep.py run sweep=demo"
+        write_plan(
+            tmp_path, Plan(sweep="demo", question="Which one?\nHeld fixed: <all>.", command=command, cells=[*cells])
+        )
+        return tmp_path
+
+    return write
+
+
+def lines_of(plots: list[figures.Plot], name: str) -> dict[str, figures.Line]:
+    plot = next(plot for plot in plots if plot.name == name)
+    return {line.name: line for panel in plot.panels for line in panel.lines}
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def test_table_has_one_row_per_cell_by_attention_then_stabilizer_in_the_order_of_the_sweep_file(tmp_path, save):
+    order = [("mla", "quack"), ("mha", "quack"), ("mla", "none"), ("mha", "none")]
+    cells = [make_cell(tmp_path, *names) for names in order]
+    for cell in cells:
+        write_run(cell)
+    rows = [table.row(result)[:2] for result in results.load(save(*cells)).results]
+    assert rows == [("mla", "quack"), ("mla", "none"), ("mha", "quack"), ("mha", "none")]
+
+
+def test_table_shows_sensible_digits(tmp_path, save):
+    cell = make_cell(tmp_path, "mha", "quack")
+    write_run(cell, final=3.78213, max_logit=10234.0)
+    row = table.row(results.load(save(cell)).results[0])
+    assert row == ("mha", "quack", "0.3", "0", "3.782", "3.772", "1.02e4", "102", "41.2k", "completed")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.05123, "0.0512"),
+        (71.26, "71.3"),
+        (318.4, "318"),
+        (9996.0, "1.00e4"),
+        (-3.14159, "-3.14"),
+        (0.0, "0"),
+        (2e-7, "2.00e-7"),
+    ],
+)
+def test_three_significant_digits(value, text):
+    assert table.significant(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(412345.0, "412k"), (41234.0, "41.2k"), (1234567.0, "1.23M"), (980.4, "980")]
+)
+def test_tokens_per_second_are_short(value, text):
+    assert table.per_second(value) == text
+
+
+def test_every_state_of_a_cell_is_named(tmp_path, save):
+    done, diverged, quiet, killed, crashed, missing = cells = [
+        make_cell(tmp_path, "mha", "none", seed=s) for s in range(6)
+    ]
+    write_run(done)
+    write_run(diverged, status="diverged", last_step=17)
+    write_run(quiet, unstable=("logits above 1e4",))
+    write_run(killed, status="running", last_step=20)
+    crashed.run_dir.mkdir()
+    (crashed.run_dir / "train.log").write_text("Traceback\n")
+    measured = results.load(save(*cells))
+    assert [table.status(result) for result in measured.results] == [
+        "completed",
+        "diverged@17",
+        "completed, unstable",
+        "stopped@20",
+        "failed",
+        "missing",
+    ]
+    text = table.as_text(measured)
+    assert "6 runs: 2 completed (1 unstable), 1 diverged, 1 stopped, 1 failed, 1 missing" in text
+    assert "mha none lr 0.3 seed 2: completed, unstable: logits above 1e4" in text
+    assert "mha none lr 0.3 seed 1: diverged@17: loss is not finite" in text
+    assert missing.name not in text  # the table speaks of settings; directories are the report's
+
+
+def test_settings_that_differ_within_a_stabilizer_are_part_of_its_name(tmp_path, save):
+    cells = [make_cell(tmp_path, "mha", "quack", tau=tau, norm="frobenius") for tau in (0.1, 1.0)]
+    cells += [make_cell(tmp_path, "mha", "qk_clip", threshold=30.0)]
+    assert [r.method for r in results.load(save(*cells)).results] == ["quack tau=0.1", "quack tau=1", "qk_clip"]
+
+
+def test_a_bar_in_a_name_does_not_break_the_markdown_table(tmp_path, save):
+    cells = [make_cell(tmp_path, "mha", "quack", norm=norm) for norm in ("a|b", "c")]
+    lines = table.as_markdown(results.load(save(*cells))).splitlines()
+    assert "a\\|b" in lines[2]
+
+
+# ------------------------------------------------------------------------------------------------ the figures
+
+
+def test_curves_have_one_panel_per_attention_and_rate_and_one_line_per_run(tmp_path, save):
+    cells = [make_cell(tmp_path, a, s, lr) for a in ("mha", "mla") for s in ("none", "quack") for lr in (0.03, 0.3)]
+    for cell in cells:
+        write_run(cell)
+    plot = next(p for p in figures.plots(results.load(save(*cells))) if p.name == "val_loss")
+    assert [panel.title for panel in plot.panels] == ["mha, lr 0.03", "mha, lr 0.3", "mla, lr 0.03", "mla, lr 0.3"]
+    assert [[line.label for line in panel.lines] for panel in plot.panels] == [["none", "quack"]] * 4
+    first = plot.panels[0].lines[0].points
+    assert first[0] == (0, pytest.approx(6.2))
+    assert [step for step, _ in first] == list(range(0, STEPS + 1, 5))
+
+
+def test_middle_head_figures_read_the_middle_head_of_the_middle_layer(tmp_path, save):
+    cell = make_cell(tmp_path, "mha", "none")
+    write_run(cell, max_logit=100.0)
+    plots = figures.plots(results.load(save(cell)))
+    middle = next(iter(lines_of(plots, "max_logit_middle_head").values()))
+    # Layer 1 of 0..2 and head 2 of 0..4: factors 2 and 3 of the fixture.
+    assert middle.points[-1] == (STEPS, pytest.approx(100.0 * 2 * 3))
+    change = next(iter(lines_of(plots, "delta_middle_head").values()))
+    assert change.points[-1] == (STEPS, pytest.approx(100.0 * 2 * 3 / 100))
+
+
+def test_a_diverged_run_ends_in_a_cross_and_an_unstable_one_in_a_ring(tmp_path, save):
+    healthy, diverged, unstable = cells = [make_cell(tmp_path, "mha", s) for s in ("quack", "none", "fixed")]
+    write_run(healthy)
+    write_run(diverged, status="diverged", last_step=20)
+    write_run(unstable, unstable=("stuck",))
+    lines = lines_of(figures.plots(results.load(save(*cells))), "val_loss")
+    assert not lines["mha quack lr 0.3 seed 0"].diverged
+    assert not lines["mha quack lr 0.3 seed 0"].unstable
+    # The value at step 20 is null: the cross sits at the last finite one.
+    assert [x for x, _ in lines["mha none lr 0.3 seed 0"].diverged] == [15]
+    assert math.isnan(lines["mha none lr 0.3 seed 0"].points[-1][1])
+    assert [x for x, _ in lines["mha fixed lr 0.3 seed 0"].unstable] == [STEPS]
+
+
+def test_loss_by_rate_draws_diverged_runs_at_the_top_and_never_drops_them(tmp_path, save):
+    rates = (0.003, 0.03, 0.3)
+    cells = [make_cell(tmp_path, "mha", s, lr, seed) for s in ("none", "quack") for lr in rates for seed in (0, 1)]
+    for cell in cells:
+        lr, is_quack = cell.config["optimizer"]["lr"], "quack" in cell.name
+        if is_quack or lr < 0.3:
+            write_run(cell, final=3.7 + lr + 0.1 * cell.config["seed"])
+        else:
+            write_run(cell, status="diverged", last_step=10)
+    plot = next(p for p in figures.plots(results.load(save(*cells))) if p.name == "loss_by_lr")
+    none, quack = plot.panels[0].lines
+    assert none.points == [(0.003, pytest.approx(3.753)), (0.03, pytest.approx(3.78))]
+    assert none.diverged == [(0.3, None), (0.3, None)]
+    assert [lr for lr, _ in quack.points] == list(rates)
+    assert not quack.diverged
+
+
+def test_there_is_no_figure_over_the_rates_with_a_single_rate(tmp_path, save):
+    cell = make_cell(tmp_path, "mha", "none")
+    write_run(cell)
+    assert "loss_by_lr" not in [plot.name for plot in figures.plots(results.load(save(cell)))]
+
+
+def test_values_that_a_log_axis_cannot_show_are_gaps(tmp_path, save):
+    cell = make_cell(tmp_path, "mha", "none")
+    write_run(cell)
+    lines = [{"step": 0, "tokens": 0, "logits/max": -0.5}, {"step": 4, "tokens": 9, "logits/max": 2.0}]
+    (cell.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    line = next(iter(lines_of(figures.plots(results.load(save(cell))), "max_logit").values()))
+    assert math.isnan(line.points[0][1])
+    assert line.points[1] == (4, 2.0)
+
+
+def test_a_line_that_is_still_being_written_is_left_for_later(tmp_path, save):
+    cell = make_cell(tmp_path, "mha", "none")
+    write_run(cell, status="running", last_step=12)
+    with open(cell.run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "tok')
+    assert results.load(save(cell)).results[0].metrics[-1]["step"] == 12
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_missing(tmp_path, save):
+    done, diverged, missing = cells = [make_cell(tmp_path, "mha", s) for s in ("quack", "none", "brand_new")]
+    write_run(done, final=3.782)
+    write_run(diverged, status="diverged", last_step=10)
+    path = report.write(save(*cells), tmp_path / "out", command="python scripts/report.py somewhere")
+    page, markdown = path.read_text(), (tmp_path / "out" / "report.md").read_text()
+    for text in (page, markdown):
+        assert "mha brand_new lr 0.3 seed 0: missing" in text
+        assert "diverged@10" in text
+        assert "3.782" in text
+        assert "9.9.9" in text
+        assert "cpu count" in text
+        assert "git revision" not in text
+        assert "command: [" not in text
+        assert "python scripts/report.py somewhere" in text
+        assert "python scripts/sweep.py run sweep=demo" in text
+        assert f"attention=mha stabilizer=brand_new optimizer.lr=0.3 seed=0 run_dir={missing.run_dir}" in text
+    assert "Held fixed: &lt;all&gt;." in page
+    assert "<script" not in page
+    # Nothing is fetched: each image is in the page.
+    assert page.count('src="data:image/png;base64,') == page.count("<img ") == 6
+    assert "http" not in page
+    figure_files = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
+    names = ("val_loss", "train_loss", "max_logit", "max_logit_middle_head", "delta", "delta_middle_head")
+    assert figure_files == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
+
+
+def test_report_of_a_sweep_that_has_not_started_is_a_page_without_figures(tmp_path, save):
+    directory = save(make_cell(tmp_path, "mha", "none"))
+    page = report.write(directory, tmp_path / "out", command="x").read_text()
+    assert "1 runs: 1 missing" in page
+    assert "No run has written any metrics yet" in page
+
+
+def test_runs_that_the_plan_no_longer_has_are_listed(tmp_path, save):
+    kept, dropped = make_cell(tmp_path, "mha", "none"), make_cell(tmp_path, "mha", "none", seed=7)
+    write_run(kept)
+    write_run(dropped)
+    assert dropped.name in report.write(save(kept), tmp_path / "out", command="x").read_text()
+
+
+def test_a_directory_without_a_plan_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match=r"no plan\.json here"):
+        results.load(tmp_path)
+
+
+def test_the_script_writes_beside_the_runs_and_says_where(tmp_path, save):
+    cell = make_cell(tmp_path, "mla", "none")
+    write_run(cell)
+    directory = save(cell)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "report.py", directory], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"report: {directory / 'report' / 'report.html'}\n"
+    wrong = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "report.py", tmp_path / "nowhere"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: ")
+    assert wrong.stderr.count("\n") == 1

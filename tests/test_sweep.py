@@ -1,0 +1,371 @@
+"""Sweep files, plans, and real runs of a few steps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quack_lm import sweep
+from quack_lm.config import compose, fingerprint
+from quack_lm.errors import UserError
+from quack_lm.sweep import Plan, Point, override_value
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "sweep.py"
+
+GRID = """\
+# Which one? Held fixed: the rest.
+base: [experiment=tiny]
+grid:
+  attention: [mha, mla]
+  optimizer.lr: [0.003, 0.3]
+  stabilizer:
+    none: [stabilizer=none]
+    loose: [stabilizer=qk_clip, stabilizer.threshold=100.0]
+exclude:
+  - {attention: mha, optimizer.lr: 3e-3}
+extra:
+  - [attention=mha, stabilizer=quack, stabilizer.tau=0.5]
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a sweep file and returns its path."""
+
+    def write(text: str, name: str = "mine.yaml") -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+
+def test_grid_is_the_product_without_exclusions_and_with_extra_points_for_every_seed(write, tmp_path):
+    cells = sweep.plan(sweep.load(write(GRID)), tmp_path)
+    seen = [
+        (
+            cell.name.split("-")[0],
+            cell.config["optimizer"]["lr"],
+            cell.name.split("-")[1],
+            cell.config["seed"],
+        )
+        for cell in cells
+    ]
+    expected = [("mha", 0.3), ("mla", 0.003), ("mla", 0.3)]
+    # mha at 0.003 is excluded, written as 3e-3: numbers are compared as numbers.
+    assert seen == [
+        *[(a, lr, s, seed) for a, lr in expected for s in ("none", "qk_clip") for seed in (0, 1)],
+        *[("mha", compose(["experiment=tiny"])["optimizer"]["lr"], "quack", seed) for seed in (0, 1)],
+    ]
+    assert cells[-1].config["stabilizer"]["tau"] == 0.5
+
+
+def test_the_opening_comment_is_the_question(write):
+    assert sweep.load(write(GRID)).question == "Which one? Held fixed: the rest."
+
+
+def test_a_file_with_extra_points_only_has_no_bare_base_run(write):
+    loaded = sweep.load(write("# Why?\nextra: [[seed=3], [seed=4]]\n"))
+    assert loaded.points() == [Point({}, ["seed=3"]), Point({}, ["seed=4"])]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grid: {seed: [1]}\n", "must open with a comment"),
+        ("# Why?\ngird: {}\n", "unknown key gird; did you mean grid?"),
+        ("# Why?\nbase: experiment=tiny\n", "base='experiment=tiny': Input should be a valid list"),
+        ("# Why?\ngrid: {attention: []}\n", "grid.attention is empty"),
+        ("# Why?\ngrid: {attention: mha}\n", "grid.attention"),
+        ("# Why?\nseeds: [a]\n", "seeds.0='a'"),
+        ("# Why?\nseeds: []\n", "seeds is empty"),
+        ("# Why?\ngrid: {attention: [mha]}\nexclude: [{atention: mha}]\n", "did you mean attention?"),
+        ("# Why?\ngrid: {attention: [mha]}\nexclude: [{attention: mhaa}]\n", "did you mean mha?"),
+        ("# Why?\ngrid: {attention: [mha]}\nexclude: [{}]\n", "would exclude everything"),
+        ("# Why?\n- a\n", "expected keys at the top level"),
+        ("# Why?\na: [\n", "not a readable yaml file"),
+    ],
+)
+def test_a_mistake_in_a_sweep_file_names_the_key_and_the_mend(write, text, message):
+    with pytest.raises(UserError) as error:
+        sweep.load(write(text))
+    assert message in str(error.value)
+
+
+def test_an_unknown_sweep_is_answered_with_the_nearest_name():
+    with pytest.raises(UserError, match="did you mean quickstart"):
+        sweep.load("quikstart")
+
+
+def test_a_mistake_in_a_cell_stops_the_plan(write, tmp_path):
+    path = write("# Why?\nbase: [experiment=tiny]\ngrid: {optimizer.lrr: [1.0]}\n")
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
+        sweep.plan(sweep.load(path), tmp_path)
+
+
+def test_an_override_of_a_key_that_the_grid_sets_is_refused(write, tmp_path):
+    loaded = sweep.load(write(GRID))
+    for override in ("optimizer.lr=1", "stabilizer.threshold=3", "seed=5"):
+        with pytest.raises(UserError, match="sets this key itself"):
+            sweep.plan(loaded, tmp_path, [override])
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["plain", "with space", "it's", 'say "x"', "a=b, [c]", "back\\slash", "ends\\", "\\'", "", "$HOME;`ls`", "é"],
+)
+def test_any_text_survives_as_an_override(value):
+    assert compose(["experiment=tiny", f"data.dir={override_value(value)}"])["data"]["dir"] == value
+
+
+@pytest.mark.parametrize("value", [True, False, 3, 0.25, "3e-3"])
+def test_plain_values_stay_as_they_are(value):
+    assert override_value(value) == str(value).lower()
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+def test_growing_a_grid_keeps_the_directories_it_had(write, tmp_path):
+    small = sweep.plan(sweep.load(write("# Why?\nbase: [experiment=tiny]\ngrid: {attention: [mha]}\n")), tmp_path)
+    grown = """\
+# Why?
+base: [experiment=tiny]
+grid:
+  optimizer.warmup_steps: [40, 50]
+  attention: [mla, mha]
+seeds: [1, 0]
+"""
+    large = sweep.plan(sweep.load(write(grown)), tmp_path)
+    assert len(large) == 8
+    assert small[0].config["optimizer"]["warmup_steps"] == 40
+    assert small[0].run_dir in [cell.run_dir for cell in large]
+
+
+def test_a_cell_is_identified_by_its_config_and_duplicates_are_one_run(write, tmp_path):
+    text = "# Why?\nbase: [experiment=tiny]\ngrid: {attention: [mha, mla]}\nextra: [[attention=mla]]\n"
+    cells = sweep.plan(sweep.load(write(text)), tmp_path)
+    assert len(cells) == 2
+    for cell in cells:
+        assert cell.fingerprint == fingerprint(compose(cell.arguments()))
+        assert cell.name.endswith(cell.fingerprint)
+
+
+def test_a_plan_survives_being_written_moved_and_read(write, tmp_path):
+    cells = sweep.plan(sweep.load(write(GRID)), tmp_path / "old")
+    sweep.write_plan(tmp_path / "old", Plan(sweep="s", question="q", command="c", cells=cells))
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["plan.json"]
+    (tmp_path / "old").rename(tmp_path / "new")
+    plan = sweep.read_plan(tmp_path / "new")
+    assert (plan.sweep, plan.question, plan.command) == ("s", "q", "c")
+    assert [cell.config for cell in plan.cells] == [cell.config for cell in cells]
+    assert [cell.run_dir for cell in plan.cells] == [tmp_path / "new" / cell.name for cell in cells]
+
+
+def test_the_quickstart_compares_every_stabilizer_on_both_attentions(tmp_path):
+    cells = sweep.plan(sweep.load("quickstart"), tmp_path)
+    names = {tuple(cell.name.split("-")[:2]) for cell in cells}
+    stabilizers = ("none", "fixed", "qk_norm", "qk_clip", "quack")
+    assert names == {(a, s) for a in ("mha", "mla") for s in stabilizers}
+    assert len(cells) == 10
+
+
+def test_the_end_of_a_log_counts_a_repainted_progress_bar_once(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"start\n 1%|#\r 2%|##\r 3%|###\nTraceback\n\nValueError: x\n")
+    assert sweep.last_lines(log, 3) == [" 3%|###", "Traceback", "ValueError: x"]
+
+
+# ------------------------------------------------------------------------------------------------ real runs
+
+
+SMALL = [
+    "trainer.seq_len=16",
+    "trainer.global_batch_size=2",
+    "trainer.micro_batch_size=2",
+    "trainer.val_sequences=2",
+    "trainer.probe_sequences=2",
+    "trainer.val_every=5",
+    "trainer.probe_every=5",
+    "trainer.checkpoint_every=5",
+    "optimizer.warmup_steps=2",
+]
+TWO = "# Why?\nbase: [experiment=tiny]\ngrid: {stabilizer: [none, quack]}\n"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A small prepared data set, in a directory whose name has a space and a quote."""
+    folder = tmp_path_factory.mktemp("it's text")
+    (folder / "source").mkdir()
+    for i in range(40):
+        lines = [f"def function_{i}_{j}(x): return x * {i + j} + {j}  # {'spam ' * (j % 7)}" for j in range(60)]
+        (folder / "source" / f"{i}.txt").write_text("\n".join(lines))
+    directory = folder / "data"
+    command = [
+        *(sys.executable, ROOT / "scripts" / "prepare_data.py", "data=local"),
+        f"data.dir={override_value(str(directory))}",
+        f"data.files=[{override_value(str(folder / 'source' / '*.txt'))}]",
+        *("data.vocab_size=300", "data.val_fraction=0.2", "data.probe_fraction=0.2"),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return directory
+
+
+@pytest.fixture
+def start(write, tmp_path, data):
+    """Starts scripts/sweep.py on a sweep file as a process of its own."""
+
+    def start(text: str, *more: str, steps: int = 10) -> subprocess.Popen[str]:
+        overrides = [*SMALL, f"trainer.steps={steps}", "data.vocab_size=300"]
+        overrides += [] if "data.dir" in text else [f"data.dir={override_value(str(data))}"]
+        command = [sys.executable, SCRIPT, "run", f"sweep={write(text)}", f"dir={tmp_path / 'runs'}", *overrides, *more]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def test_a_sweep_trains_its_cells_and_a_second_call_reuses_them(start, tmp_path):
+    code, out, err = finish(start(TWO))
+    assert code == 0, err
+    assert "2 runs: 2 completed" in out
+    cells = sweep.read_plan(tmp_path / "runs").cells
+    times = [(cell.run_dir / "metrics.jsonl").stat().st_mtime_ns for cell in cells]
+    assert [cell.steps_done() for cell in cells] == [10, 10]
+
+    code, again, err = finish(start(TWO))
+    assert code == 0, err
+    assert again == out
+    assert [(cell.run_dir / "metrics.jsonl").stat().st_mtime_ns for cell in cells] == times
+
+    status = subprocess.run(
+        [sys.executable, SCRIPT, "status", f"dir={tmp_path / 'runs'}"], capture_output=True, text=True
+    )
+    assert status.stdout == out
+
+
+def test_a_crashed_cell_is_named_with_its_log_and_stops_nothing(start, tmp_path, data):
+    # The first cell's data do not exist, which only its own process notices.
+    points = [["data.dir=/nowhere"], [f"data.dir={override_value(str(data))}"]]
+    code, out, err = finish(start(f"# Why?\nbase: [experiment=tiny]\nextra: {json.dumps(points)}\n", "jobs=1"))
+    assert code == 1
+    assert "1 completed" in out
+    assert "1 failed" in out
+    assert "FAILED (exit code 2)" in err
+    assert "/nowhere" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_sweep_leaves_a_state_that_the_next_call_continues(start, tmp_path, how):
+    process = start(TWO, steps=3000)
+    wait_for_steps(tmp_path / "runs", 10)
+    process.send_signal(how)
+    code, _, err = finish(process)
+    assert code == 128 + how, err
+    assert "the same command continues" in err
+    cells = sweep.read_plan(tmp_path / "runs").cells
+    assert [cell.status() for cell in cells] == ["interrupted", "interrupted"]
+
+
+def test_runs_left_by_a_killed_sweep_are_waited_for_and_not_started_twice(start, tmp_path):
+    process = start(TWO, steps=60)
+    wait_for_steps(tmp_path / "runs", 1)
+    process.kill()
+    process.communicate()
+    cells = sweep.read_plan(tmp_path / "runs").cells
+    assert any(cell.status() == "running" for cell in cells)
+    code, out, err = finish(start(TWO, steps=60))
+    assert code == 0, err
+    assert "2 runs: 2 completed" in out
+    for cell in cells:
+        steps = [line["step"] for line in metrics(cell)]
+        assert steps == sorted(set(steps))
+
+
+def test_a_killed_run_counts_as_stopped_and_is_continued(start, tmp_path):
+    process = start(TWO.replace("none, quack", "none"), "jobs=1", steps=400)
+    wait_for_steps(tmp_path / "runs", 10)
+    (cell,) = sweep.read_plan(tmp_path / "runs").cells
+    os.kill(child_of(process.pid), signal.SIGKILL)
+    code, out, err = finish(process)
+    assert code == 1
+    assert "killed by signal 9" in err
+    assert "1 stopped" in out
+    before = cell.steps_done()
+    assert 0 < before < 400
+    code, out, err = finish(start(TWO.replace("none, quack", "none"), "jobs=1", steps=400))
+    assert code == 0, err
+    assert metrics(cell)[0]["step"] == 0
+    assert metrics(cell)[-1]["step"] == 400
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or os.cpu_count() == 1, reason="needs two cores to tell apart")
+def test_runs_are_pinned_to_disjoint_cores_with_their_own_threads(start, tmp_path):
+    process = start(TWO, "jobs=2", steps=3000)
+    wait_for_steps(tmp_path / "runs", 1)
+    children = children_of(process.pid)
+    masks = [os.sched_getaffinity(child) for child in children]
+    environments = [Path(f"/proc/{child}/environ").read_bytes().split(b"\0") for child in children]
+    process.send_signal(signal.SIGINT)
+    finish(process)
+    assert len(masks) == 2
+    assert all(len(mask) == 1 for mask in masks)
+    assert not masks[0] & masks[1]
+    assert all(b"OMP_NUM_THREADS=1" in environment for environment in environments)
+
+
+def test_help_and_mistakes_on_the_command_line():
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
+
+    assert "plan|run|status" in call("--help").stdout
+    for arguments, message in [
+        (["rnu", "sweep=quickstart"], "unknown verb rnu"),
+        (["run"], "say which sweep"),
+        (["sweep=quickstart", "jobs=0"], "jobs=0"),
+        (["run", "sweep=quickstart", "--fast"], "--fast"),
+    ]:
+        done = call(*arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def metrics(cell: sweep.Cell) -> list[dict]:
+    return [json.loads(line) for line in (cell.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_steps(directory: Path, steps: int) -> None:
+    """Wait until every run of the sweep has gone so far."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (directory / "plan.json").is_file():
+            cells = sweep.read_plan(directory).cells
+            if all(cell.steps_done() >= steps for cell in cells):
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"no run reached step {steps}")
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def child_of(pid: int) -> int:
+    (child,) = children_of(pid)
+    return child
