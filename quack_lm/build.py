@@ -23,14 +23,13 @@ from quack_lm.config import choice, fingerprint, identity, instantiate
 from quack_lm.corpus import Corpus
 from quack_lm.data import EvalBatches, TokenData, TrainBatches
 from quack_lm.errors import UserError
+from quack_lm.files import write_atomically, write_json
 from quack_lm.metrics import (
     LoggerSettings,
     RunLog,
     WandbMirror,
     flops_per_token,
     peak_flops,
-    write_atomically,
-    write_json,
 )
 from quack_lm.model import ModelSizes, Transformer, count_parameters
 from quack_lm.optim.recipe import Recipe

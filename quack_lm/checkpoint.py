@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.optim import Optimizer
 
 from quack_lm.errors import UserError
-from quack_lm.metrics import write_json
+from quack_lm.files import write_json
 from quack_lm.parallel import World
 from quack_lm.stabilizers.base import Stabilizer
 

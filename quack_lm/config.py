@@ -221,7 +221,7 @@ def _target_class(section: str, values: dict[str, Any]) -> type:
         cls = _import(target)
     except (ImportError, AttributeError):
         raise refusal from None
-    if not (inspect.isclass(cls) and issubclass(cls, base)):
+    if not inspect.isclass(cls) or not issubclass(cls, base) or inspect.isabstract(cls):
         raise refusal
     return cls
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from quack_lm.files import finite, write_atomically
 from quack_lm.parallel import World
 
 Value = Tensor | float
@@ -123,7 +124,7 @@ class RunLog:
                 for step in sorted(self._records):
                     record = {"step": step, "tokens": step * self.batch_tokens}
                     record |= {name: _plain(value) for name, value in self._records[step].items()}
-                    file.write(json.dumps(_finite(record)) + "\n")
+                    file.write(json.dumps(finite(record)) + "\n")
                     if self.mirror:
                         self.mirror.log(record)
             self._show()
@@ -269,21 +270,6 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash, sees the old or the new text and nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """A json file for people and programs, atomically; non-finite numbers become null."""
-    write_atomically(path, json.dumps(_finite(value), indent=2) + "\n")
-
-
 def format_count(value: float) -> str:
     """412_345 -> '412k'."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -294,15 +280,6 @@ def format_count(value: float) -> str:
 
 def _plain(value: Value) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
-
-
-def _finite(value: Any) -> Any:
-    """The value with NaN and infinities as None, which is what JSON has."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list) else value
 
 
 def _step_of(line: str) -> float:

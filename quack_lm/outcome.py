@@ -32,7 +32,7 @@ class Progress:
     """What a run knows of itself; a checkpoint carries it."""
 
     step: int = 0
-    best_loss: float = math.inf
+    best_loss: float | None = None
     steps_above: int = 0
     initial_val_loss: float | None = None
     val_loss: float | None = None
@@ -50,8 +50,8 @@ class Progress:
             step = self.step - back
             if not math.isfinite(loss):
                 return f"training loss {loss} at step {step}"
+            self.best_loss = loss if self.best_loss is None else min(self.best_loss, loss)
             self.steps_above = self.steps_above + 1 if loss > rules.factor * self.best_loss else 0
-            self.best_loss = min(self.best_loss, loss)
             if self.steps_above >= rules.patience:
                 return (
                     f"training loss above {rules.factor:g} x its best, {self.best_loss:.4g}, "

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from quack_lm.config import CONFIG_DIR, choice, compose, fingerprint
 from quack_lm.errors import UserError
+from quack_lm.files import write_json
 
 TRAIN_SCRIPT = CONFIG_DIR.parent / "scripts" / "train.py"
 PLAN_FILE = "plan.json"
@@ -285,9 +286,7 @@ def write_plan(directory: Path, plan: Plan) -> None:
     ]
     document = {"sweep": plan.sweep, "question": plan.question, "command": plan.command, "cells": cells}
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{PLAN_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    temporary.replace(directory / PLAN_FILE)
+    write_json(directory / PLAN_FILE, document)
 
 
 def read_plan(directory: Path) -> Plan:

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from quack_lm import checkpoint
 from quack_lm.data import EvalBatches, TrainBatches
-from quack_lm.metrics import Clock, RunLog, write_json
+from quack_lm.files import write_json
+from quack_lm.metrics import Clock, RunLog
 from quack_lm.model import Transformer
 from quack_lm.optim.recipe import set_rates
 from quack_lm.outcome import Progress, StabilityRules
@@ -135,12 +136,12 @@ def train(run: Run) -> str:
                     validate(run)
             if run.world.any(is_asked_to_stop()):
                 status, reason = "interrupted", "asked to stop by a signal"
-            if status != "running" or due(progress.step, run.log.settings.log_every, run.settings.steps):
+            is_saved = status == "interrupted" or due(progress.step, run.settings.checkpoint_every, run.settings.steps)
+            # A checkpoint is taken with the log written: nothing of the steps before it can be lost.
+            if is_saved or due(progress.step, run.log.settings.log_every, run.settings.steps):
                 diverged = write_log(run, clock)
                 status, reason = ("diverged", diverged) if diverged else (status, reason)
-            if status == "interrupted" or (
-                status == "running" and due(progress.step, run.settings.checkpoint_every, run.settings.steps)
-            ):
+            if is_saved and status != "diverged":
                 with clock.paused():
                     save(run)
     return finish(run, "completed" if status == "running" else status, reason)

@@ -7,4 +7,4 @@ source scripts/env.sh
 ruff check
 ruff format --check
 mypy
-python -m pytest "$@"
+python -m pytest -n auto --maxprocesses 4 "$@"

@@ -35,7 +35,7 @@ STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
 }
 PANEL_INCHES = (4.3, 3.3)
-LEGEND_ENTRY_INCHES = 1.2
+LEGEND_LINE_INCHES, LEGEND_LETTER_INCHES = 0.85, 0.085
 MARKERS_PER_CURVE = 7
 
 
@@ -54,9 +54,9 @@ def draw(plot: Plot, *, columns: int | None = None) -> Figure:
             unused.set_visible(False)
         figure.suptitle(plot.title, fontsize=12)
         handles = looks.legend(plot)
-        legend_rows = math.ceil(len(handles) * LEGEND_ENTRY_INCHES / width)
-        legend_columns = math.ceil(len(handles) / max(1, legend_rows))
-        figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, handlelength=3)
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=_legend_columns(handles, width), handlelength=3
+        )
     return figure
 
 
@@ -108,6 +108,13 @@ class Looks:
         return handles
 
 
+def _legend_columns(handles: Sequence[Line2D], width: float) -> int:
+    """As many as surely fit, in rows of about equal length."""
+    widest = LEGEND_LINE_INCHES + LEGEND_LETTER_INCHES * max(len(str(handle.get_label())) for handle in handles)
+    rows = math.ceil(len(handles) / max(1, int(width / widest)))
+    return math.ceil(len(handles) / rows)
+
+
 def _draw_panel(axis: Axes, panel: Panel, plot: Plot, looks: Looks) -> None:
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel(plot.x_label)
@@ -115,6 +122,11 @@ def _draw_panel(axis: Axes, panel: Panel, plot: Plot, looks: Looks) -> None:
     axis.label_outer()
     axis.set_xscale("log" if plot.log_x else "linear")
     axis.set_yscale("log" if plot.log_y else "linear")
+    if plot.log_x:
+        # The values that were run, not powers of ten between them.
+        ticks = sorted({x for line in panel.lines for x, _ in [*line.points, *line.diverged]})
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks([], minor=True)
     for line in panel.lines:
         x, y = zip(*line.points, strict=True) if line.points else ((), ())
         axis.plot(x, y, markevery=_markers(line.points, looks.rank(line), plot.log_x), **looks.of(line))

@@ -20,7 +20,7 @@ CSS = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.question { white-space: pre-line; border-left: 4px solid #009E73; padding-left: .8rem; }
+.question { border-left: 4px solid #009E73; padding-left: .8rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .55rem; text-align: left; white-space: nowrap; border-bottom: 1px solid #e3e3e3; }

@@ -1,0 +1,423 @@
+"""From the documents of a corpus to the token shards that `quack_lm.data` reads.
+
+A preparation writes into `<dir>.partial`, commits its progress now and then, and renames it to `<dir>` at the end: a
+directory of that name is complete, whatever happened before.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from quack_lm.corpus import Corpus, read_texts
+from quack_lm.data import (
+    FORMAT_VERSION,
+    HASHING_THREADS,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    Shard,
+    Split,
+    SplitName,
+    Splits,
+    TokenData,
+    TokenizerFiles,
+    file_sha256,
+    manifest_json,
+    read_manifest,
+)
+from quack_lm.errors import UserError
+from quack_lm.files import sync_directory, write_atomically
+from quack_lm.tokenizer import dtype_name, encode_batches, make_encoder, make_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+BATCH_DOCUMENTS = 512
+BATCH_CHARACTERS = 1_000_000
+HASHING_BYTES = 1 << 26
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+class SplitWriter:
+    """Appends tokens to the shards of one split; every shard but the last has exactly `shard_tokens`."""
+
+    def __init__(
+        self, directory: Path, split: SplitName, dtype: np.dtype[Any], shard_tokens: int, *, tokens: int, documents: int
+    ) -> None:
+        self.tokens = tokens
+        self.documents = documents
+        self._directory = directory
+        self._split = split
+        self._dtype = dtype
+        self._shard_tokens = shard_tokens
+        self._file: IO[bytes] | None = None
+        self._cut_back()
+
+    def write(self, tokens: npt.NDArray[Any], documents: int) -> None:
+        """Append the tokens of some whole documents."""
+        self.documents += documents
+        while len(tokens):
+            index, filled = divmod(self.tokens, self._shard_tokens)
+            if self._file is None:
+                self._file = (self._directory / _shard_name(self._split, index)).open("ab")
+            piece = tokens[: self._shard_tokens - filled]
+            self._file.write(piece.tobytes())
+            self.tokens += len(piece)
+            tokens = tokens[len(piece) :]
+            if self.tokens % self._shard_tokens == 0:
+                self.close()
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Finish the file that is open."""
+        self.sync()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def shards(self) -> list[tuple[Path, int]]:
+        """The files and their numbers of tokens."""
+        sizes = _shard_sizes(self._split, self.tokens, self._shard_tokens)
+        return [(self._directory / name, tokens) for name, tokens in sizes]
+
+    def _cut_back(self) -> None:
+        """Forget what was written after the last commit."""
+        committed = dict(self.shards())
+        for path in self._directory.glob(f"{self._split}_*.bin"):
+            if path not in committed:
+                path.unlink()
+        for path, tokens in committed.items():
+            os.truncate(path, tokens * self._dtype.itemsize)
+
+
+def _shard_name(split: SplitName, index: int) -> str:
+    return f"{split}_{index:05d}.bin"
+
+
+def _shard_sizes(split: SplitName, tokens: int, shard_tokens: int) -> list[tuple[str, int]]:
+    """The file names of a split's shards and their numbers of tokens."""
+    full, rest = divmod(tokens, shard_tokens)
+    sizes = [shard_tokens] * full + ([rest] if rest else [])
+    return [(_shard_name(split, index), size) for index, size in enumerate(sizes)]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The last commit of a preparation: what was read, and what of it is safely written."""
+
+    identity: dict[str, Any]
+    documents: int
+    stream: dict[str, Any] | None
+    written: dict[str, dict[str, int]]
+
+    @classmethod
+    def start(cls, identity: dict[str, Any]) -> "Progress":
+        """Nothing read yet."""
+        return cls(identity, 0, None, {split: {"tokens": 0, "documents": 0} for split in SPLITS})
+
+    @classmethod
+    def read(cls, path: Path) -> "Progress | None":
+        """What a file says, None if there is none or it is not ours."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def _identity(corpus: Corpus) -> dict[str, Any]:
+    """What must be unchanged for an interrupted preparation to go on."""
+    files = corpus.input_files()
+    if corpus.tokenizer and os.path.isdir(corpus.tokenizer):
+        files += sorted(path for path in Path(corpus.tokenizer).iterdir() if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        stat = path.stat()
+        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    versions = {name: importlib.metadata.version(name) for name in ("datasets", "tokenizers", "transformers")}
+    return json.loads(json.dumps({**corpus.settings(), "inputs": digest.hexdigest(), **versions}))
+
+
+# ------------------------------------------------------------------------------------------------ preparation
+
+PROGRESS = "progress.json"
+OUR_FILES = re.compile(r"(train|val|probe)_\d{5,}\.bin|(progress|manifest)\.json(\.tmp)?|tokenizer")
+
+
+def prepare(corpus: Corpus, *, progress: bool = True, commit_every_s: float = 30.0) -> Path:
+    """Make the data set of a corpus, or go on with an interrupted one; returns its directory."""
+    target = Path(corpus.dir).absolute()
+    try:
+        if _is_complete(corpus, target):
+            print(f"{target} is prepared already, with the same settings")
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target):
+            # Another process may have finished between the two looks.
+            if not _is_complete(corpus, target):
+                _prepare(corpus, target, progress=progress, commit_every_s=commit_every_s)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(
+                f"data.dir={corpus.dir}: cannot write {error.filename or target}: {error.strerror}"
+            ) from error
+        raise
+    return target
+
+
+def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: float) -> None:
+    partial = target.with_name(target.name + ".partial")
+    partial.mkdir(exist_ok=True)
+    _refuse_foreign(partial, OUR_FILES.fullmatch)
+    if not _is_finished(corpus, partial):
+        committed = _resume(corpus, partial) or _start_over(corpus, partial, progress=progress)
+        _write_shards(corpus, partial, committed, progress=progress, commit_every_s=commit_every_s)
+    (partial / PROGRESS).unlink(missing_ok=True)
+    sync_directory(partial)
+    partial.rename(target)
+    sync_directory(target.parent)
+
+
+def _is_complete(corpus: Corpus, target: Path) -> bool:
+    """Whether the data set is there; raises UserError if something else is."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return False
+    if not (target / MANIFEST).is_file():
+        raise UserError(f"data.dir={target} holds no data set but something else: choose another data.dir")
+    manifest = TokenData.open(target, verify_checksums=False).manifest
+    shards = {shard.file for split in SPLITS for shard in manifest.split(split).shards}
+    _refuse_foreign(target, lambda name: name in shards | {MANIFEST, TOKENIZER})
+    settings = json.loads(json.dumps(corpus.settings()))
+    for key in sorted(settings.keys() | manifest.source.keys()):
+        then, now = manifest.source.get(key), settings.get(key)
+        if then != now:
+            raise UserError(
+                f"data.dir={target} holds a data set made with other settings (data.{key} was {then!r}, is {now!r}): "
+                "choose another data.dir, or remove that directory first"
+            )
+    return True
+
+
+def _refuse_foreign(directory: Path, is_ours: Callable[[str], Any]) -> None:
+    for path in sorted(directory.iterdir()):
+        if not is_ours(path.name):
+            raise UserError(f"data.dir: {path} is not part of a data set: move it away, or choose another data.dir")
+
+
+def _is_finished(corpus: Corpus, partial: Path) -> bool:
+    """Whether an earlier preparation was interrupted after its manifest and before its rename."""
+    if not (partial / MANIFEST).exists():
+        return False
+    with contextlib.suppress(UserError):
+        return _is_complete_but_for_progress(corpus, partial)
+    return False
+
+
+def _is_complete_but_for_progress(corpus: Corpus, partial: Path) -> bool:
+    manifest, _ = read_manifest(partial)
+    return manifest.source == json.loads(json.dumps(corpus.settings()))
+
+
+def _resume(corpus: Corpus, partial: Path) -> Progress | None:
+    committed = Progress.read(partial / PROGRESS)
+    if committed is None or committed.identity != _identity(corpus) or not _has_committed(corpus, partial, committed):
+        return None
+    print(f"going on with {partial} after {committed.documents} documents")
+    return committed
+
+
+def _has_committed(corpus: Corpus, partial: Path, committed: Progress) -> bool:
+    """Whether the files hold at least what was committed; not so after somebody meddled with them."""
+    for split in SPLITS:
+        for name, tokens in _shard_sizes(split, committed.written[split]["tokens"], corpus.shard_tokens):
+            path = partial / name
+            if not path.is_file() or path.stat().st_size < tokens * np.dtype(dtype_name(corpus)).itemsize:
+                return False
+    return (partial / TOKENIZER).is_dir()
+
+
+def _start_over(corpus: Corpus, partial: Path, *, progress: bool) -> Progress:
+    _remove_ours(partial)
+    identity = _identity(corpus)
+    make_tokenizer(corpus, progress=progress).save_pretrained(partial / TOKENIZER, save_jinja_files=False)
+    for path in (partial / TOKENIZER).iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_directory(partial / TOKENIZER)
+    start = Progress.start(identity)
+    write_atomically(partial / PROGRESS, json.dumps(dataclasses.asdict(start)))
+    return start
+
+
+def _remove_ours(partial: Path) -> None:
+    # Progress goes first: without it nothing that is left can be taken for committed.
+    for path in sorted(partial.iterdir(), key=lambda path: path.name != PROGRESS):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _write_shards(corpus: Corpus, partial: Path, committed: Progress, *, progress: bool, commit_every_s: float) -> None:
+    encoder = make_encoder(corpus, partial)
+    writers = {
+        split: SplitWriter(partial, split, encoder.dtype, corpus.shard_tokens, **committed.written[split])
+        for split in SPLITS
+    }
+    stream = corpus.stream()
+    if committed.stream is not None:
+        stream.load_state_dict(committed.stream)
+    batches = _batches(corpus, stream, committed.documents)
+    committed_at = time.monotonic()
+    bar = tqdm(desc="preparing", unit=" documents", initial=committed.documents, disable=not progress)
+    with bar, contextlib.closing(encode_batches(encoder, batches, corpus.workers)) as encoded:
+        for (documents, state), tokens_of in encoded:
+            for split, writer in writers.items():
+                writer.write(*tokens_of[split])
+            bar.update(documents - bar.n)
+            bar.set_postfix_str(_token_rate(writers, committed, bar))
+            if time.monotonic() - committed_at >= commit_every_s:
+                _commit(partial, Progress(committed.identity, documents, state, _written(writers)), writers)
+                committed_at = time.monotonic()
+    for writer in writers.values():
+        writer.close()
+    _refuse_empty_splits(corpus, writers)
+    write_atomically(partial / MANIFEST, manifest_json(_make_manifest(corpus, partial, writers, encoder.eot_id)))
+
+
+def _batches(corpus: Corpus, stream: "IterableDataset", documents: int) -> Iterator[tuple[tuple[int, Any], list[str]]]:
+    """Batches of texts, each with the number of documents read so far and the stream's position after it."""
+    texts: list[str] = []
+    characters = 0
+    for text in read_texts(corpus, stream):
+        documents += 1
+        characters += len(text)
+        if text:
+            texts.append(text)
+        if len(texts) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield (documents, stream.state_dict()), texts
+            texts, characters = [], 0
+    yield (documents, stream.state_dict()), texts
+
+
+def _commit(partial: Path, progress: Progress, writers: dict[SplitName, SplitWriter]) -> None:
+    for writer in writers.values():
+        writer.sync()
+    write_atomically(partial / PROGRESS, json.dumps(dataclasses.asdict(progress)))
+
+
+def _written(writers: dict[SplitName, SplitWriter]) -> dict[str, dict[str, int]]:
+    return {split: {"tokens": writer.tokens, "documents": writer.documents} for split, writer in writers.items()}
+
+
+def _token_rate(writers: dict[SplitName, SplitWriter], committed: Progress, bar: "tqdm[Any]") -> str:
+    new = sum(writer.tokens - committed.written[split]["tokens"] for split, writer in writers.items())
+    elapsed_s = bar.format_dict["elapsed"]
+    return f"{new / elapsed_s:,.0f} tokens/s" if elapsed_s else ""
+
+
+def _refuse_empty_splits(corpus: Corpus, writers: dict[SplitName, SplitWriter]) -> None:
+    total = sum(writer.documents for writer in writers.values())
+    if not total:
+        raise UserError(f"data.dir={corpus.dir}: the corpus has no documents")
+    mend = {
+        "train": f"lower data.val_fraction={corpus.val_fraction} or data.probe_fraction={corpus.probe_fraction}",
+        "val": f"raise data.val_fraction={corpus.val_fraction}",
+        "probe": f"raise data.probe_fraction={corpus.probe_fraction}",
+    }
+    for split, writer in writers.items():
+        if not writer.documents:
+            raise UserError(
+                f"none of the {total} documents fell into the {split} split: {mend[split]} or add documents"
+            )
+
+
+def _make_manifest(corpus: Corpus, partial: Path, writers: dict[SplitName, SplitWriter], eot_id: int) -> Manifest:
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        splits = {split: _make_split(writer, threads) for split, writer in writers.items()}
+        train = [path for path, _ in writers["train"].shards()]
+        counts = sum(
+            threads.map(lambda path: _count_tokens(path, corpus), train), np.zeros(corpus.vocab_size, np.int64)
+        )
+    tokenizer_files = sorted((partial / TOKENIZER).iterdir())
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        vocab_size=corpus.vocab_size,
+        eot_id=eot_id,
+        dtype=dtype_name(corpus),
+        unigram_entropy=_entropy(counts),
+        tokenizer=TokenizerFiles(
+            name=corpus.tokenizer or "byte-level BPE trained on the train split",
+            files={path.name: file_sha256(path) for path in tokenizer_files},
+        ),
+        splits=Splits(**splits),
+        source=json.loads(json.dumps(corpus.settings())),
+    )
+
+
+def _make_split(writer: SplitWriter, threads: ThreadPoolExecutor) -> Split:
+    paths, sizes = zip(*writer.shards(), strict=True)
+    digests = threads.map(file_sha256, paths)
+    shards = [Shard(file=p.name, tokens=n, sha256=digest) for p, n, digest in zip(paths, sizes, digests, strict=True)]
+    return Split(tokens=writer.tokens, documents=writer.documents, shards=shards)
+
+
+def _count_tokens(path: Path, corpus: Corpus) -> npt.NDArray[np.int64]:
+    tokens = np.memmap(path, dtype=np.dtype(dtype_name(corpus)).newbyteorder("<"), mode="r")
+    counts = np.zeros(corpus.vocab_size, dtype=np.int64)
+    for start in range(0, len(tokens), HASHING_BYTES):
+        counts += np.bincount(tokens[start : start + HASHING_BYTES], minlength=corpus.vocab_size)
+    return counts
+
+
+def _entropy(counts: npt.NDArray[np.int64]) -> float:
+    """Of the distribution with these counts, in nats."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+@contextlib.contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """Hold `<dir>.lock`; the system lets go of it when this process ends, however it ends."""
+    path = target.with_name(target.name + ".lock")
+    for _ in itertools.count():
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"data.dir={target}: another preparation of it is running: wait for it") from None
+        # Its last holder may have removed the file that we opened before we locked it.
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            break
+        file.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()

@@ -1,0 +1,291 @@
+"""Attention kernels against a reference of one query and one head at a time, and the maxima they report."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quack_lm.attention.scores import (
+    MAX_ROWS,
+    Backend,
+    attend,
+    check_backend,
+    logits,
+    make_mask,
+    max_logits,
+    number_documents,
+    row_chunks,
+)
+from quack_lm.errors import UserError
+
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+has_flash = importlib.util.find_spec("flash_attn") is not None
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and maxima from the definition, in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    batch, heads, length, width = q.shape
+    group = heads // k.shape[1]
+    out = torch.zeros(batch, heads, length, v.shape[-1], dtype=torch.float64)
+    maxima = torch.full((heads,), -math.inf, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            keys, values = k[b, h // group], v[b, h // group]
+            for t in range(length):
+                sees = [s for s in range(t + 1) if documents is None or documents[b, s] == documents[b, t]]
+                scores = keys[sees] @ q[b, h, t] / math.sqrt(width)
+                weights = (scores - scores.max()).exp()
+                out[b, h, t] = weights / weights.sum() @ values[sees]
+                maxima[h] = max(maxima[h], scores.max())
+    return out, maxima
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys, values and perhaps documents of any small shape."""
+    size = st.integers(1, 5)
+    batch, groups, per_group, length = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(size),
+    )
+    width, value_width, scale = draw(size), draw(st.integers(1, 7)), draw(st.sampled_from([0.01, 1.0, 6.0]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    q = scale * normal(batch, groups * per_group, length, width)
+    k, v = normal(batch, groups, length, width), normal(batch, groups, length, value_width)
+    if not draw(st.booleans()):
+        return q, k, v, None
+    return q, k, v, number_documents(torch.randint(3, (batch, length), generator=generator), eot_id=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@given(problem=problems())
+@settings(max_examples=60)
+def test_outputs_and_maxima_follow_the_definition_for_every_shape(backend: Backend, problem) -> None:
+    q, k, v, documents = problem
+    mask = make_mask(backend, length=q.shape[2], documents_BT=documents, device=CPU)
+    out, maxima = attend(q, k, v, mask=mask, backend=backend, want_max=True)
+    expected, expected_maxima = reference(q, k, v, documents)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    assert maxima is not None
+    assert maxima.shape == (q.shape[1],)
+    torch.testing.assert_close(maxima.double(), expected_maxima, rtol=1e-5, atol=1e-6)
+
+
+@given(problem=problems())
+@settings(max_examples=40)
+def test_eager_and_sdpa_agree_in_gradients(problem) -> None:
+    *inputs, documents = problem
+    gradients = {}
+    for backend in ("eager", "sdpa"):
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        mask = make_mask(backend, length=q.shape[2], documents_BT=documents, device=CPU)
+        out, maxima = attend(q, k, v, mask=mask, backend=backend, want_max=True)
+        assert maxima is not None
+        assert not maxima.requires_grad
+        gradients[backend] = torch.autograd.grad((out * torch.arange(1.0, 1 + out.shape[-1])).sum(), (q, k, v))
+    for eager, sdpa in zip(gradients["eager"], gradients["sdpa"], strict=True):
+        torch.testing.assert_close(eager, sdpa, rtol=1e-4, atol=1e-5)
+
+
+@given(problem=problems(), rows=st.integers(0, 4))
+def test_logits_are_scaled_products_of_each_query_with_its_groups_key(problem, rows: int) -> None:
+    q, k, _, _ = problem
+    rows = min(rows, q.shape[2] - 1)
+    seen = logits(q, k, rows=slice(rows, rows + 1))
+    assert seen.dtype == torch.float32
+    group = q.shape[1] // k.shape[1]
+    for h in range(q.shape[1]):
+        expected = torch.einsum("bk,bsk->bs", q[:, h, rows], k[:, h // group]) / math.sqrt(q.shape[-1])
+        torch.testing.assert_close(seen[:, h, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_no_maximum_is_computed_unless_wanted(backend: Backend) -> None:
+    x = torch.ones(1, 1, 2, 2)
+    mask = make_mask(backend, length=2, documents_BT=None, device=CPU)
+    assert attend(x, x, x, mask=mask, backend=backend)[1] is None
+
+
+# ------------------------------------------------------------------------------------------------ maxima over many rows
+
+LONG = 2 * MAX_ROWS + 37
+
+
+def planted(*cells: tuple[int, int, int, float]) -> tuple[Tensor, Tensor]:
+    """Queries and keys of 2 heads in which q[h, t] . k[h, s] / sqrt(K) is the given logit, and -1 elsewhere.
+
+    Key s of head h has a dimension of its own only where a cell names it.
+    """
+    width = 1 + len(cells)
+    q, k = torch.zeros(1, 2, LONG, width), torch.zeros(1, 2, LONG, width)
+    q[..., 0], k[..., 0] = 1.0, -math.sqrt(width)
+    for number, (head, t, s, logit) in enumerate(cells, start=1):
+        q[0, head, t, number] = 1.0
+        k[0, head, s, number] = (logit + 1) * math.sqrt(width)
+    return q, k
+
+
+@pytest.mark.parametrize("row", [0, 1, MAX_ROWS - 1, MAX_ROWS, MAX_ROWS + 1, 2 * MAX_ROWS - 1, 2 * MAX_ROWS, LONG - 1])
+def test_a_maximum_is_found_in_every_block_of_rows(row: int) -> None:
+    for column in {0, row // 2, row}:
+        q, k = planted((0, row, column, 9.0), (1, LONG - 2, 3, 4.0))
+        mask = make_mask("sdpa", length=LONG, documents_BT=None, device=CPU)
+        torch.testing.assert_close(max_logits(q, k, mask), torch.tensor([9.0, 4.0]))
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 1), (MAX_ROWS - 1, MAX_ROWS), (5, LONG - 1), (LONG - 2, LONG - 1)])
+def test_a_logit_in_the_future_is_no_maximum(row: int, column: int) -> None:
+    q, k = planted((0, row, column, 50.0))
+    mask = make_mask("sdpa", length=LONG, documents_BT=None, device=CPU)
+    # All that is visible is -1: a maximum may well be negative.
+    torch.testing.assert_close(max_logits(q, k, mask), torch.tensor([-1.0, -1.0]))
+
+
+@pytest.mark.parametrize("row", [MAX_ROWS - 2, MAX_ROWS + 7, LONG - 1])
+def test_a_logit_into_another_document_is_no_maximum(row: int) -> None:
+    documents = torch.zeros(1, LONG, dtype=torch.long)
+    documents[:, row - 1 :] = 1
+    mask = make_mask("sdpa", length=LONG, documents_BT=documents, device=CPU)
+    q, k = planted((0, row, row - 2, 50.0), (1, row, row - 1, 7.0))
+    torch.testing.assert_close(max_logits(q, k, mask), torch.tensor([-1.0, 7.0]))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("has_documents", [False, True])
+def test_maxima_beyond_one_block_of_rows_equal_those_of_the_whole_matrix(grouped: bool, has_documents: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = 3 * torch.randn(2, 4, LONG, 6, generator=generator)
+    k, v = (torch.randn(2, 2 if grouped else 4, LONG, w, generator=generator) for w in (6, 3))
+    documents = number_documents(torch.randint(300, (2, LONG), generator=generator), 0) if has_documents else None
+    mask = make_mask("eager", length=LONG, documents_BT=documents, device=CPU)
+    eager_out, eager_max = attend(q, k, v, mask=mask, backend="eager", want_max=True)
+    out, maxima = attend(q, k, v, mask=mask, backend="sdpa", want_max=True)
+    torch.testing.assert_close(out, eager_out, rtol=1e-4, atol=1e-5)
+    assert maxima is not None
+    torch.testing.assert_close(maxima, eager_max)
+
+
+@given(length=st.integers(1, 50), rows=st.integers(1, 12))
+def test_blocks_of_rows_cover_every_row_once(length: int, rows: int) -> None:
+    chunks = row_chunks(length, rows)
+    assert [t for chunk in chunks for t in range(chunk.start, chunk.stop)] == list(range(length))
+    assert all(chunk.stop - chunk.start <= rows for chunk in chunks)
+
+
+def test_maxima_in_bfloat16_are_within_its_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, 40, 16, generator=generator).bfloat16() for _ in range(2))
+    mask = make_mask("sdpa", length=40, documents_BT=None, device=CPU)
+    maxima = max_logits(q, k, mask)
+    assert maxima.dtype == torch.float32
+    torch.testing.assert_close(maxima.double(), reference(q, k, k, None)[1], rtol=1e-2, atol=1e-2)
+
+
+def test_documents_are_numbered_from_zero_and_end_with_their_end_of_text() -> None:
+    tokens = torch.tensor([[5, 9, 9, 5, 5, 9, 5], [9, 5, 5, 5, 5, 5, 5]])
+    expected = [[0, 0, 1, 2, 2, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+    assert number_documents(tokens, 9).tolist() == expected
+
+
+# ------------------------------------------------------------------------------------------------ what cannot run here
+
+
+@pytest.mark.parametrize("backend", ["flash", "flex"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gpu_backends_refuse_a_cpu_and_name_the_key_and_the_mend(backend: Backend, precision: str) -> None:
+    with pytest.raises(UserError, match=rf"attention\.backend={backend} .*CUDA.* cpu.*attention\.backend=sdpa"):
+        check_backend(backend, device="cpu", precision=precision)
+
+
+@pytest.mark.skipif(has_flash, reason="flash-attn is installed")
+def test_flash_without_its_package_says_how_to_get_it() -> None:
+    with pytest.raises(UserError, match=r"attention\.backend=flash .*pip install .*flash.*attention\.backend=sdpa"):
+        check_backend("flash", device="cuda", precision="bfloat16")
+
+
+@pytest.mark.skipif(not has_flash, reason="needs flash-attn")
+def test_flash_refuses_float32_and_names_the_key() -> None:
+    with pytest.raises(UserError, match=r"trainer\.precision=bfloat16"):
+        check_backend("flash", device="cuda", precision="float32")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_eager_and_sdpa_run_everywhere(backend: Backend, device: str, precision: str) -> None:
+    check_backend(backend, device=device, precision=precision)
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+# (query heads, key heads, key width, value width)
+GPU_SHAPES = {"mha": (3, 3, 64, 64), "gqa": (6, 2, 64, 64), "mla": (3, 3, 128, 64)}
+
+
+def gpu_problem(shape: str, has_documents: bool, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
+    heads, groups, width, value_width = GPU_SHAPES[shape]
+    length, batch = 300, 2  # no multiple of a kernel's block
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(count: int, last: int) -> Tensor:
+        return torch.randn(batch, count, length, last, generator=generator, device="cuda").to(dtype)
+
+    tokens = torch.randint(60, (batch, length), generator=generator, device="cuda")
+    documents = number_documents(tokens, 0) if has_documents else None
+    return [2 * normal(heads, width), normal(groups, width), normal(groups, value_width)], documents
+
+
+def compare_with_eager(backend: Backend, shape: str, has_documents: bool, dtype: torch.dtype, tolerance: float) -> None:
+    inputs, documents = gpu_problem(shape, has_documents, dtype)
+    results = {}
+    for name, precision in ((backend, dtype), ("eager", torch.float32)):
+        q, k, v = (x.detach().to(precision).requires_grad_() for x in inputs)
+        mask = make_mask(name, length=q.shape[2], documents_BT=documents, device=q.device)
+        out, maxima = attend(q, k, v, mask=mask, backend=name, want_max=True)
+        assert maxima is not None
+        loss = (out.float() * torch.linspace(-1, 1, out.shape[-1], device="cuda")).sum()
+        results[name] = [out, maxima, *torch.autograd.grad(loss, (q, k, v))]
+    for mine, expected in zip(results[backend], results["eager"], strict=True):
+        assert mine.shape == expected.shape
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(mine.float(), expected, rtol=tolerance, atol=tolerance * largest)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 3e-2)])
+def test_flex_agrees_with_eager_in_outputs_maxima_and_gradients(
+    shape: str, has_documents: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    compare_with_eager("flex", shape, has_documents, dtype, tolerance)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_sdpa_on_a_gpu_agrees_with_eager(shape: str, has_documents: bool) -> None:
+    compare_with_eager("sdpa", shape, has_documents, torch.bfloat16, 3e-2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(not has_flash, reason="needs flash-attn")
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_flash_agrees_with_eager_in_outputs_maxima_and_gradients(shape: str, has_documents: bool) -> None:
+    compare_with_eager("flash", shape, has_documents, torch.bfloat16, 3e-2)

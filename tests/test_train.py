@@ -1,0 +1,279 @@
+"""Whole runs of the trainer, for real: one process, several under torchrun, stopped, killed, continued, diverging."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quack_lm.build import build, check_run
+from quack_lm.config import choices, compose
+from quack_lm.errors import UserError
+from quack_lm.train import train
+
+REPOSITORY = Path(__file__).parents[1]
+SMALL = [
+    "experiment=tiny",
+    "model.d_model=24",
+    "model.n_layers=2",
+    "model.n_heads=3",
+    "model.d_ff=40",
+    "model.q_latent_dim=10",
+    "model.kv_latent_dim=7",
+    "optimizer.lr=0.1",
+    "optimizer.warmup_steps=3",
+    "optimizer.max_grad_norm=0.5",
+    "trainer.steps=8",
+    "trainer.seq_len=32",
+    "trainer.global_batch_size=12",
+    "trainer.micro_batch_size=2",
+    "trainer.val_every=4",
+    "trainer.val_sequences=7",
+    "trainer.probe_every=3",
+    "trainer.probe_sequences=5",
+    "trainer.checkpoint_every=0",
+    "logger.log_every=3",
+    "logger.progress=false",
+]
+
+
+def run_here(overrides: list[str], run_dir: Path) -> dict[str, Any]:
+    """Train in this process; the summary."""
+    train(build(check_run(compose([*SMALL, *overrides, f"run_dir={run_dir}"]))))
+    return summary(run_dir)
+
+
+def command(overrides: list[str], run_dir: Path, ranks: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*launcher, "scripts/train.py", *SMALL, *overrides, f"run_dir={run_dir}"]
+
+
+def run_process(overrides: list[str], run_dir: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(overrides, run_dir, ranks), cwd=REPOSITORY, capture_output=True, text=True, timeout=200
+    )
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock decides."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+    return [{k: v for k, v in line.items() if not k.startswith("throughput/")} for line in lines]
+
+
+def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Everything in the newest checkpoint of a single-process run."""
+    newest = sorted((run_dir / "checkpoints").glob("step_*"))[-1]
+    return {k: v for file in newest.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    a, b = final_tensors(one), final_tensors(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def assert_close_records(one: Path, other: Path, tolerance: float) -> None:
+    for a, b in zip(records(one), records(other), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            expected, seen = torch.tensor(value, dtype=torch.float64), torch.tensor(b[key], dtype=torch.float64)
+            torch.testing.assert_close(seen, expected, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("overrides", [["attention=mla", "stabilizer=quack"], ["attention=mha", "stabilizer=qk_clip"]])
+def test_one_two_and_three_ranks_write_the_same_curves(
+    overrides: list[str], tmp_path: Path, tiny_data: list[str]
+) -> None:
+    # 3 heads of 8 rows: shard edges cut heads on 2 ranks, and some ranks hold nothing of the narrow matrices.
+    overrides = [*tiny_data, *overrides]
+    if "stabilizer=qk_clip" in overrides:
+        overrides += ["stabilizer.threshold=0.1"]
+    run_here(overrides, tmp_path / "1")
+    for ranks in (2, 3):
+        done = run_process(overrides, tmp_path / str(ranks), ranks)
+        assert done.returncode == 0, done.stderr
+        assert summary(tmp_path / str(ranks))["world_size"] == ranks
+        assert_close_records(tmp_path / "1", tmp_path / str(ranks), 2e-4)
+
+
+def test_curves_do_not_depend_on_micro_batches_recomputation_or_loss_chunks(
+    tmp_path: Path, tiny_data: list[str]
+) -> None:
+    overrides = [*tiny_data, "attention=mla", "stabilizer=qk_clip", "stabilizer.threshold=0.1"]
+    run_here(overrides, tmp_path / "plain")
+    run_here([*overrides, "trainer.micro_batch_size=12"], tmp_path / "whole")
+    run_here([*overrides, "trainer.recompute=true", "trainer.loss_chunk=17"], tmp_path / "frugal")
+    assert_close_records(tmp_path / "plain", tmp_path / "whole", 2e-4)
+    assert_close_records(tmp_path / "plain", tmp_path / "frugal", 2e-4)
+
+
+def test_the_same_run_twice_is_the_same_to_the_last_bit(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides = [*tiny_data, "stabilizer=quack"]
+    run_here(overrides, tmp_path / "one")
+    run_here(overrides, tmp_path / "two")
+    assert records(tmp_path / "one") == records(tmp_path / "two")
+    run_here([*overrides, "seed=1"], tmp_path / "other")
+    assert records(tmp_path / "one") != records(tmp_path / "other")
+
+
+def test_a_run_from_the_written_config_is_the_same_run(tmp_path: Path, tiny_data: list[str]) -> None:
+    run_here([*tiny_data, "attention=mla", "stabilizer=fixed", "stabilizer.tau=0.5"], tmp_path / "one")
+    again = [
+        sys.executable,
+        "scripts/train.py",
+        "--config",
+        str(tmp_path / "one/config.yaml"),
+        f"run_dir={tmp_path / 'two'}",
+    ]
+    done = subprocess.run(again, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert records(tmp_path / "one") == records(tmp_path / "two")
+    assert summary(tmp_path / "one")["fingerprint"] == summary(tmp_path / "two")["fingerprint"]
+
+
+@pytest.mark.parametrize("attention", choices("attention"))
+@pytest.mark.parametrize("stabilizer", choices("stabilizer"))
+def test_a_continued_run_equals_one_that_never_stopped(
+    attention: str, stabilizer: str, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    overrides = [*tiny_data, f"attention={attention}", f"stabilizer={stabilizer}"]
+    # Logged at every step, so that stopping does not change when the log is due.
+    overrides += ["logger.log_every=1", "trainer.val_every=2", "trainer.probe_every=2"]
+    run_here(overrides, tmp_path / "straight")
+    run_here([*overrides, "trainer.steps=4"], tmp_path / "stopped")
+    assert summary(tmp_path / "stopped")["step"] == 4
+    run_here(overrides, tmp_path / "stopped")
+    assert records(tmp_path / "straight") == records(tmp_path / "stopped")
+    assert_same_tensors(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_a_checkpoint_of_two_ranks_continues_on_one(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides = [*tiny_data, "attention=mla", "stabilizer=quack", "logger.log_every=1", "trainer.probe_every=2"]
+    run_here(overrides, tmp_path / "straight")
+    done = run_process([*overrides, "trainer.steps=4"], tmp_path / "moved", ranks=2)
+    assert done.returncode == 0, done.stderr
+    run_here(overrides, tmp_path / "moved")
+    assert_close_records(tmp_path / "straight", tmp_path / "moved", 2e-4)
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until metrics.jsonl has that step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and path.read_text().count('"train/loss"') >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped_or_killed_continues_to_the_same_end(
+    kind: signal.Signals, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    overrides = [
+        *tiny_data,
+        "stabilizer=quack",
+        "trainer.steps=400",
+        "logger.log_every=1",
+        "trainer.checkpoint_every=10",
+    ]
+    overrides += ["trainer.val_every=0", "trainer.probe_every=0"]
+    process = subprocess.Popen(
+        command(overrides, tmp_path / "stopped"), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(tmp_path / "stopped", 25, process)
+    process.send_signal(kind)
+    process.communicate(timeout=60)
+    if kind is signal.SIGTERM:
+        assert process.returncode == 0
+        assert summary(tmp_path / "stopped")["status"] == "interrupted"
+    assert summary(tmp_path / "stopped")["step"] < 400
+    run_here(overrides, tmp_path / "stopped")
+    run_here(overrides, tmp_path / "straight")
+    assert records(tmp_path / "straight") == records(tmp_path / "stopped")
+    assert_same_tensors(tmp_path / "straight", tmp_path / "stopped")
+    assert len(list((tmp_path / "straight/checkpoints").iterdir())) == 2
+
+
+def test_a_run_whose_loss_is_no_number_ends_cleanly_as_diverged(tmp_path: Path, tiny_data: list[str]) -> None:
+    # The rate overflows float32 in the first steps.
+    done = run_process([*tiny_data, "optimizer=adamw", "optimizer.lr=1e38", "trainer.steps=40"], tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    seen = summary(tmp_path / "run")
+    assert seen["status"] == "diverged"
+    assert "loss" in seen["reason"]
+    assert seen["step"] < 40
+    assert seen["initial_val_loss"] == pytest.approx(math.log(512), rel=0.05)
+    again = run_process([*tiny_data, "optimizer=adamw", "optimizer.lr=1e38", "trainer.steps=40"], tmp_path / "run")
+    assert "finished already: diverged" in again.stdout
+
+
+def test_a_loss_that_stays_far_above_its_best_ends_as_diverged(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides = ["stabilizer=qk_norm", "optimizer=adamw", "optimizer.lr=1", "optimizer.warmup_steps=0"]
+    overrides += ["trainer.diverged_patience=5"]
+    seen = run_here([*tiny_data, *overrides, "trainer.steps=60"], tmp_path / "run")
+    assert seen["status"] == "diverged"
+    assert "for 5 steps" in seen["reason"]
+
+
+def test_a_second_run_in_a_directory_in_use_is_refused(tmp_path: Path, tiny_data: list[str]) -> None:
+    config = compose([*SMALL, *tiny_data, f"run_dir={tmp_path / 'run'}"])
+    first = build(check_run(config))
+    with pytest.raises(UserError, match="in use by another process"):
+        build(check_run(config))
+    assert first.lock is not None
+    first.lock.close()
+
+
+def test_a_run_mirrors_its_log_to_wandb_offline(tmp_path: Path, tiny_data: list[str]) -> None:
+    done = run_process([*tiny_data, "logger.wandb=offline", "stabilizer=qk_clip"], tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_the_environment_is_written_down_without_secrets(tmp_path: Path, tiny_data: list[str]) -> None:
+    secret = "not-for-anyone-0123456789"
+    environment = {**os.environ, "WANDB_API_KEY": secret, "HF_TOKEN": secret}
+    arguments = command([*tiny_data, "trainer.steps=1"], tmp_path / "run")
+    done = subprocess.run(arguments, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads((tmp_path / "run/environment.json").read_text())
+    assert seen["versions"]["torch"] == torch.__version__
+    assert seen["world_size"] == 1
+    written = "".join(
+        path.read_text() for path in (tmp_path / "run").iterdir() if path.suffix in {".json", ".yaml", ".jsonl"}
+    )
+    assert secret not in written + done.stdout + done.stderr
+
+
+def test_bfloat16_trains_close_to_float32(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides = [*tiny_data, "stabilizer=qk_norm", "optimizer.lr=0.03", "trainer.steps=20"]
+    exact = run_here(overrides, tmp_path / "float32")
+    done = run_process([*overrides, "trainer.precision=bfloat16"], tmp_path / "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert summary(tmp_path / "bfloat16")["val_loss"] == pytest.approx(exact["val_loss"], abs=0.05)
+    assert exact["val_loss"] < exact["initial_val_loss"] - 0.3
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_like_plain_ones(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides = [*tiny_data, "attention=mla", "stabilizer=qk_clip", "stabilizer.threshold=0.1"]
+    run_here(overrides, tmp_path / "plain")
+    run_here([*overrides, "trainer.compile=true"], tmp_path / "compiled")
+    assert_close_records(tmp_path / "plain", tmp_path / "compiled", 1e-3)
