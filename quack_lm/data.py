@@ -314,7 +314,7 @@ def _damaged(directory: Path, path: Path, what: str) -> UserError:
 
 def _mend(directory: Path) -> str:
     override = shlex.quote(f"data.dir={directory}")
-    return f"make it with `python scripts/prepare_data.py data=... {override}`"
+    return f"make it with `python scripts/prepare_data.py` and the same data settings ({override})"
 
 
 def manifest_json(manifest: Manifest) -> str:

@@ -51,8 +51,13 @@ class World:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank; every rank gets the same answer."""
-        return bool(self.max(torch.tensor(float(flag), device=self.device)).item()) if self.size > 1 else flag
+        """Whether the flag is up on any rank; every rank gets the same answer, and no GPU is waited for."""
+        return bool(self.max(torch.tensor(float(flag))).item()) if self.size > 1 else flag
+
+    def load(self, tensor: Tensor) -> Tensor:
+        """A host tensor on this rank's device, without waiting for what the device is doing."""
+        # From ordinary memory a copy of more than 64 kB would queue behind the running kernels and block the host.
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def from_main(self, value: Any) -> Any:
         """The main process's value, on every rank."""

@@ -34,7 +34,7 @@ class Probe:
     ) -> None:
         self.model = model
         self.attentions = attentions
-        self.batches = [(tokens[:, :-1].to(world.device), weights.to(world.device)) for tokens, weights in batches]
+        self.batches = [(world.load(tokens[:, :-1]), world.load(weights)) for tokens, weights in batches]
         self.world = world
         self.eot_id = eot_id
         self._before: list[list[tuple[Tensor, Tensor]]] = []

@@ -159,7 +159,7 @@ def accumulate_gradients(run: Run) -> Tensor:
     """
     share = torch.zeros((), device=run.world.device)
     for tokens in run.batches.micro_batches(run.progress.step):
-        tokens = tokens.to(run.world.device, non_blocking=True)
+        tokens = run.world.load(tokens)
         loss = run.model(tokens[:, :-1], tokens[:, 1:]).sum() / run.batch_tokens
         # FSDP averages gradients over ranks; the loss is already this rank's share of a sum.
         (loss * (run.world.size if run.world.mesh is not None else 1)).backward()
@@ -172,7 +172,7 @@ def validate(run: Run) -> None:
     total = torch.zeros(2, device=run.world.device, dtype=torch.float64)
     with evaluating(run.model):
         for tokens, weights_B in run.validation:
-            tokens, weights_B = tokens.to(run.world.device), weights_B.to(run.world.device)
+            tokens, weights_B = run.world.load(tokens), run.world.load(weights_B)
             nats_BT = run.model(tokens[:, :-1], tokens[:, 1:]).unflatten(0, (len(tokens), -1))
             # Padding sequences have weight 0; where() and not a product: they may be NaN in a run that diverges.
             total[0] += torch.where(weights_B[:, None] > 0, nats_BT, 0.0).sum(dtype=torch.float64)

@@ -10,7 +10,7 @@ Settings are key=value (Hydra's grammar). A group takes one of its choices:
 and every key inside a group can be set alone. Other flags:
     --config FILE   take all settings from the config.yaml of an earlier run; key=value still overrides
     --check         check everything, print the resolved config and the parameter counts, and train nothing
-    -h, --help      this text; with key=value, the resolved config too
+    -h, --help      this text
 
 The run directory gets config.yaml, environment.json, metrics.jsonl, summary.json and checkpoints/. Calling the same
 command again continues an unfinished run. Exit codes: 0 completed, diverged or interrupted; 2 a mistake in the

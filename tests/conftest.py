@@ -1,5 +1,6 @@
 """What several test files need: few threads, and a small real data set."""
 
+import fcntl
 import os
 import sysconfig
 from pathlib import Path
@@ -25,18 +26,33 @@ DOCUMENT_CHARACTERS = 2000
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The overrides that use a small prepared data set: standard-library source with a vocabulary of 512.
 
-    A document is a piece of a file, so that there are enough of them for every split.
+    The processes of pytest-xdist share it: the first to come makes it.
     """
-    directory = tmp_path_factory.mktemp("corpus")
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_data"
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "tokens").exists():
+            write_documents(root / "documents")
+            prepare(tiny_corpus(root), progress=False)
+    return ["data=stdlib", f"data.dir={root / 'tokens'}"]
+
+
+def write_documents(directory: Path) -> None:
+    """A document is a piece of a file, so that there are enough of them for every split."""
+    directory.mkdir(exist_ok=True)
     for module in MODULES:
         text = Path(sysconfig.get_paths()["stdlib"], f"{module}.py").read_text(encoding="utf-8")
         for start in range(0, len(text), DOCUMENT_CHARACTERS):
             piece = directory / f"{module}_{start:06d}.txt"
             piece.write_text(text[start : start + DOCUMENT_CHARACTERS], encoding="utf-8")
-    data_dir = directory / "tokens"
-    corpus = LocalCorpus(
-        dir=str(data_dir),
-        files=[str(directory / "*.txt")],
+
+
+def tiny_corpus(root: Path) -> LocalCorpus:
+    return LocalCorpus(
+        dir=str(root / "tokens"),
+        files=[str(root / "documents" / "*.txt")],
         format="text",
         tokenizer=None,
         vocab_size=512,
@@ -45,5 +61,3 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         shard_tokens=20_000,
         workers=0,
     )
-    prepare(corpus)
-    return ["data=stdlib", f"data.dir={data_dir}"]

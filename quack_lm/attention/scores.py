@@ -133,26 +133,27 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple[Tensor, None]:
     length, width = q.shape[-2], v.shape[-1]
     seen = None if mask.documents_BT is None else mask.visible(slice(0, length), length, q.device)
-    out = F.scaled_dot_product_attention(
-        q, k, _pad_values(v, q.shape[-1]), attn_mask=seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    scale, grouped = q.shape[-1] ** -0.5, q.shape[1] != k.shape[1]
+    q, k, v = _equal_widths(q, k, v)
+    out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=grouped)
     return out[..., :width], None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple[Tensor, None]:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    width, length = v.shape[-1], q.shape[-2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, _pad_values(v, q.shape[-1])))
+    width, length, scale = v.shape[-1], q.shape[-2], q.shape[-1] ** -0.5
+    q, k, v = (x.transpose(1, 2) for x in _equal_widths(q, k, v))
     if mask.documents_BT is None:
-        out = flash_attn_func(q, k, v, causal=True)
+        out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
     else:
         # Every document is a sequence of its own: cut where the number changes, and between windows.
         starts_BT = torch.ones_like(mask.documents_BT, dtype=torch.bool)
         starts_BT[:, 1:] = mask.documents_BT[:, 1:] != mask.documents_BT[:, :-1]
         cuts = F.pad(starts_BT.flatten().nonzero().flatten(), (0, 1), value=starts_BT.numel()).int()
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        out = flash_attn_varlen_func(*flat, cuts, cuts, length, length, causal=True).unflatten(0, (-1, length))
+        out = flash_attn_varlen_func(*flat, cuts, cuts, length, length, softmax_scale=scale, causal=True)
+        out = out.unflatten(0, (-1, length))
     return out.transpose(1, 2)[..., :width], None
 
 
@@ -176,9 +177,10 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple[
     return out, aux.max_scores.detach().amax((0, 2)).float()
 
 
-def _pad_values(v: Tensor, width: int) -> Tensor:
-    """Values as wide as the queries: kernels with unequal widths are slower or missing (1.6-2.1x on CPU)."""
-    return F.pad(v, (0, width - v.shape[-1])) if v.shape[-1] < width else v
+def _equal_widths(*tensors: Tensor) -> list[Tensor]:
+    """Zeros up to the largest width, which change no logit: kernels for unequal widths are slower or missing."""
+    width = max(x.shape[-1] for x in tensors)
+    return [F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors]
 
 
 _BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {

@@ -1,0 +1,166 @@
+"""What tests/test_sharding.py compares: run by torchrun on several ranks, and by the test itself on one.
+
+torchrun --nproc-per-node 3 tests/sharding_worker.py --replicas 1 --out results.pt
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import STABILIZERS, small_config, small_model, tokens
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from quack_lm.config import instantiate
+from quack_lm.model import Transformer
+from quack_lm.parallel import (
+    World,
+    clip_gradients,
+    local,
+    local_rows,
+    map_whole_matrices,
+    measure_whole_matrices,
+    start_world,
+    whole,
+)
+from quack_lm.stabilizers.base import Stabilizer
+from quack_lm.step import LogitWeights, stabilized_step
+
+ATTENTIONS = ("mha", "gqa", "mla")
+# Divisible by 1, 2, 3 and 4 ranks.
+N_SEQUENCES = 12
+N_STEPS = 2
+# A threshold that some heads pass; an eps that keeps AdamW from magnifying the rounding of vanishing gradients.
+OVERRIDES = ["model.init_std=0.3", "model.n_layers=3"]
+EXTRA = {"qk_clip": ["stabilizer.threshold=0.5"], "adamw": ["optimizer.adamw_eps=1e-4"]}
+
+# Wide, tall, fewer rows than ranks, one row, and rows that no world size of the tests divides.
+SHAPES = [(6, 5), (7, 3), (2, 9), (1, 4), (5, 5)]
+COUNTS = [1, 2, 5, 8]
+
+
+def build(attention: str, stabilizer: str, optimizer: str, world: World) -> tuple[Transformer, Any, Stabilizer]:
+    extra = ["optimizer.lr=0.02", "optimizer.weight_decay=0.3", *EXTRA.get(stabilizer, []), *EXTRA.get(optimizer, [])]
+    config = small_config(attention, stabilizer, *OVERRIDES, *extra, optimizer=optimizer)
+    model = small_model(config, world=world)
+    return model, instantiate(config["optimizer"]).build(model), instantiate(config["stabilizer"])
+
+
+def train(attention: str, stabilizer: str, optimizer: str, world: World) -> dict[str, Any]:
+    """Two stabilized steps on a batch split over the ranks, and all that should not depend on how."""
+    model, optimizers, steadies = build(attention, stabilizer, optimizer, world)
+    weights = LogitWeights(model.attentions)
+    if steadies.needs_norms:
+        steadies.initialize(weights.paths, weights.norms(steadies.needs_norms))
+    norms = []
+    for step in range(N_STEPS):
+        mine = tokens(N_SEQUENCES, seed=step).chunk(world.size)[world.rank]
+        loss = model(mine[:, :-1], mine[:, 1:]).sum() / (N_SEQUENCES * (mine.shape[1] - 1))
+        (loss * world.size).backward()
+        norms.append(clip_gradients(list(model.parameters()), 0.5))
+        stabilized_step(optimizers, steadies, weights, world)
+        for each in optimizers:
+            each.zero_grad()
+    return {
+        "weights": {name: whole(p.detach()).clone() for name, p in model.named_parameters()},
+        "metrics": steadies.metrics(),
+        "grad_norms": torch.stack(norms),
+    }
+
+
+def initial_norms(attention: str, world: World) -> dict[str, dict[str, Tensor]]:
+    """Of blocks of very different size, so that a wrong row goes unnoticed nowhere."""
+    model, _, _ = build(attention, "none", "muon", world)
+    for parameter in model.parameters():
+        start, stop = local_rows(parameter)
+        rows = torch.linspace(0.1, 7, parameter.shape[0])[start:stop]
+        local(parameter).detach().mul_(rows.view(-1, *[1] * (parameter.ndim - 1)))
+    weights = LogitWeights(model.attentions)
+    return {kind: weights.norms(kind) for kind in ("frobenius", "spectral")}
+
+
+class Matrices(nn.Module):
+    """Matrices of one shape."""
+
+    def __init__(self, shape: tuple[int, int], count: int) -> None:
+        super().__init__()
+        # The matrices are told apart by their size: 1, 2, 3, ... times a common one.
+        base = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        base = base / base.norm()
+        self.items = nn.ParameterList([nn.Parameter((i + 1) * base) for i in range(count)])
+
+
+def whole_matrix_work(shape: tuple[int, int], count: int, world: World) -> dict[str, Any]:
+    """The results of both kinds of shared work, and the sizes of the matrices that this rank was handed for each."""
+    module = Matrices(shape, count)
+    if world.mesh is not None:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(module, mesh=world.mesh)
+    parameters = list(module.items)
+    stack = torch.stack([local(p.detach()) for p in parameters])
+    handed: dict[str, list[float]] = {"map": [], "measure": []}
+
+    def mapped(matrices: Tensor) -> Tensor:
+        handed["map"] += matrices.norm(dim=(1, 2)).tolist()
+        # Depends on the whole matrix and on where each entry is.
+        return matrices.flip(1).cumsum(1) + matrices.sum((1, 2), keepdim=True)
+
+    def measured(matrices: Tensor) -> Tensor:
+        handed["measure"] += matrices.norm(dim=(1, 2)).tolist()
+        return torch.stack([matrices.sum((1, 2)), matrices[:, 0, 0], matrices[:, -1, -1]], dim=-1)
+
+    mine = map_whole_matrices(mapped, stack, parameters[0])
+    result = [whole_like(rows, p) for rows, p in zip(mine, parameters, strict=True)]
+    table = measure_whole_matrices(measured, stack, parameters[0])
+    everyone: list[Any] = [handed]
+    if world.mesh is not None:
+        everyone = [None] * world.size
+        dist.all_gather_object(everyone, handed)
+    return {"map": torch.stack(result), "measure": table, "handed": everyone, "rows_here": stack.shape[1]}
+
+
+def whole_like(rows: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's rows of a result, put together over the ranks by torch itself."""
+    if not isinstance(parameter, DTensor):
+        return rows
+    result = DTensor.from_local(
+        rows.contiguous(),
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return result.full_tensor()
+
+
+def combinations() -> list[tuple[str, str, str]]:
+    """(attention, stabilizer, optimizer)."""
+    return list(itertools.product(ATTENTIONS, STABILIZERS, ("muon", "adamw")))
+
+
+def everything(world: World) -> dict[str, Any]:
+    """All results, the same on every rank but for what says what this rank did."""
+    return {
+        "steps": {"/".join(c): train(*c, world) for c in combinations()},
+        "norms": {attention: initial_norms(attention, world) for attention in ATTENTIONS},
+        "work": {(shape, count): whole_matrix_work(shape, count, world) for shape in SHAPES for count in COUNTS},
+    }
+
+
+def main() -> None:
+    """Run everything on this rank; the results of every rank are written."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--replicas", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    world = start_world(device="cpu", is_wrapped=True, replicas=arguments.replicas)
+    torch.save(everything(world), arguments.out / f"rank_{world.rank}.pt")
+    world.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Which module may use what, read from the import statements."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "quack_lm"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
+
+# External packages with consequences stay in the modules that are about them.
+OWNERS = {
+    "hydra": {"quack_lm/config.py"},
+    "omegaconf": {"quack_lm/config.py"},
+    "wandb": {"quack_lm/metrics.py"},
+    "torch.distributed": {"quack_lm/parallel.py", "quack_lm/checkpoint.py"},
+    "datasets": {"quack_lm/corpus.py", "quack_lm/preparation.py", "quack_lm/tokenizer.py"},
+    "tokenizers": {"quack_lm/corpus.py", "quack_lm/preparation.py", "quack_lm/tokenizer.py"},
+    "transformers": {"quack_lm/corpus.py", "quack_lm/preparation.py", "quack_lm/tokenizer.py"},
+    "flash_attn": {"quack_lm/attention/scores.py"},
+    "matplotlib": {"quack_lm/report/draw.py"},
+}
+
+# What reading a file with these could run, a file from somebody else could make us run.
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+UNSAFE_CALLS = {"torch.load", "torch.save", "torch.jit.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system"}
+UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
+
+# What each of the lower layers may import from the project; everything not named here may import these.
+LAYERS = {
+    "errors": set(),
+    "files": set(),
+    "logit_paths": set(),
+    "outcome": set(),
+    "attention": {"attention", "logit_paths", "errors"},
+    "stabilizers": {"stabilizers", "logit_paths"},
+    "parallel": {"errors"},
+    "optim": {"optim", "parallel"},
+    "data": {"errors", "files"},
+    "config": {"errors"},
+    "model": {"attention", "errors"},
+    "probe": {"attention", "parallel"},
+    "step": {"attention", "logit_paths", "parallel", "stabilizers"},
+    "metrics": {"files", "parallel"},
+    "checkpoint": {"errors", "files", "parallel", "stabilizers"},
+}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The dotted names that a file imports, at any depth; `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def attributes(path: Path) -> Iterator[str]:
+    """The dotted names that a file uses, such as torch.distributed.get_rank."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+
+
+def is_under(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_the_rules_are_about_files_that_exist() -> None:
+    names = {name_of(path) for path in SOURCES}
+    assert len(names) > 20
+    assert set().union(*OWNERS.values()) <= names
+    assert set(LAYERS) <= {layer_of(path) for path in PACKAGE.rglob("*.py")}
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_an_external_package_is_used_only_where_it_belongs(package: str) -> None:
+    users = {name_of(p) for p in SOURCES if any(is_under(n, package) for n in (*imported(p), *attributes(p)))}
+    assert users, f"nothing uses {package} any more: remove its rule"
+    assert users <= OWNERS[package]
+
+
+def test_sharded_tensors_are_known_only_to_the_files_about_them() -> None:
+    users = {name_of(p) for p in SOURCES if "DTensor" in p.read_text()}
+    assert users <= OWNERS["torch.distributed"]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_only_the_layers_below_it(layer: str) -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if layer_of(path) == layer:
+            below = {name.split(".")[1] for name in imported(path) if is_under(name, "quack_lm")}
+            assert below <= LAYERS[layer], name_of(path)
+
+
+def test_attention_and_stabilizers_never_import_each_other() -> None:
+    assert "stabilizers" not in LAYERS["attention"]
+    assert "attention" not in LAYERS["stabilizers"]
+
+
+def test_scripts_are_imported_by_nothing_and_building_only_by_them() -> None:
+    builders = {name_of(p) for p in SOURCES if any(is_under(n, "quack_lm.build") for n in imported(p))}
+    assert all(name.startswith("scripts/") for name in builders)
+    assert not any(is_under(name, "scripts") for path in SOURCES for name in imported(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_nothing_read_from_a_file_can_run_code(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imported(path)} & UNSAFE_MODULES
+    assert not set(attributes(path)) & UNSAFE_CALLS
+    calls = [n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    assert not set(calls) & UNSAFE_BUILTINS
+    assert "allow_pickle" not in path.read_text()
+    assert "weights_only=False" not in path.read_text()
+
+
+@pytest.mark.parametrize("module", ["quack_lm.train", "quack_lm.build", "quack_lm.config"])
+def test_training_does_not_load_the_libraries_of_preparation_and_mirrors(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "torch" in loaded or module == "quack_lm.config"
+    assert not {"transformers", "datasets", "tokenizers", "wandb", "matplotlib", "pandas", "pyarrow"} & set(loaded)
