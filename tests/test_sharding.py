@@ -40,7 +40,7 @@ def test_stabilized_steps_give_the_single_process_weights(
     case: str, ranks: list[dict[str, Any]], single: dict[str, Any]
 ) -> None:
     expected = single["steps"][case]
-    attention, stabilizer, optimizer = case.split("/")
+    attention, stabilizer, _ = case.split("/")
     model = small_model(small_config(attention, stabilizer, "model.init_std=0.3", "model.n_layers=3"))
     start = {name: p.detach() for name, p in model.named_parameters()}
     for rank in ranks:
