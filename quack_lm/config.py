@@ -98,6 +98,13 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
+def nearest(name: str, known: list[str], prefix: str = "") -> str:
+    """What to say of a name that is not known: the nearest that is, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    everything = ", ".join(prefix + k for k in known) or "none"
+    return f"did you mean {prefix}{close[0]}? (choices: {everything})" if close else f"choices: {everything}"
+
+
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The flat keys and values that determine what a run computes."""
     return {k: v for k, v in flatten(config).items() if not any(k == n or k.startswith(n + ".") for n in NOT_IDENTITY)}
@@ -179,7 +186,7 @@ def _prepare(override: Override, groups: set[str]) -> str:
     options = choices(key)
     value = override.value()
     if value not in options:
-        raise UserError(f"{key}={value}: {_nearest(str(value), options)}")
+        raise UserError(f"{key}={value}: {nearest(str(value), options)}")
     # Only `experiment` may be absent from the defaults; Hydra wants a plus sign for nothing here.
     return line.lstrip("+")
 
@@ -259,10 +266,4 @@ def _check_fields(prefix: str, values: dict[str, Any], schema: type[pydantic.Bas
 def _refuse_unknown(prefix: str, values: dict[Any, Any], known: list[str]) -> None:
     for key in values:
         if key not in known:
-            raise UserError(f"unknown key {prefix}{key}: {_nearest(str(key), known, prefix)}")
-
-
-def _nearest(name: str, known: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    everything = ", ".join(prefix + k for k in known)
-    return f"did you mean {prefix}{close[0]}? (choices: {everything})" if close else f"choices: {everything}"
+            raise UserError(f"unknown key {prefix}{key}: {nearest(str(key), known, prefix)}")

@@ -1,4 +1,4 @@
-"""How a run ends: whether it diverged, and the quieter signs that it was not stable.
+"""How a run ends: whether it diverged, what kind of end it was, and the quieter signs that it was not stable.
 
 Many failures show no NaN: the loss sticks near the unigram entropy while logits explode. So a run has a `status` and,
 beside it, a list of reasons to call it unstable.
@@ -25,6 +25,18 @@ class StabilityRules:
     loss_margin: PositiveFloat = 0.1
     stuck_fraction: PositiveFloat = 0.85
     stuck_after: PositiveInt = 300
+
+
+def kind_of_end(status: str, reason: str | None) -> str:
+    """The status in finer words: what `reason`, as written by `Progress`, the loop or an exception, tells about it."""
+    reason = reason or ""
+    if status == "diverged" and any(f"loss {value} at step" in reason for value in ("nan", "inf")):
+        return "non-finite"
+    if status == "failed" and any(words in reason for words in ("OutOfMemory", "MemoryError", "allocate memory")):
+        return "out of memory"
+    if status == "interrupted" and ("SIGTERM" in reason or "SIGUSR1" in reason):
+        return "preempted"
+    return status
 
 
 @dataclass

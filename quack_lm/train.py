@@ -110,7 +110,7 @@ def train(run: Run) -> str:
         with clock.paused():
             validate(run)
             summarize(run, status)
-    with stop_signals() as is_asked_to_stop:
+    with stop_signals() as signal_received:
         while progress.step < run.settings.steps and status == "running":
             factor = run.schedule(progress.step)
             set_rates(run.optimizers, factor)
@@ -134,8 +134,8 @@ def train(run: Run) -> str:
             if due(progress.step, run.settings.val_every, run.settings.steps):
                 with clock.paused():
                     validate(run)
-            if run.world.any(is_asked_to_stop()):
-                status, reason = "interrupted", "asked to stop by a signal"
+            if run.world.any(signal_received() is not None):
+                status, reason = "interrupted", f"asked to stop by {signal_received() or 'a signal on another rank'}"
             is_saved = status == "interrupted" or due(progress.step, run.settings.checkpoint_every, run.settings.steps)
             # A checkpoint is taken with the log written: nothing of the steps before it can be lost.
             if is_saved or due(progress.step, run.log.settings.log_every, run.settings.steps):
@@ -273,8 +273,11 @@ def summarize(run: Run, status: str, *, reason: str | None = None, tokens_per_s:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within, the first SIGINT, SIGTERM or SIGUSR1 only asks the loop to stop; a second SIGINT stops at once."""
+def stop_signals() -> Iterator[Callable[[], str | None]]:
+    """Within, the first SIGINT, SIGTERM or SIGUSR1 only asks the loop to stop; a second SIGINT stops at once.
+
+    Gives the name of the first signal so far.
+    """
     asked: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -284,7 +287,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: signal.Signals(asked[0]).name if asked else None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

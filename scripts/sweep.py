@@ -1,32 +1,40 @@
 """Train every run of a sweep file and compare them.
 
-    python scripts/sweep.py [plan|run|status] sweep=NAME [dir=runs/NAME] [jobs=2] [threads=1] [key=value ...]
+    python scripts/sweep.py [plan|run|resume|status|collect] sweep=NAME [scale=SCALE] [key=value ...]
 
-plan     compose and check every run, write plan.json and print the runs; trains nothing
+plan     compose and check every run, write plan.json, print the runs and what they cost; trains nothing
 run      plan, then train what is unfinished, jobs at a time, and print the comparison table (the default)
-status   print the table of a sweep directory as it is now
+resume   the same as run
+status   print how far each run of a sweep directory is
+collect  write results.parquet, results.csv and curves.parquet: all that scripts/report.py needs, in a few files
 
 sweep    a file of configs/sweep/ by name, or a path that ends in .yaml
-dir      where the runs go, runs/<sweep> unless given; its name is all that status needs
-jobs     processes at a time, each on its own cores; as many as fit unless given
+scale    one of the file's scales, for example proxy or 1b, where it has some
+dir      where the runs go, runs/<sweep>-<scale> unless given; alone it is enough for status and collect
+jobs     processes at a time, each on its own cores, or GPU; as many as fit unless given
 threads  cores and torch threads of each process, 1 unless given
+mfu, tflops   for plan: the share of a device's peak that is reached, and that peak; without them hours are estimated
+         from the runs that have finished
 others   overrides for every run, for example trainer.steps=20 data.dir=data/other
 
 Ctrl-C lets the runs save and end; the same command continues them. A run is known by the hash of its resolved config:
 completed and diverged runs are never repeated, also after the sweep file has grown. The exit code is 0 when every run
-completed or diverged, 1 when some failed, 2 for a mistake in the command or a file.
+completed, diverged or was stopped by the file's rule, 1 when some failed, 2 for a mistake in the command or a file.
 """
 
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from quack_lm import sweep
 from quack_lm.errors import UserError, exit_on_user_error
-from quack_lm.report import results, table
+from quack_lm.report import collected, progress, runs
+from quack_lm.sweep import cost, file, local
+from quack_lm.sweep.cell import LOG_FILE, Cell
+from quack_lm.sweep.plan import Plan, make_cells, read_plan, write_plan
 
-VERBS = ("plan", "run", "status")
+VERBS = ("plan", "run", "resume", "status", "collect")
 
 
 @dataclass
@@ -35,9 +43,12 @@ class Command:
 
     verb: str = "run"
     sweep: str | None = None
+    scale: str | None = None
     directory: Path | None = None
     jobs: int | None = None
     threads: int = 1
+    mfu: float | None = None
+    tflops: float | None = None
     overrides: list[str] = field(default_factory=list)
 
 
@@ -51,49 +62,94 @@ def parse(arguments: list[str]) -> Command:
         key, equals, value = argument.partition("=")
         if not equals:
             raise UserError(f"cannot read {argument}; after the verb come key=value pairs, see --help")
-        if key == "sweep":
-            command.sweep = value
+        if key in ("sweep", "scale"):
+            setattr(command, key, value)
         elif key == "dir":
             command.directory = Path(value)
-        elif key == "jobs":
-            command.jobs = _positive(key, value)
-        elif key == "threads":
-            command.threads = _positive(key, value)
+        elif key in ("jobs", "threads"):
+            setattr(command, key, _whole(key, value))
+        elif key in ("mfu", "tflops"):
+            setattr(command, key, _positive(key, value))
         else:
             command.overrides.append(argument)
+    if (command.mfu is None) != (command.tflops is None):
+        raise UserError("mfu=... and tflops=... go together, for example mfu=0.4 tflops=989")
     if command.directory is None and command.sweep is not None:
         is_path = command.sweep.endswith((".yaml", ".yml"))
-        command.directory = Path("runs") / (Path(command.sweep).stem if is_path else command.sweep)
+        name = Path(command.sweep).stem if is_path else command.sweep
+        command.directory = Path("runs") / (f"{name}-{command.scale}" if command.scale else name)
     return command
 
 
-def _positive(key: str, value: str) -> int:
+def _whole(key: str, value: str) -> int:
     if not value.isdecimal() or int(value) == 0:
         raise UserError(f"{key}={value} must be a whole number of at least 1")
     return int(value)
 
 
-def make_plan(command: Command, directory: Path) -> sweep.Plan:
+def _positive(key: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if number <= 0:
+        raise UserError(f"{key}={value} must be a number above 0")
+    return number
+
+
+def make_plan(command: Command, directory: Path) -> Plan:
     if command.sweep is None:
         raise UserError("sweep=... is missing: the name of a file in configs/sweep/, for example sweep=quickstart")
-    loaded = sweep.load(command.sweep)
-    plan = sweep.Plan(
+    loaded = file.load(command.sweep, command.scale)
+    plan = Plan(
         sweep=loaded.name,
         question=loaded.question,
         command=shlex.join(["python", "scripts/sweep.py", *sys.argv[1:]]),
-        cells=sweep.plan(loaded, directory, command.overrides),
+        cells=make_cells(loaded, directory, command.overrides),
+        stop=loaded.stop,
     )
-    sweep.write_plan(directory, plan)
+    write_plan(directory, plan)
     return plan
 
 
-def print_plan(plan: sweep.Plan) -> None:
+def print_plan(plan: Plan, command: Command) -> None:
     print(plan.question, end="\n\n")
     for cell in plan.cells:
         print(f"{cell.status():11} {cell.command()}")
-    steps, tokens = sum(c.total_steps for c in plan.cells), sum(c.total_tokens for c in plan.cells)
     unfinished = sum(not cell.is_finished() for cell in plan.cells)
-    print(f"\n{len(plan.cells)} runs, {unfinished} unfinished; {steps} steps, {tokens / 1e6:.1f} million tokens in all")
+    assumed = cost.Speed(mfu=command.mfu, tflops=command.tflops) if command.mfu and command.tflops else None
+    total = cost.estimate(plan.cells, cost.count_flops(plan.cells, _flops_per_token), assumed)
+    print(f"\n{len(plan.cells)} runs, {unfinished} unfinished; {total.tokens:.3g} tokens, {total.flops:.3g} FLOPs")
+    if total.hours is None or total.hours_left is None:
+        print("hours: unknown before a run has finished; mfu=0.4 tflops=989 would assume a speed")
+    else:
+        basis = f"MFU {command.mfu:g} of {command.tflops:g} TFLOP/s" if assumed else "the speed of the runs so far"
+        jobs = command.jobs or local.default_jobs(command.threads)
+        left = f"{total.hours_left:.3g} left, {total.hours_left / jobs:.3g} with jobs={jobs}"
+        print(f"device-hours: {total.hours:.3g} in all, {left} (at {basis})")
+    if plan.stop:
+        print(f"a run is stopped when its {plan.stop}")
+
+
+def _flops_per_token(config: dict[str, Any]) -> float:
+    from quack_lm.build import make_model  # late: status and collect need no torch
+    from quack_lm.metrics import flops_per_token
+
+    return flops_per_token(make_model(config, backend="eager"), config["trainer"]["seq_len"])
+
+
+def train(plan: Plan, command: Command, directory: Path) -> int:
+    outcome = local.run(plan.cells, stop=plan.stop, jobs=command.jobs, threads=command.threads)
+    print(runs.as_text(collected.load(directory)))
+    if outcome.signal:
+        print("stopped; the same command continues", file=sys.stderr)
+    for cell in outcome.failed:
+        print(f"failed: {cell.name}; its log is {_log(cell)}", file=sys.stderr)
+    return outcome.exit_code
+
+
+def _log(cell: Cell) -> Path:
+    return cell.run_dir / LOG_FILE
 
 
 def main(arguments: list[str]) -> int:
@@ -101,22 +157,19 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     command = parse(arguments)
-    if command.directory is None:
-        raise UserError("say which sweep: sweep=quickstart, or dir=... for status; see --help")
+    directory = command.directory
+    if directory is None:
+        raise UserError("say which sweep: sweep=quickstart, or dir=... for status and collect; see --help")
     if command.verb == "status":
-        print(table.as_text(results.load(command.directory)))
-        return 0
-    plan = make_plan(command, command.directory)
-    if command.verb == "plan":
-        print_plan(plan)
-        return 0
-    outcome = sweep.run(plan.cells, jobs=command.jobs, threads=command.threads)
-    print(table.as_text(results.load(command.directory)))
-    if outcome.signal:
-        print("stopped; the same command continues", file=sys.stderr)
-    for cell in outcome.failed:
-        print(f"failed: {cell.name}; its log is {cell.run_dir / sweep.LOG_FILE}", file=sys.stderr)
-    return outcome.exit_code
+        print(progress.status_table(read_plan(directory).cells))
+    elif command.verb == "collect":
+        for path in collected.write(directory):
+            print(path)
+    elif command.verb == "plan":
+        print_plan(make_plan(command, directory), command)
+    else:
+        return train(make_plan(command, directory), command, directory)
+    return 0
 
 
 if __name__ == "__main__":

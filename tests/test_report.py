@@ -12,8 +12,9 @@ import pytest
 
 from quack_lm import report
 from quack_lm.errors import UserError
-from quack_lm.report import figures, results, table
-from quack_lm.sweep import Cell, Plan, write_plan
+from quack_lm.report import figures, results, runs, table
+from quack_lm.sweep.cell import Cell
+from quack_lm.sweep.plan import Plan, write_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 N_LAYERS, N_HEADS = 3, 5
@@ -124,14 +125,14 @@ def test_table_has_one_row_per_cell_by_attention_then_stabilizer_in_the_order_of
     cells = [make_cell(tmp_path, *names) for names in order]
     for cell in cells:
         write_run(cell)
-    rows = [table.row(result)[:2] for result in results.load(save(*cells)).results]
+    rows = [runs.row(result)[:2] for result in results.from_runs(save(*cells)).results]
     assert rows == [("mla", "quack"), ("mla", "none"), ("mha", "quack"), ("mha", "none")]
 
 
 def test_table_shows_sensible_digits(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "quack")
     write_run(cell, final=3.78213, max_logit=10234.0)
-    row = table.row(results.load(save(cell)).results[0])
+    row = runs.row(results.from_runs(save(cell)).results[0])
     assert row == ("mha", "quack", "0.3", "0", "3.782", "3.772", "1.02e4", "102", "41.2k", "completed")
 
 
@@ -168,17 +169,17 @@ def test_every_state_of_a_cell_is_named(tmp_path, save):
     write_run(killed, status="running", last_step=20)
     crashed.run_dir.mkdir()
     (crashed.run_dir / "train.log").write_text("Traceback\n")
-    measured = results.load(save(*cells))
-    assert [table.status(result) for result in measured.results] == [
+    measured = results.from_runs(save(*cells))
+    assert [runs.status(result) for result in measured.results] == [
         "completed",
         "diverged@17",
         "completed, unstable",
-        "stopped@20",
+        "killed@20",
         "failed",
-        "missing",
+        "pending",
     ]
-    text = table.as_text(measured)
-    assert "6 runs: 2 completed (1 unstable), 1 diverged, 1 stopped, 1 failed, 1 missing" in text
+    text = runs.as_text(measured)
+    assert "6 runs: 2 completed (1 unstable), 1 diverged, 1 killed, 1 failed, 1 pending" in text
     assert "mha none lr 0.3 seed 2: completed, unstable: logits above 1e4" in text
     assert "mha none lr 0.3 seed 1: diverged@17: loss is not finite" in text
     assert missing.name not in text  # the table speaks of settings; directories are the report's
@@ -187,12 +188,12 @@ def test_every_state_of_a_cell_is_named(tmp_path, save):
 def test_settings_that_differ_within_a_stabilizer_are_part_of_its_name(tmp_path, save):
     cells = [make_cell(tmp_path, "mha", "quack", tau=tau, norm="frobenius") for tau in (0.1, 1.0)]
     cells += [make_cell(tmp_path, "mha", "qk_clip", threshold=30.0)]
-    assert [r.method for r in results.load(save(*cells)).results] == ["quack tau=0.1", "quack tau=1", "qk_clip"]
+    assert [r.method for r in results.from_runs(save(*cells)).results] == ["quack tau=0.1", "quack tau=1", "qk_clip"]
 
 
 def test_a_bar_in_a_name_does_not_break_the_markdown_table(tmp_path, save):
     cells = [make_cell(tmp_path, "mha", "quack", norm=norm) for norm in ("a|b", "c")]
-    lines = table.as_markdown(results.load(save(*cells))).splitlines()
+    lines = runs.table(results.from_runs(save(*cells))).as_markdown().splitlines()
     assert "a\\|b" in lines[2]
 
 
@@ -203,7 +204,7 @@ def test_curves_have_one_panel_per_attention_and_rate_and_one_line_per_run(tmp_p
     cells = [make_cell(tmp_path, a, s, lr) for a in ("mha", "mla") for s in ("none", "quack") for lr in (0.03, 0.3)]
     for cell in cells:
         write_run(cell)
-    plot = next(p for p in figures.plots(results.load(save(*cells))) if p.name == "val_loss")
+    plot = next(p for p in figures.plots(results.from_runs(save(*cells))) if p.name == "val_loss")
     assert [panel.title for panel in plot.panels] == ["mha, lr 0.03", "mha, lr 0.3", "mla, lr 0.03", "mla, lr 0.3"]
     assert [[line.label for line in panel.lines] for panel in plot.panels] == [["none", "quack"]] * 4
     first = plot.panels[0].lines[0].points
@@ -214,7 +215,7 @@ def test_curves_have_one_panel_per_attention_and_rate_and_one_line_per_run(tmp_p
 def test_middle_head_figures_read_the_middle_head_of_the_middle_layer(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "none")
     write_run(cell, max_logit=100.0)
-    plots = figures.plots(results.load(save(cell)))
+    plots = figures.plots(results.from_runs(save(cell)))
     middle = next(iter(lines_of(plots, "max_logit_middle_head").values()))
     # Layer 1 of 0..2 and head 2 of 0..4: factors 2 and 3 of the fixture.
     assert middle.points[-1] == (STEPS, pytest.approx(100.0 * 2 * 3))
@@ -227,7 +228,7 @@ def test_a_diverged_run_ends_in_a_cross_and_an_unstable_one_in_a_ring(tmp_path, 
     write_run(healthy)
     write_run(diverged, status="diverged", last_step=20)
     write_run(unstable, unstable=("stuck",))
-    lines = lines_of(figures.plots(results.load(save(*cells))), "val_loss")
+    lines = lines_of(figures.plots(results.from_runs(save(*cells))), "val_loss")
     assert not lines["mha quack lr 0.3 seed 0"].diverged
     assert not lines["mha quack lr 0.3 seed 0"].unstable
     # The value at step 20 is null: the cross sits at the last finite one.
@@ -245,7 +246,7 @@ def test_loss_by_rate_draws_diverged_runs_at_the_top_and_never_drops_them(tmp_pa
             write_run(cell, final=3.7 + lr + 0.1 * cell.config["seed"])
         else:
             write_run(cell, status="diverged", last_step=10)
-    plot = next(p for p in figures.plots(results.load(save(*cells))) if p.name == "loss_by_lr")
+    plot = next(p for p in figures.plots(results.from_runs(save(*cells))) if p.name == "loss_by_lr")
     none, quack = plot.panels[0].lines
     assert none.points == [(0.003, pytest.approx(3.753)), (0.03, pytest.approx(3.78))]
     assert none.diverged == [(0.3, None), (0.3, None)]
@@ -256,7 +257,7 @@ def test_loss_by_rate_draws_diverged_runs_at_the_top_and_never_drops_them(tmp_pa
 def test_there_is_no_figure_over_the_rates_with_a_single_rate(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "none")
     write_run(cell)
-    assert "loss_by_lr" not in [plot.name for plot in figures.plots(results.load(save(cell)))]
+    assert "loss_by_lr" not in [plot.name for plot in figures.plots(results.from_runs(save(cell)))]
 
 
 def test_values_that_a_log_axis_cannot_show_are_gaps(tmp_path, save):
@@ -264,7 +265,7 @@ def test_values_that_a_log_axis_cannot_show_are_gaps(tmp_path, save):
     write_run(cell)
     lines = [{"step": 0, "tokens": 0, "logits/max": -0.5}, {"step": 4, "tokens": 9, "logits/max": 2.0}]
     (cell.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    line = next(iter(lines_of(figures.plots(results.load(save(cell))), "max_logit").values()))
+    line = next(iter(lines_of(figures.plots(results.from_runs(save(cell))), "max_logit").values()))
     assert math.isnan(line.points[0][1])
     assert line.points[1] == (4, 2.0)
 
@@ -274,7 +275,7 @@ def test_a_line_that_is_still_being_written_is_left_for_later(tmp_path, save):
     write_run(cell, status="running", last_step=12)
     with open(cell.run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 13, "tok')
-    assert results.load(save(cell)).results[0].metrics[-1]["step"] == 12
+    assert results.from_runs(save(cell)).results[0].metrics[-1]["step"] == 12
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -287,7 +288,7 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
     path = report.write(save(*cells), tmp_path / "out", command="python scripts/report.py somewhere")
     page, markdown = path.read_text(), (tmp_path / "out" / "report.md").read_text()
     for text in (page, markdown):
-        assert "mha brand_new lr 0.3 seed 0: missing" in text
+        assert "mha brand_new lr 0.3 seed 0: pending" in text
         assert "diverged@10" in text
         assert "3.782" in text
         assert "9.9.9" in text
@@ -310,7 +311,7 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
 def test_report_of_a_sweep_that_has_not_started_is_a_page_without_figures(tmp_path, save):
     directory = save(make_cell(tmp_path, "mha", "none"))
     page = report.write(directory, tmp_path / "out", command="x").read_text()
-    assert "1 runs: 1 missing" in page
+    assert "1 runs: 1 pending" in page
     assert "No run has written any metrics yet" in page
 
 
@@ -323,7 +324,7 @@ def test_runs_that_the_plan_no_longer_has_are_listed(tmp_path, save):
 
 def test_a_directory_without_a_plan_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match=r"no plan\.json here"):
-        results.load(tmp_path)
+        results.from_runs(tmp_path)
 
 
 def test_the_script_writes_beside_the_runs_and_says_where(tmp_path, save):

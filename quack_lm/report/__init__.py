@@ -5,14 +5,14 @@ plan.json, run directories --results--> table, figures --draw--> page: report.ht
 
 from pathlib import Path
 
-from quack_lm.report import page, results
+from quack_lm.report import collected, page
 from quack_lm.report.draw import draw, save
 from quack_lm.report.figures import plots
 
 
 def write(sweep_dir: Path, out_dir: Path, *, command: str) -> Path:
     """Write the report of a sweep directory, finished or not, and return the path of its page."""
-    measured = results.load(sweep_dir)
+    measured = collected.load(sweep_dir)
     shown = plots(measured)
     (out_dir / "figures").mkdir(parents=True, exist_ok=True)
     pictures = []

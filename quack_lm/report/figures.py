@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from quack_lm.report.results import Reader, Result, Results, middle_head
-from quack_lm.report.table import title as run_title
+from quack_lm.report.runs import title as run_title
 
 # A curve this far above the loss it started from has nothing more to say: what lies above is cut off.
 LOSS_CEILING = 1.1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quack_lm.config import flatten
-from quack_lm.report import table
+from quack_lm.report import runs
 from quack_lm.report.figures import Plot
 from quack_lm.report.results import Results
 
@@ -73,10 +73,8 @@ def as_html(results: Results, pictures: Sequence[Picture], report_command: str) 
 <body>
 <h1>{_e(title)}</h1>
 <p class="question">{_e(results.plan.question)}</p>
-<p>{_e(table.counts(results))}.</p>
-<div class="scroll">
-{table.as_html(results)}
-</div>
+<p>{_e(runs.counts(results))}.</p>
+{runs.table(results).as_html()}
 <p class="small">{_e(LEGEND)}</p>
 {"".join(_section_html(section) for section in before)}
 <h2>Figures</h2>
@@ -98,8 +96,8 @@ def as_markdown(results: Results, plots: Sequence[Plot], report_command: str) ->
     parts = [
         f"# Sweep {results.plan.sweep}",
         question,
-        f"{table.counts(results)}.",
-        table.as_markdown(results),
+        f"{runs.counts(results)}.",
+        runs.table(results).as_markdown(),
         LEGEND,
         *(_section_markdown(section) for section in before),
         "## Figures",
@@ -114,11 +112,11 @@ def as_markdown(results: Results, plots: Sequence[Plot], report_command: str) ->
 def sections(results: Results) -> tuple[list[Section], list[Section]]:
     """The lists before and after the figures; a list with nothing to say is left out."""
     before = [
-        Section(title="Runs to look at", intro="What the runs reported about themselves.", lines=table.notes(results)),
+        Section(title="Runs to look at", intro="What the runs reported about themselves.", lines=runs.notes(results)),
         Section(
             title="Unfinished and missing runs",
             intro=f"{results.plan.command} starts or continues them.",
-            lines=table.unfinished(results),
+            lines=runs.unfinished(results),
         ),
         Section(
             title="Runs outside the plan",

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from quack_lm.config import choice, flatten
-from quack_lm.sweep import FINISHED, Cell, Plan, read_plan
+from quack_lm.outcome import kind_of_end
+from quack_lm.sweep.cell import FINISHED, LOG_FILE, Cell, last_lines
+from quack_lm.sweep.plan import Plan, read_plan
 
 # Settings that have a column, a panel or a style of their own; every other difference between runs goes into the label.
 SHOWN_ELSEWHERE = ("run_dir", "seed", "attention._target_", "stabilizer._target_", "optimizer.lr")
@@ -28,6 +30,7 @@ class Result:
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     environment: dict[str, Any]
+    stop_record: dict[str, Any]  # what the sweep's stop rule wrote, if it ended the run
 
     @property
     def attention(self) -> str:
@@ -56,8 +59,29 @@ class Result:
         return list(self.summary.get("unstable") or [])
 
     @property
+    def reason(self) -> str | None:
+        """Why the run ended, in its own words or, where it had no time for any, the last of its log."""
+        if self.status == "failed" and not self.summary.get("reason"):
+            return next(iter(last_lines(self.cell.run_dir / LOG_FILE, 1)), None)
+        return self.summary.get("reason")
+
+    @property
+    def outcome(self) -> str:
+        """The status in finer words: `non-finite`, `out of memory`, `preempted`."""
+        return kind_of_end(self.status, self.reason)
+
+    @property
     def is_diverged(self) -> bool:
         return self.status == "diverged"
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it reached its end without any sign of trouble."""
+        return self.status == "completed" and not self.unstable
+
+    @property
+    def step(self) -> int:
+        return int(self.summary.get("step") or 0)
 
     @property
     def is_finished(self) -> bool:
@@ -72,6 +96,26 @@ class Result:
         """(step, value) wherever the metric was due; a value that was not finite is nan."""
         values = [(line["step"], line.get(read, ...) if isinstance(read, str) else read(line)) for line in self.metrics]
         return [(step, math.nan if value is None else float(value)) for step, value in values if value is not ...]
+
+    def first_blowup(self) -> tuple[int, int, int] | None:
+        """(step, layer, head) at the first probe at which a head's largest logit left its range; the largest such."""
+        limit = self.cell.config["trainer"].get("unstable_logit", math.inf)
+        for line in self.metrics:
+            table = line.get("logits/max_per_head", [])
+            heads = [
+                (math.inf if value is None else value, layer, head)
+                for layer, row in enumerate(table)
+                for head, value in enumerate(row)
+            ]
+            largest, layer, head = max(heads, default=(-math.inf, 0, 0), key=lambda entry: entry[0])
+            if largest > limit:
+                return line["step"], layer, head
+        return None
+
+    def seconds_saved(self) -> float:
+        """Training time that the stop rule spared, at the speed of the run itself."""
+        elapsed = self.number("elapsed_s")
+        return self.stop_record.get("steps_saved", 0) * elapsed / self.step if elapsed and self.step else 0.0
 
 
 def middle_head(key: str) -> Reader:
@@ -107,27 +151,41 @@ class Results:
         return sorted(found - planned)
 
 
-def load(directory: Path) -> Results:
+# A cell, and its status, summary, metrics, environment and stop record.
+Entry = tuple[Cell, str, dict[str, Any], list[dict[str, Any]], dict[str, Any], dict[str, Any]]
+
+
+def from_runs(directory: Path) -> Results:
+    """What the run directories of a sweep hold now."""
     plan = read_plan(directory)
-    variations = _variations([cell.config for cell in plan.cells])
-    results = [_result(cell, variation) for cell, variation in zip(plan.cells, variations, strict=True)]
+    entries = []
+    for cell in plan.cells:
+        metrics = list(_json_lines(cell.run_dir / "metrics.jsonl"))
+        environment = _json(cell.run_dir / "environment.json")
+        entries.append((cell, cell.status(), cell.summary(), metrics, environment, cell.stop_record()))
+    return make_results(directory, plan, entries)
+
+
+def make_results(directory: Path, plan: Plan, entries: Sequence[Entry]) -> Results:
+    variations = _variations([cell.config for cell, *_ in entries])
+    results = [
+        Result(
+            cell=cell,
+            variation=variation,
+            status=status,
+            summary=summary,
+            metrics=metrics,
+            environment=environment,
+            stop_record=record,
+        )
+        for (cell, status, summary, metrics, environment, record), variation in zip(entries, variations, strict=True)
+    ]
     # Attentions and stabilizers keep the order in which the sweep file names them.
     attentions = _ranks(result.attention for result in results)
     stabilizers = _ranks(result.stabilizer for result in results)
     methods = _ranks(result.method for result in results)
     results.sort(key=lambda r: (attentions[r.attention], stabilizers[r.stabilizer], methods[r.method], r.lr, r.seed))
     return Results(directory=directory, plan=plan, results=results)
-
-
-def _result(cell: Cell, variation: str) -> Result:
-    return Result(
-        cell=cell,
-        variation=variation,
-        status=cell.status(),
-        summary=cell.summary(),
-        metrics=list(_json_lines(cell.run_dir / "metrics.jsonl")),
-        environment=_json(cell.run_dir / "environment.json"),
-    )
 
 
 def _json_lines(path: Path) -> Iterable[dict[str, Any]]:

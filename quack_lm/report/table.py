@@ -1,109 +1,52 @@
-"""The comparison table, as plain text, Markdown and HTML from the same cells."""
+"""A table, as plain text, Markdown and HTML from the same cells; and numbers with the digits that people want."""
 
 import html
 import math
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from quack_lm.report.results import Result, Results
-
-# Columns of numbers are set flush right.
-HEADER = ("attention", "stabilizer", "lr", "seed", "val loss", "best", "max logit", "mean |Δlogit|", "tok/s", "status")
-NUMERIC = range(2, 9)
 NO_NUMBER = "–"
 
 
-def row(result: Result) -> tuple[str, ...]:
-    return (
-        result.attention,
-        result.method,
-        f"{result.lr:g}",
-        str(result.seed),
-        loss(result.number("val_loss")),
-        loss(result.number("best_val_loss")),
-        significant(result.number("max_logit")),
-        significant(result.number("delta_mean")),
-        per_second(result.number("tokens_per_s")),
-        status(result),
-    )
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of texts; columns of numbers are set flush right, and a row may have a class that colors it."""
 
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numeric: Sequence[int] = ()
+    classes: Sequence[str] = field(default_factory=list)
 
-def status(result: Result) -> str:
-    """The outcome, with the step where it is not the planned one, and a mark on runs that are quietly unhealthy."""
-    step = f"@{result.summary['step']}" if "step" in result.summary and result.status != "completed" else ""
-    return result.status + step + (", unstable" if result.unstable else "")
+    def as_text(self) -> str:
+        """Columns padded with blanks."""
+        rows = [self.header, *self.rows]
+        widths = [max(len(cells[column]) for cells in rows) for column in range(len(self.header))]
+        lines = ["  ".join(self._flush(i, cell, widths[i]) for i, cell in enumerate(cells)) for cells in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join(line.rstrip() for line in lines)
 
+    def as_markdown(self) -> str:
+        """With every bar escaped."""
+        rule = ["---:" if i in self.numeric else ":---" for i in range(len(self.header))]
+        rows = [[cell.replace("|", "\\|") for cell in cells] for cells in (self.header, *self.rows)]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in (rows[0], rule, *rows[1:]))
 
-def notes(results: Results) -> list[str]:
-    """One line for each thing about a run that the table has no column for."""
-    lines = []
-    for result in results.results:
-        reasons = [*result.unstable, *([result.summary["reason"]] if result.summary.get("reason") else [])]
-        if reasons:
-            lines.append(f"{title(result)}: {status(result)}: {'; '.join(dict.fromkeys(reasons))}")
-    return lines
+    def as_html(self) -> str:
+        """A table element; it scrolls sideways where the page is narrow."""
+        head = "".join(f"<th{self._class(i)}>{html.escape(cell)}</th>" for i, cell in enumerate(self.header))
+        body = ""
+        for number, cells in enumerate(self.rows):
+            mark = f' class="{self.classes[number]}"' if self.classes else ""
+            body += f"<tr{mark}>"
+            body += "".join(f"<td{self._class(i)}>{html.escape(cell)}</td>" for i, cell in enumerate(cells)) + "</tr>\n"
+        table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+        return f'<div class="scroll">\n{table}\n</div>'
 
+    def _flush(self, column: int, cell: str, width: int) -> str:
+        return cell.rjust(width) if column in self.numeric else cell.ljust(width)
 
-def title(result: Result) -> str:
-    return f"{result.attention} {result.method} lr {result.lr:g} seed {result.seed}"
-
-
-def unfinished(results: Results) -> list[str]:
-    """The cells that have no final result yet."""
-    return [f"{title(result)}: {status(result)}" for result in results.results if not result.is_finished]
-
-
-def counts(results: Results) -> str:
-    """`10 runs: 9 completed (2 unstable), 1 diverged`."""
-    by_status = Counter(result.status for result in results.results)
-    unstable = Counter(result.status for result in results.results if result.unstable)
-    marks = {name: f" ({count} unstable)" for name, count in unstable.items()}
-    parts = [f"{count} {name}{marks.get(name, '')}" for name, count in by_status.items()]
-    return f"{len(results.results)} runs: {', '.join(parts)}"
-
-
-# ------------------------------------------------------------------------------------------------ three renderings
-
-
-def as_text(results: Results) -> str:
-    rows = [HEADER, *(row(result) for result in results.results)]
-    widths = [max(len(cells[column]) for cells in rows) for column in range(len(HEADER))]
-    lines = ["  ".join(_flush(i, cell, widths[i]) for i, cell in enumerate(cells)) for cells in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    extra = ["", counts(results), *(f"  {line}" for line in notes(results))]
-    return "\n".join(line.rstrip() for line in [*lines, *extra])
-
-
-def as_markdown(results: Results) -> str:
-    rule = ["---:" if i in NUMERIC else ":---" for i in range(len(HEADER))]
-    rows = [HEADER, rule, *(row(result) for result in results.results)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows)
-
-
-def as_html(results: Results) -> str:
-    head = "".join(f"<th{_class(i)}>{html.escape(cell)}</th>" for i, cell in enumerate(HEADER))
-    body = "".join(
-        f'<tr class="{_health(result)}">'
-        + "".join(f"<td{_class(i)}>{html.escape(cell)}</td>" for i, cell in enumerate(row(result)))
-        + "</tr>\n"
-        for result in results.results
-    )
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
-
-
-def _flush(column: int, cell: str, width: int) -> str:
-    return cell.rjust(width) if column in NUMERIC else cell.ljust(width)
-
-
-def _class(column: int) -> str:
-    return ' class="number"' if column in NUMERIC else ""
-
-
-def _health(result: Result) -> str:
-    if result.is_diverged or result.status == "failed":
-        return "bad"
-    if result.unstable:
-        return "unstable"
-    return "" if result.is_finished else "unfinished"
+    def _class(self, column: int) -> str:
+        return ' class="number"' if column in self.numeric else ""
 
 
 # ------------------------------------------------------------------------------------------------ digits
@@ -134,3 +77,18 @@ def per_second(value: float | None) -> str:
             scaled = value / unit
             return f"{scaled:.{max(0, 2 - int(math.log10(scaled)))}f}{suffix}"
     return f"{value:.0f}"
+
+
+def interval(mean: float, bounds: tuple[float, float] | None, digits: int = 3) -> str:
+    """`+0.021 [+0.010, +0.033]`."""
+    text = f"{mean:+.{digits}f}"
+    return text if bounds is None else f"{text} [{bounds[0]:+.{digits}f}, {bounds[1]:+.{digits}f}]"
+
+
+def duration(seconds: float | None) -> str:
+    """`45s`, `12min`, `3.1h`."""
+    if seconds is None:
+        return NO_NUMBER
+    if seconds < 100:
+        return f"{seconds:.0f}s"
+    return f"{seconds / 60:.0f}min" if seconds < 6000 else f"{seconds / 3600:.1f}h"

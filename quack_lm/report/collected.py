@@ -1,0 +1,163 @@
+"""A sweep in three files: results.parquet and results.csv (a row per run), curves.parquet (a row per run and step).
+
+The Parquet files hold all that the report needs. In curves.parquet null means not due at this step and NaN not finite.
+"""
+
+import csv
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from quack_lm.config import flatten
+from quack_lm.report.results import Result, Results, from_runs, make_results
+from quack_lm.sweep.cell import Cell
+from quack_lm.sweep.file import StopRule
+from quack_lm.sweep.plan import Plan
+
+RESULTS_FILE, CURVES_FILE = "results.parquet", "curves.parquet"
+
+# Tables over heads that no figure shows: most of the bytes of metrics.jsonl.
+KEPT_TABLES = ("logits/max_per_head", "logits/delta_mean_per_head")
+KEPT_PREFIXES = ("train/", "val/", "logits/", "throughput/", "optim/")
+
+
+def write(directory: Path) -> list[Path]:
+    """Collect the runs of a sweep directory; returns the paths of the files."""
+    results = from_runs(directory)
+    rows = [_row(result) for result in results.results]
+    plan = results.plan
+    about = {"sweep": plan.sweep, "question": plan.question, "command": plan.command, "stop": _json(plan.stop)}
+    table = _table(rows).replace_schema_metadata({f"quack_lm.{k}": v for k, v in about.items()})
+    pq.write_table(table, directory / RESULTS_FILE, compression="zstd")
+    _write_csv(directory / "results.csv", rows)
+    pq.write_table(_curves(results), directory / CURVES_FILE, compression="zstd", compression_level=19)
+    return [directory / name for name in (RESULTS_FILE, "results.csv", CURVES_FILE)]
+
+
+def load(directory: Path) -> Results:
+    """The results of a sweep directory: from its runs where there is a plan, else from the collected files alone."""
+    if (directory / RESULTS_FILE).is_file() and not (directory / "plan.json").is_file():
+        return _read(directory)
+    return from_runs(directory)
+
+
+def _read(directory: Path) -> Results:
+    table = pq.read_table(directory / RESULTS_FILE)
+    about = {k.decode().removeprefix("quack_lm."): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    stop = json.loads(about["stop"])
+    curves = _read_curves(directory / CURVES_FILE)
+    entries = []
+    for row in table.to_pylist():
+        cell = Cell(
+            overrides=json.loads(row["overrides_json"]),
+            config=json.loads(row["config_json"]),
+            fingerprint=row["fingerprint"],
+            run_dir=directory / row["run"],
+        )
+        summary, environment, record = (json.loads(row[f"{k}_json"]) for k in ("summary", "environment", "stop"))
+        entries.append((cell, row["status"], summary, curves.get(row["run"], []), environment, record))
+    plan = Plan(
+        sweep=about["sweep"],
+        question=about["question"],
+        command=about["command"],
+        cells=[cell for cell, *_ in entries],
+        stop=StopRule(**stop) if stop else None,
+    )
+    return make_results(directory, plan, entries)
+
+
+def _row(result: Result) -> dict[str, Any]:
+    blowup = result.first_blowup()
+    found = dict(zip(("blowup_step", "blowup_layer", "blowup_head"), blowup or (None, None, None), strict=True))
+    config = {k: v for k, v in flatten(result.cell.config).items() if k != "run_dir" and not k.startswith("logger.")}
+    return {
+        "run": result.cell.name,
+        "fingerprint": result.cell.fingerprint,
+        "attention": result.attention,
+        "stabilizer": result.stabilizer,
+        "method": result.method,
+        "lr": result.lr,
+        "seed": result.seed,
+        "status": result.status,
+        "outcome": result.outcome,
+        **found,
+        **{k: v for k, v in result.summary.items() if isinstance(v, int | float | str | None) and k != "status"},
+        "steps_saved_by_rule": result.stop_record.get("steps_saved", 0),
+        "hours_saved_by_rule": result.seconds_saved() / 3600,
+        **{f"config.{key}": value for key, value in config.items()},
+        "overrides_json": json.dumps(result.cell.overrides),
+        "config_json": json.dumps(result.cell.config),
+        "summary_json": json.dumps(result.summary),
+        "environment_json": json.dumps(result.environment),
+        "stop_json": json.dumps(result.stop_record),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return pa.table({key: _column([row.get(key) for row in rows]) for key in keys})
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # a setting that is a number here and a word there
+        return pa.array([None if value is None else str(value) for value in values])
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if not key.endswith("_json")]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, keys, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _curves(results: Results) -> pa.Table:
+    lines = [(result.cell.name, line) for result in results.results for line in result.metrics]
+    keys = dict.fromkeys(key for _, line in lines for key in line if _is_kept(key, line[key]))
+    table = {
+        "run": pa.array([name for name, _ in lines], pa.string()).dictionary_encode(),
+        "step": pa.array([line["step"] for _, line in lines], pa.int64()),
+        "tokens": pa.array([line.get("tokens", 0) for _, line in lines], pa.int64()),
+    }
+    for key in keys:
+        kind = pa.list_(pa.list_(pa.float32())) if key.endswith("_per_head") else pa.float32()
+        table[key] = pa.array([_nan(line[key]) if key in line else None for _, line in lines], kind)
+    return pa.table(table)
+
+
+def _is_kept(key: str, value: Any) -> bool:
+    if isinstance(value, list):
+        return key in KEPT_TABLES or key.startswith("logits/delta_from_")
+    return key.startswith(KEPT_PREFIXES)
+
+
+def _read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of each run's metrics.jsonl, as far as they were kept."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in pq.read_table(path).to_pylist() if path.is_file() else []:
+        line = {key: _null(value) for key, value in row.items() if key != "run" and value is not None}
+        curves.setdefault(row["run"], []).append(line)
+    return curves
+
+
+def _nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_nan(item) for item in value]
+    return math.nan if value is None else value
+
+
+def _null(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_null(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _json(rule: StopRule | None) -> str:
+    return json.dumps(asdict(rule) if rule else None)

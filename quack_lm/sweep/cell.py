@@ -1,0 +1,143 @@
+"""One run of a sweep, and what it has reached, read from its directory."""
+
+import fcntl
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from quack_lm.config import choice
+from quack_lm.sweep.file import override_value
+
+LOG_FILE = "train.log"
+STOP_FILE = "stopped_by_rule.json"
+
+# Statuses that running again would only repeat.
+FINISHED = ("completed", "diverged", "stopped by rule")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a sweep."""
+
+    overrides: list[str]
+    config: dict[str, Any]
+    fingerprint: str
+    run_dir: Path
+
+    @property
+    def name(self) -> str:
+        return self.run_dir.name
+
+    @property
+    def total_steps(self) -> int:
+        return int(self.config["trainer"]["steps"])
+
+    @property
+    def tokens_per_step(self) -> int:
+        return int(self.config["trainer"]["global_batch_size"] * self.config["trainer"]["seq_len"])
+
+    @property
+    def total_tokens(self) -> int:
+        return self.total_steps * self.tokens_per_step
+
+    def arguments(self) -> list[str]:
+        """The arguments of scripts/train.py; a cell that was started before continues."""
+        return [*self.overrides, f"run_dir={override_value(str(self.run_dir))}", "trainer.resume=auto"]
+
+    def command(self) -> str:
+        """The run as one line to paste into a shell."""
+        return shlex.join(["python", "scripts/train.py", *self.arguments()])
+
+    # -------------------------------------------------------------------------------------------- what it has reached
+
+    def summary(self) -> dict[str, Any]:
+        """What the run wrote about itself so far; empty before it wrote anything, or where that is damaged."""
+        return _json(self.run_dir / "summary.json")
+
+    def stop_record(self) -> dict[str, Any]:
+        """What the stop rule of the sweep wrote when it ended this run; empty where it did not."""
+        return _json(self.run_dir / STOP_FILE)
+
+    def status(self) -> str:
+        """How the run stands.
+
+        `completed`, `diverged`, `interrupted` and `failed` are its own words; `stopped by rule` is the sweep's;
+        `running` only while a process is at it, else `killed`; `pending` before it was ever started.
+        """
+        written = self.summary().get("status")
+        if written in FINISHED or written == "failed":
+            return str(written)
+        log = self.run_dir / LOG_FILE
+        if is_locked(log):
+            return "running"
+        if self.stop_record():
+            return "stopped by rule"
+        if written:
+            return "killed" if written == "running" else str(written)
+        return "failed" if log.exists() else "pending"
+
+    def is_finished(self) -> bool:
+        return self.status() in FINISHED
+
+    def steps_done(self) -> int:
+        """The last step that the run has logged."""
+        return min(int(self.last_line("step").get("step", 0)), self.total_steps)
+
+    def last_line(self, key: str) -> dict[str, Any]:
+        """The newest line of metrics.jsonl that has this key; empty where there is none near the end."""
+        path = self.run_dir / "metrics.jsonl"
+        for line in reversed(tail(path).split("\n") if path.is_file() else []):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut by our window, or still being written
+            if isinstance(record, dict) and key in record:
+                return record
+        return {}
+
+
+def readable(config: dict[str, Any]) -> str:
+    """Made of the cell's own config alone: a name must not change when the sweep around it grows."""
+    attention, stabilizer = choice(config["attention"]), choice(config["stabilizer"])
+    return f"{attention}-{stabilizer}-lr{config['optimizer']['lr']:g}-seed{config['seed']}"
+
+
+def last_lines(log: Path, count: int) -> list[str]:
+    """The end of a log; a progress bar's repainted lines count as one."""
+    if not log.is_file():
+        return []
+    lines = [line.split("\r")[-1].rstrip() for line in tail(log).replace("\r\n", "\n").split("\n")]
+    return [line for line in lines if line][-count:]
+
+
+def tail(path: Path, size: int = 1 << 18) -> str:
+    """The last bytes of a file."""
+    with open(path, "rb") as handle:
+        handle.seek(max(0, path.stat().st_size - size))
+        return handle.read().decode(errors="replace")
+
+
+def lock(log: IO[bytes], kind: int) -> bool:
+    """Take the lock of a log, without waiting; whether that worked."""
+    try:
+        fcntl.flock(log, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_locked(log: Path) -> bool:
+    """Whether a process that the runner started is alive: it holds the lock of its log."""
+    if not log.is_file():
+        return False
+    with open(log, "rb") as handle:
+        return not lock(handle, fcntl.LOCK_SH)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}

@@ -1,0 +1,236 @@
+"""The sweep file: a base, a grid, extra points, exclusions and seeds, and optionally several scales of all that.
+
+# The question it asks, and what is held fixed.
+base: [experiment=tiny]
+grid:
+  attention: [mha, mla]                         # each value stands for an override: attention=mha
+  method: {a: [stabilizer=quack, stabilizer.tau=1], b: [stabilizer=none]}   # a label for several overrides
+exclude: [{attention: mha, method: b}]          # cells that match all of it; seed is an axis, too
+extra: [[attention=mha, stabilizer=qk_norm]]
+seeds: [0, 1]
+stop: {loss_above_best: 2.0, for_steps: 50}     # see rule.py
+scales:                                         # scale=big on the command line picks one
+  big: [model=1b]                               # overrides that join the base
+  small: {base: [model=tiny], grid: {attention: [mla]}, seeds: [0, 1, 2]}   # any of the keys above
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import yaml
+
+from quack_lm.config import CONFIG_DIR, nearest
+from quack_lm.errors import UserError
+
+Scalar = str | int | float | bool | None
+Axes = dict[str, list[Scalar] | dict[Scalar, list[str]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRule:
+    """When a cell is hopeless: its loss so many times the best of the sweep at the same step, for so many steps."""
+
+    loss_above_best: Annotated[float, pydantic.Field(gt=1)]
+    for_steps: pydantic.PositiveInt
+
+    def __str__(self) -> str:
+        return f"training loss above {self.loss_above_best:g} x the best at the same step for {self.for_steps} steps"
+
+
+_KEYS: dict[str, Any] = {
+    "base": list[str],
+    "grid": Axes,
+    "extra": list[list[str]],
+    "exclude": list[dict[str, Scalar]],
+    "seeds": list[pydantic.NonNegativeInt],
+    "stop": dict[str, Scalar] | None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One value on each axis of the grid, the overrides that these values stand for, and a seed."""
+
+    labels: dict[str, str]
+    overrides: list[str]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep file as written, at one of its scales, with every grid value as a label and its overrides."""
+
+    name: str  # of the file; fig2-proxy where there are scales
+    question: str
+    base: list[str] = field(default_factory=list)
+    grid: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    extra: list[list[str]] = field(default_factory=list)
+    exclude: list[dict[str, str]] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    stop: StopRule | None = None
+
+    def points(self) -> list[Point]:
+        """The grid without its exclusions, first axis slowest and seeds fastest, then the extra points."""
+        points = []
+        for values in itertools.product(*(axis.items() for axis in self.grid.values())):
+            labels = dict(zip(self.grid, (label for label, _ in values), strict=True))
+            overrides = [override for _, own in values for override in own]
+            for seed in self.seeds:
+                if not any(_matches(labels | {"seed": str(seed)}, exclusion) for exclusion in self.exclude):
+                    points.append(Point(labels=labels, overrides=overrides, seed=seed))
+        if self.extra and not self.grid:
+            # A file without a grid is its extra points, not one bare base run beside them.
+            points = []
+        extra = itertools.product(self.extra, self.seeds)
+        return points + [Point(labels={}, overrides=overrides, seed=seed) for overrides, seed in extra]
+
+
+def load(name: str, scale: str | None = None) -> Sweep:
+    """Read `configs/sweep/<name>.yaml`, or the file itself when `name` ends in .yaml, at one of its scales."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIG_DIR / "sweep" / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"sweep={name}: there is no {path}; {nearest(name, known_sweeps())}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable yaml file: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected keys at the top level, among {', '.join(_KEYS)}")
+    question = _opening_comment(text, path)
+    stem = path.resolve().with_suffix("")
+    folder = CONFIG_DIR / "sweep"
+    name = str(stem.relative_to(folder)) if stem.is_relative_to(folder) else stem.name
+    return _check(_at_scale(raw, scale, path), question, f"{name}-{scale}" if scale else name, path)
+
+
+def known_sweeps() -> list[str]:
+    """The names that `sweep=...` accepts."""
+    folder = CONFIG_DIR / "sweep"
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def override_value(value: Scalar) -> str:
+    """The value in the override grammar: as it is where that is plain, otherwise in quotes."""
+    text = _text(value)
+    if re.fullmatch(r"[\w.+\-/]+", text, flags=re.ASCII):
+        return text
+    # Backslashes are ordinary there except in front of a quote.
+    return "'" + re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _at_scale(raw: dict[str, Any], scale: str | None, path: Path) -> dict[str, Any]:
+    """The file with one of its scales joined in: lists are appended to, seeds, stop and axes replaced."""
+    whole = {key: value for key, value in raw.items() if key != "scales"}
+    scales = raw.get("scales", {})
+    if not isinstance(scales, dict) or not all(isinstance(part, list | dict) for part in scales.values()):
+        raise UserError(f"{path}: scales must give each scale a list of overrides, or keys among {', '.join(_KEYS)}")
+    names = [str(name) for name in scales]
+    if not scales and scale is None:
+        return whole
+    if not scales:
+        raise UserError(f"scale={scale}: {path} has no scales; leave it out")
+    if scale is None:
+        raise UserError(f"{path} has scales: choose one with {' or '.join(f'scale={name}' for name in names)}")
+    if scale not in names:
+        raise UserError(f"scale={scale}: {nearest(scale, names)}")
+    chosen = next(part for name, part in scales.items() if str(name) == scale)
+    part = {"base": chosen} if isinstance(chosen, list) else chosen
+    for source, where in ((whole, ""), (part, f"scales.{scale}.")):
+        _check_types(source, path, where)
+    joined = {key: [*whole.get(key, []), *part.get(key, [])] for key in ("base", "extra", "exclude")}
+    return {**whole, **part, **joined, "grid": whole.get("grid", {}) | part.get("grid", {})}
+
+
+def _check_types(raw: dict[str, Any], path: Path, where: str = "") -> None:
+    for key, value in raw.items():
+        if key not in _KEYS:
+            raise UserError(f"{path}: unknown key {where}{key}; {nearest(str(key), [*_KEYS, 'scales'])}")
+        try:
+            pydantic.TypeAdapter(_KEYS[key]).validate_python(value, strict=True)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in (key, *first["loc"]))
+            raise UserError(f"{path}: {where}{place}={first['input']!r}: {first['msg']}") from None
+
+
+def _check(raw: dict[str, Any], question: str, name: str, path: Path) -> Sweep:
+    _check_types(raw, path)
+    grid = {axis: _axis(path, axis, values) for axis, values in raw.get("grid", {}).items()}
+    exclude = [{axis: _text(value) for axis, value in entry.items()} for entry in raw.get("exclude", [])]
+    seeds = raw.get("seeds", [0])
+    if not seeds:
+        raise UserError(f"{path}: seeds is empty; give at least one, for example [0]")
+    _check_exclusions(path, grid | {"seed": [str(seed) for seed in seeds]}, exclude)
+    return Sweep(
+        name=name,
+        question=question,
+        base=raw.get("base", []),
+        grid=grid,
+        extra=raw.get("extra", []),
+        exclude=exclude,
+        seeds=seeds,
+        stop=_stop_rule(raw.get("stop"), path),
+    )
+
+
+def _stop_rule(raw: dict[str, Any] | None, path: Path) -> StopRule | None:
+    try:
+        return pydantic.TypeAdapter(StopRule).validate_python(raw) if raw else None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: stop.{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}") from None
+
+
+def _axis(path: Path, axis: str, values: Any) -> dict[str, list[str]]:
+    """`lr: [0.1]` stands for the override lr=0.1; `method: {a: [x=1, y=2]}` gives a label to several overrides."""
+    if not values:
+        raise UserError(f"{path}: grid.{axis} is empty; give it a value or remove it")
+    if isinstance(values, dict):
+        return {_text(label): overrides for label, overrides in values.items()}
+    return {_text(value): [f"{axis}={override_value(value)}"] for value in values}
+
+
+def _check_exclusions(path: Path, axes: dict[str, Any], exclude: Sequence[dict[str, str]]) -> None:
+    """An exclusion that can match nothing is a mistake, not a wish."""
+    for axis, label in (pair for entry in exclude for pair in entry.items()):
+        if axis not in axes:
+            raise UserError(f"{path}: exclude names {axis}, which is no axis of the grid; {nearest(axis, list(axes))}")
+        if not any(_equal(label, known) for known in axes[axis]):
+            raise UserError(f"{path}: exclude {axis}={label} is not in the grid; {nearest(label, list(axes[axis]))}")
+    if {} in exclude:
+        raise UserError(f"{path}: exclude has an empty entry, which would exclude everything")
+
+
+def _opening_comment(text: str, path: Path) -> str:
+    lines = list(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))
+    question = "\n".join(line.lstrip("#").strip() for line in lines).strip()
+    if not question:
+        raise UserError(f"{path}: must open with a comment that says what the sweep asks and what is held fixed")
+    return question
+
+
+def _matches(labels: dict[str, str], exclusion: dict[str, str]) -> bool:
+    return all(_equal(labels[axis], label) for axis, label in exclusion.items())
+
+
+def _equal(a: str, b: str) -> bool:
+    """Equal as numbers where both are numbers: yaml reads 3e-3 as text and 0.003 as a float."""
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a == b
+
+
+def _text(value: Scalar) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value)

@@ -1,0 +1,236 @@
+"""Training cells on this machine, each as a process of its own on cores, or a GPU, of its own."""
+
+import fcntl
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from quack_lm.config import CONFIG_DIR
+from quack_lm.sweep.cell import LOG_FILE, Cell, last_lines, lock
+from quack_lm.sweep.file import StopRule
+from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
+
+TRAIN_SCRIPT = CONFIG_DIR.parent / "scripts" / "train.py"
+
+POLL_S = 0.5
+RULE_POLL_S = 5.0
+LOG_LINES_SHOWN = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a call of `run` ended."""
+
+    failed: list[Cell]
+    signal: int | None
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal if self.signal else int(bool(self.failed))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one run may be at a time."""
+
+    cores: frozenset[int]
+    gpu: str | None
+
+
+@dataclass(frozen=True)
+class Running:
+    """A cell's process and its place."""
+
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    slot: Slot
+    is_stopped_by_rule: bool = False
+
+
+def default_jobs(threads: int) -> int:
+    """One run per GPU where there are any, else as many as the cores hold."""
+    return len(_gpus()) or max(1, len(_own_cores()) // threads)
+
+
+def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None = None, threads: int = 1) -> Outcome:
+    """Train every unfinished cell, `jobs` at a time, each on `threads` cores, or a GPU, of its own.
+
+    A failed cell is named with the end of its log and stops nothing; a hopeless one is ended by the rule. SIGINT and
+    SIGTERM are passed on once; the runs save and end, and the next call continues them. A second signal kills.
+    """
+    forget_other_rules(cells, stop)
+    pending = [cell for cell in cells if not cell.is_finished()]
+    free = _slots(jobs or default_jobs(threads), threads)
+    running: list[Running] = []
+    failed: list[Cell] = []
+    signals_passed_on = 0
+    watch = Watch(stop, cells) if stop else None
+    with _signals() as received, _progress(cells) as bar:
+        watched_at = time.monotonic()
+        while pending or running:
+            if len(received) > signals_passed_on:
+                bar.write("stopping: the runs save and end; a second signal kills them", file=sys.stderr)
+                pending.clear()
+                for entry in running:
+                    entry.process.send_signal(signal.SIGKILL if signals_passed_on else received[0])
+                signals_passed_on = len(received)
+            _start_what_fits(pending, free, running, threads)
+            if watch and not received and time.monotonic() - watched_at > RULE_POLL_S:
+                running = _stop_hopeless(watch, running)
+                watched_at = time.monotonic()
+            for entry in [entry for entry in running if entry.process.poll() is not None]:
+                running.remove(entry)
+                free.append(entry.slot)
+                if not entry.cell.is_finished() and not received:
+                    failed.append(entry.cell)
+                bar.write(_ending(entry, bool(received)), file=sys.stderr)
+            _advance(bar, cells, running)
+            time.sleep(POLL_S if pending or running else 0)
+    return Outcome(failed=failed, signal=received[0] if received else None)
+
+
+def _start_what_fits(pending: list[Cell], free: list[Slot], running: list[Running], threads: int) -> None:
+    """Move cells from pending to running while slots are free; one that another process trains stays pending."""
+    for cell in list(pending):
+        if cell.is_finished():  # meanwhile, by another call
+            pending.remove(cell)
+        elif free and (process := _start(cell, free[-1], threads)):
+            running.append(Running(cell, process, free.pop()))
+            pending.remove(cell)
+
+
+def _start(cell: Cell, slot: Slot, threads: int) -> subprocess.Popen[bytes] | None:
+    """Start a cell's process, or None while another process, perhaps left by a killed sweep, still trains it.
+
+    The log is the lock: the child inherits it as its output, so the lock lives as long as the child does.
+    """
+    cell.run_dir.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    if slot.gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
+    with open(cell.run_dir / LOG_FILE, "ab") as log:
+        if not lock(log, fcntl.LOCK_EX):
+            return None
+        with _pinned(slot.cores):
+            return subprocess.Popen(
+                [sys.executable, str(TRAIN_SCRIPT), *cell.arguments()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                # Its own session: a Ctrl-C reaches it once, from us, and not a second time from the terminal.
+                start_new_session=True,
+            )
+
+
+def _stop_hopeless(watch: Watch, running: Sequence[Running]) -> list[Running]:
+    """Tell hopeless runs to save and end; the record comes first, so that the end is never taken for a failure."""
+    hopeless = watch.hopeless([entry.cell for entry in running if not entry.is_stopped_by_rule])
+    for entry in running:
+        if entry.cell in hopeless:
+            record_stop(entry.cell, watch.rule)
+            entry.process.send_signal(signal.SIGTERM)
+    return [replace(entry, is_stopped_by_rule=True) if entry.cell in hopeless else entry for entry in running]
+
+
+def _ending(entry: Running, is_stopping: bool) -> str:
+    cell, code = entry.cell, entry.process.returncode
+    summary, status = cell.summary(), cell.status()
+    if cell.is_finished():
+        loss = summary.get("val_loss")
+        return f"{cell.name}: {status}" + (f", val loss {loss:.3f}" if loss is not None else "")
+    if is_stopping:
+        return f"{cell.name}: stopped at step {summary.get('step', 0)}"
+    tail = "".join(f"\n    {line}" for line in last_lines(cell.run_dir / LOG_FILE, LOG_LINES_SHOWN))
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{cell.name}: FAILED ({how}), the end of {cell.run_dir / LOG_FILE}:{tail}"
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+def _progress(cells: Sequence[Cell]) -> "tqdm[Any]":
+    return tqdm(
+        total=sum(cell.total_steps for cell in cells),
+        initial=_steps_settled(cells),
+        unit="step",
+        desc="sweep",
+        dynamic_ncols=True,
+        disable=None,  # no bar where the output is a file
+    )
+
+
+def _advance(bar: "tqdm[Any]", cells: Sequence[Cell], running: Sequence[Running]) -> None:
+    if bar.disable:
+        return
+    bar.n = _steps_settled(cells)
+    finished = sum(cell.is_finished() for cell in cells)
+    names = ", ".join(entry.cell.name.rpartition("-")[0] for entry in running)
+    bar.set_postfix_str(f"{finished}/{len(cells)} runs done, now {names or '-'}")
+
+
+def _steps_settled(cells: Sequence[Cell]) -> int:
+    """Steps that need no more work: all of them for a finished run, even if it ended early."""
+    return sum(cell.total_steps if cell.is_finished() else cell.steps_done() for cell in cells)
+
+
+# ------------------------------------------------------------------------------------------------ processes and places
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them."""
+    received: list[int] = []
+    caught = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: received.append(number)) for number in caught]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(caught, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _pinned(cores: frozenset[int]) -> Iterator[None]:
+    """A process started inside inherits these cores; not every system can pin."""
+    own = _own_cores()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, own)
+
+
+def _own_cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    import torch  # late: its import takes seconds, and a machine that says what is visible need not wait
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _slots(jobs: int, threads: int) -> list[Slot]:
+    """A place per job: cores and GPUs are disjoint unless more are asked for than there are."""
+    gpus = itertools.cycle(_gpus() or [None])
+    own = sorted(_own_cores())
+    # With GPUs the cores are shared out whole: loading data and compiling want more than one.
+    share = max(threads, len(own) // jobs) if _gpus() else threads
+    cores = itertools.cycle(own)
+    return [Slot(frozenset(itertools.islice(cores, share)), next(gpus)) for _ in range(jobs)]
