@@ -72,3 +72,28 @@ def largest_partner_product(paths: tuple[LogitPath, ...], norms: Mapping[str, Te
             known = largest.get(factor.weight)
             largest[factor.weight] = product if known is None else known.maximum(product)
     return largest
+
+
+def largest_change_of_product(
+    paths: tuple[LogitPath, ...], norms: Mapping[str, Tensor], changes: Mapping[str, Tensor]
+) -> Tensor:
+    """How much a change of the weights by these norms can change the product along the paths, at most: [layers, heads].
+
+        sum over paths of  prod(norm + change) - prod(norm)
+
+    For two factors this is Lemma 1: |W_Q| |dW_K| + |dW_Q| |W_K| + |dW_Q| |dW_K|, for inputs of norm one.
+    """
+    n_heads = count_heads(paths)
+    total = None
+    for path in paths:
+        before = after = None
+        for factor in path.factors:
+            norm_LH = per_head(norms[factor.weight], n_heads)
+            grown_LH = norm_LH + per_head(changes[factor.weight], n_heads)
+            before = norm_LH if before is None else before * norm_LH
+            after = grown_LH if after is None else after * grown_LH
+        assert before is not None
+        assert after is not None
+        total = after - before if total is None else total + after - before
+    assert total is not None
+    return total

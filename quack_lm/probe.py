@@ -2,6 +2,12 @@
 
 Queries and keys of the probe batch are kept before the step and taken again after it; logits are formed from both a
 block of query rows at a time, so memory stays linear in T. Everything is over causally visible pairs, in float32.
+
+The change can be split into the parts of the query weights, the key weights and everything upstream: with the new
+layer inputs x and the old weights, queries and keys are q', k'. A logit is bilinear, so this is exact and symmetric:
+
+    q1 k1 - q0 k0  =  (q1 - q') (k1 + k') / 2  +  (q1 + q') / 2 (k1 - k')  +  (q' k' - q0 k0)
+                       query weights             key weights                   upstream
 """
 
 from collections.abc import Iterable
@@ -11,16 +17,20 @@ from torch import Tensor, nn
 
 from quack_lm.attention.base import Attention
 from quack_lm.attention.scores import Mask, logits, number_documents, row_chunks
+from quack_lm.logit_paths import largest_change_of_product
 from quack_lm.parallel import World, evaluating
+from quack_lm.step import LogitWeights
 
 # Query rows whose logits, old and new, exist at once.
 ROWS = 256
+PARTS = ("query", "key", "upstream")
 
 
 class Probe:
     """Per layer and head: largest logit, mean and largest |change|, and attention entropy in nats.
 
     `batches` are this rank's (tokens [B, T + 1], weights [B]) of the probe windows; sequences of weight 0 are padding.
+    With `weights`, the mean |change| is split into its parts too.
     """
 
     def __init__(
@@ -31,66 +41,118 @@ class Probe:
         world: World,
         *,
         eot_id: int | None,
+        weights: LogitWeights | None = None,
     ) -> None:
         self.model = model
         self.attentions = attentions
         self.batches = [(world.load(tokens[:, :-1]), world.load(weights)) for tokens, weights in batches]
         self.world = world
         self.eot_id = eot_id
+        self.weights = weights
         self._before: list[list[tuple[Tensor, Tensor]]] = []
+        self._old_weights: dict[str, Tensor] = {}
 
     def before(self) -> None:
         """Keep queries and keys as they are: one (q, k) per batch and layer."""
         self._before = [self._queries_and_keys(tokens) for tokens, _ in self.batches]
+        self._old_weights = self.weights.stacks() if self.weights else {}
 
     @torch.no_grad()
     def after(self) -> dict[str, Tensor]:
         """The measurements against `before`: tables [layers, heads], and their aggregates over heads."""
         shape = (len(self.attentions), self.attentions[0].n_heads)
-        largest = torch.full((2, *shape), -torch.inf, device=self.world.device)  # largest logit, largest change
-        sums = torch.zeros((2, *shape), device=self.world.device, dtype=torch.float64)  # changes, entropies
+        # Largest logit, largest change, largest change by the weights; and the longest input of each layer.
+        largest = torch.full((3, *shape), -torch.inf, device=self.world.device)
+        longest = torch.zeros(len(self.attentions), device=self.world.device)
+        # Changes, entropies, and the parts of the changes.
+        sums = torch.zeros((2 + len(PARTS), *shape), device=self.world.device, dtype=torch.float64)
         counts = torch.zeros(2, device=self.world.device, dtype=torch.float64)  # visible pairs, query rows
         for (tokens, weights), old in zip(self.batches, self._before, strict=True):
-            new = self._queries_and_keys(tokens)
+            inputs: list[Tensor] = []
+            new = self._queries_and_keys(tokens, see_inputs=inputs)
+            halfway = self._with_old_weights(tokens, inputs) if self.weights else [None] * len(new)
             real = weights > 0
             if not real.any():
                 continue
+            longest = longest.maximum(torch.stack([x[real].float().norm(dim=-1).amax() for x in inputs]))
             mask = Mask(None if self.eot_id is None else number_documents(tokens[real], self.eot_id))
             for rows in row_chunks(tokens.shape[1], ROWS):
                 seen = mask.visible(rows, tokens.shape[1], tokens.device)
                 pairs = seen.sum() * (1 if seen.ndim == 4 else real.sum())
                 counts += torch.stack([pairs, real.sum() * (rows.stop - rows.start)])
-                for layer, ((q0, k0), (q1, k1)) in enumerate(zip(old, new, strict=True)):
+                for layer, ((q0, k0), (q1, k1), middle) in enumerate(zip(old, new, halfway, strict=True)):
                     after = logits(q1[real], k1[real], rows=rows)
                     change = (after - logits(q0[real], k0[real], rows=rows)).abs().masked_fill(~seen, 0.0)
                     after = after.masked_fill(~seen, -torch.inf)
                     highest = torch.stack([after.amax((0, 2, 3)), change.amax((0, 2, 3))])
-                    largest[:, layer] = torch.maximum(largest[:, layer], highest)
+                    largest[:2, layer] = torch.maximum(largest[:2, layer], highest)
                     # Masked, because 0 * -inf is not zero.
                     surprise = after.log_softmax(-1).masked_fill(~seen, 0.0)
                     entropy = -(after.softmax(-1) * surprise).sum((0, 2, 3))
-                    sums[:, layer] += torch.stack([change.sum((0, 2, 3)), entropy])
+                    sums[:2, layer] += torch.stack([change.sum((0, 2, 3)), entropy])
+                    if middle is not None:
+                        parts = _split(*(x[real] for x in (q0, k0, *middle, q1, k1)), rows=rows).masked_fill(~seen, 0.0)
+                        sums[2:, layer] += parts.abs().sum((1, 3, 4))
+                        by_weights = (parts[0] + parts[1]).abs().amax((0, 2, 3))
+                        largest[2, layer] = torch.maximum(largest[2, layer], by_weights)
         self._before = []
-        return self._tables(largest, sums, counts)
+        return self._tables(largest, longest, sums, counts)
 
-    def _tables(self, largest: Tensor, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    def _tables(self, largest: Tensor, longest: Tensor, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
         # Before: each rank has its sequences' numbers. After: those of the whole probe batch.
         self.world.max(largest)
         flat = self.world.sum(torch.cat([sums.flatten(), counts]))
-        means = (flat[:-2].view_as(sums) / flat[-2:, None, None]).float()
+        pairs, rows = flat[-2:]
+        per = torch.stack([pairs, rows, *[pairs] * len(PARTS)])
+        means = (flat[:-2].view_as(sums) / per[:, None, None]).float()
         tables = {"max": largest[0], "delta_max": largest[1], "delta_mean": means[0], "entropy": means[1]}
+        if self.weights:
+            tables |= {f"delta_from_{part}": mean for part, mean in zip(PARTS, means[2:], strict=True)}
+            tables["delta_weights_max"] = largest[2]
+            tables |= self._bound(self.weights, self.world.max(longest))
         totals = {name: table.max() if "max" in name else table.mean() for name, table in tables.items()}
         return {
             **{f"logits/{name}": value for name, value in totals.items()},
             **{f"logits/{name}_per_head": table for name, table in tables.items()},
         }
 
-    def _queries_and_keys(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _bound(self, weights: LogitWeights, longest_L: Tensor) -> dict[str, Tensor]:
+        """Lemma 1 with the measured norms: weight updates of these sizes can change no logit by more.
+
+        Empty where something on the way normalizes: a bound needs a product.
+        """
+        attention = self.attentions[0]
+        if attention.seam.transform is not None or not attention.has_plain_paths:
+            return {}
+        now = weights.stacks()
+        changes = weights.frobenius({name: now[name] - old for name, old in self._old_weights.items()})
+        products = largest_change_of_product(weights.paths, weights.frobenius(self._old_weights), changes)
+        return {"delta_weights_max_bound": products * longest_L[:, None] ** 2 / attention.qk_width**0.5}
+
+    def _with_old_weights(self, tokens: Tensor, inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Queries and keys of the present layer inputs under the declared weights as they were before the step."""
+        assert self.weights is not None
+        now = self.weights.stacks()
+        self.weights.write(self._old_weights)
+        try:
+            # A whole forward, so that sharded weights are gathered as ever; each layer is given the input it had.
+            return self._queries_and_keys(tokens, give_inputs=inputs)
+        finally:
+            self.weights.write(now)
+
+    def _queries_and_keys(
+        self, tokens: Tensor, *, see_inputs: list[Tensor] | None = None, give_inputs: list[Tensor] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """Each layer's final queries and keys, as the seam passes them to attention."""
         seen: list[tuple[Tensor, Tensor]] = []
         hooks = [a.seam.register_forward_hook(lambda _, __, qk: seen.append(qk)) for a in self.attentions]
+        if see_inputs is not None:
+            hooks += [a.register_forward_pre_hook(lambda _, args: see_inputs.append(args[0])) for a in self.attentions]
+        if give_inputs is not None:
+            given = iter(give_inputs)
+            hooks += [a.register_forward_pre_hook(lambda _, args: (next(given), *args[1:])) for a in self.attentions]
         try:
-            # Hooks would make compiled blocks compile anew; two forwards every probe interval can run uncompiled.
+            # Hooks would make compiled blocks compile anew; a few forwards every probe interval can run uncompiled.
             with evaluating(self.model), torch.compiler.set_stance("force_eager"):
                 self.model(tokens)
         finally:
@@ -98,3 +160,11 @@ class Probe:
                 hook.remove()
         assert len(seen) == len(self.attentions)
         return seen
+
+
+def _split(q0: Tensor, k0: Tensor, q: Tensor, k: Tensor, q1: Tensor, k1: Tensor, *, rows: slice) -> Tensor:
+    """The parts of the change of the logits, [parts, B, H, rows, T]; q, k have the new inputs and the old weights."""
+    q0, k0, q, k, q1, k1 = (x.float() for x in (q0, k0, q, k, q1, k1))
+    from_query = logits(q1 - q, (k1 + k) / 2, rows=rows)
+    from_key = logits((q1 + q) / 2, k1 - k, rows=rows)
+    return torch.stack([from_query, from_key, logits(q, k, rows=rows) - logits(q0, k0, rows=rows)])

@@ -38,20 +38,30 @@ class LogitWeights:
     @torch.no_grad()
     def norms(self, kind: str) -> dict[str, Tensor]:
         """The Frobenius or spectral norm of every block of every declared weight."""
-        return self._spectral() if kind == "spectral" else self._frobenius()
+        return self._spectral() if kind == "spectral" else self.frobenius(self.stacks())
+
+    def stacks(self) -> dict[str, Tensor]:
+        """`stack` of every declared weight."""
+        return {name: self.stack(name) for name in self.blocks}
+
+    @torch.no_grad()
+    def write(self, stacks: dict[str, Tensor]) -> None:
+        """Put back what `stacks` took, or something of its shape."""
+        for name, stacked in stacks.items():
+            torch._foreach_copy_([local(p.detach()) for p in self.parameters[name]], list(stacked.unbind()))
 
     @torch.no_grad()
     def rescale_step(self, before: dict[str, Tensor], scales: Scales) -> None:
         """Move every scaled weight from where it was only `scale` of its way to where the optimizer put it."""
         for name, start in before.items():
             # At a scale of one, lerp gives its end bit for bit.
-            self._write(name, torch.lerp(start, self.stack(name), self._per_row(name, scales[name])))
+            self.write({name: torch.lerp(start, self.stack(name), self._per_row(name, scales[name]))})
 
     @torch.no_grad()
     def multiply(self, scales: Scales) -> None:
         """Multiply blocks of the float32 master weights."""
         for name, scale in scales.items():
-            self._write(name, self.stack(name) * self._per_row(name, scale))
+            self.write({name: self.stack(name) * self._per_row(name, scale)})
 
     @torch.no_grad()
     def take_max_logits(self, world: World) -> Tensor:
@@ -60,9 +70,6 @@ class LogitWeights:
         for attention in self.attentions:
             attention.max_logits_H.fill_(-torch.inf)
         return world.max(maxima_LH)
-
-    def _write(self, name: str, stacked: Tensor) -> None:
-        torch._foreach_copy_([local(p.detach()) for p in self.parameters[name]], list(stacked.unbind()))
 
     def _per_row(self, name: str, scale_LN: Tensor) -> Tensor:
         """[layers, blocks] -> this rank's rows, [layers or 1, local rows, 1]: shard edges may cut a head anywhere."""
@@ -73,11 +80,12 @@ class LogitWeights:
         )
         return per_row[:, start:stop, None]
 
-    def _frobenius(self) -> dict[str, Tensor]:
+    def frobenius(self, stacks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The Frobenius norm of every block of stacks shaped and sharded like the declared weights."""
         squares = []
         for name, parameters in self.parameters.items():
             start, stop = local_rows(parameters[0])
-            rows = self.stack(name).square().sum(-1)
+            rows = stacks[name].square().sum(-1)
             full = rows.new_zeros(len(parameters), parameters[0].shape[0])
             full[:, start:stop] = rows
             squares.append(full)

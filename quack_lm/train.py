@@ -33,7 +33,9 @@ class TrainerSettings:
 
     Batch sizes are in sequences. `replicas` > 1 shards within groups of ranks and replicates across them (HSDP).
     `recompute` trades a second forward for activation memory; `loss_chunk` bounds the tokens whose vocabulary logits
-    exist at once. `resume` is `auto` (continue from the newest checkpoint of run_dir) or `never`.
+    exist at once. `resume` is `auto` (continue from the newest checkpoint of run_dir) or `never`. `probe_parts` splits
+    the change of the logits into what the query weights, the key weights and everything before them did, for one more
+    forward per probe.
     """
 
     steps: PositiveInt
@@ -58,6 +60,7 @@ class TrainerSettings:
     diverged_patience: PositiveInt = 100
     unstable_logit: PositiveFloat = 1000.0
     unstable_margin: PositiveFloat = 0.1
+    probe_parts: bool = False
 
     @property
     def rules(self) -> StabilityRules:

@@ -128,7 +128,7 @@ def print_plan(plan: Plan, command: Command) -> None:
         left = f"{total.hours_left:.3g} left, {total.hours_left / jobs:.3g} with jobs={jobs}"
         print(f"device-hours: {total.hours:.3g} in all, {left} (at {basis})")
     if plan.stop:
-        print(f"a run is stopped when its {plan.stop}")
+        print(f"stop rule: {plan.stop}")
 
 
 def _flops_per_token(config: dict[str, Any]) -> float:

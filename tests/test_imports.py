@@ -52,7 +52,7 @@ LAYERS = {
     "data": {"errors", "files"},
     "config": {"errors"},
     "model": {"attention", "errors"},
-    "probe": {"attention", "parallel"},
+    "probe": {"attention", "logit_paths", "parallel", "step"},
     "step": {"attention", "logit_paths", "parallel", "stabilizers"},
     "metrics": {"files", "parallel"},
     "checkpoint": {"errors", "files", "parallel", "stabilizers"},

@@ -229,12 +229,12 @@ def test_a_diverged_run_ends_in_a_cross_and_an_unstable_one_in_a_ring(tmp_path, 
     write_run(diverged, status="diverged", last_step=20)
     write_run(unstable, unstable=("stuck",))
     lines = lines_of(figures.plots(results.from_runs(save(*cells))), "val_loss")
-    assert not lines["mha quack lr 0.3 seed 0"].diverged
-    assert not lines["mha quack lr 0.3 seed 0"].unstable
+    assert not lines["mha, lr 0.3 quack"].diverged
+    assert not lines["mha, lr 0.3 quack"].unstable
     # The value at step 20 is null: the cross sits at the last finite one.
-    assert [x for x, _ in lines["mha none lr 0.3 seed 0"].diverged] == [15]
-    assert math.isnan(lines["mha none lr 0.3 seed 0"].points[-1][1])
-    assert [x for x, _ in lines["mha fixed lr 0.3 seed 0"].unstable] == [STEPS]
+    assert [x for x, _ in lines["mha, lr 0.3 none"].diverged] == [15]
+    assert math.isnan(lines["mha, lr 0.3 none"].points[-1][1])
+    assert [x for x, _ in lines["mha, lr 0.3 fixed"].unstable] == [STEPS]
 
 
 def test_loss_by_rate_draws_diverged_runs_at_the_top_and_never_drops_them(tmp_path, save):
@@ -301,10 +301,11 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
     assert "Held fixed: &lt;all&gt;." in page
     assert "<script" not in page
     # Nothing is fetched: each image is in the page.
-    assert page.count('src="data:image/png;base64,') == page.count("<img ") == 6
+    assert page.count('src="data:image/png;base64,') == page.count("<img ") == 8
     assert "http" not in page
     figure_files = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
     names = ("val_loss", "train_loss", "max_logit", "max_logit_middle_head", "delta", "delta_middle_head")
+    names += ("heat_max_mha", "heat_delta_mean_mha")
     assert figure_files == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
 
 

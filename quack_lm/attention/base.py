@@ -40,6 +40,8 @@ class Attention(nn.Module, ABC):
     max_logits_H: Tensor
     rope_theta: float
     w_o: nn.Linear
+    #: Whether the paths run from the layer's input to the logit with nothing but their factors on the way.
+    has_plain_paths: bool = True
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class Attention(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.n_heads = n_heads
+        self.qk_width = qk_width
         self.rope_width = rope_width
         self.backend: Backend = backend
         self.tracks_max_logits = False

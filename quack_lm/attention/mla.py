@@ -56,6 +56,7 @@ class MLA(Attention):
         )
         self.rope_theta = rope_theta
         self.latent_norm = latent_norm
+        self.has_plain_paths = not latent_norm
         self.w_dq = linear(d_model, q_latent_dim)
         self.w_uq = linear(q_latent_dim, n_heads * nope_dim)
         self.w_qr = linear(q_latent_dim, n_heads * rope_dim)

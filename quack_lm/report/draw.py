@@ -7,10 +7,12 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from quack_lm.report.figures import Line, Panel, Plot
+from quack_lm.report.heat import HeatMaps
 
 # Okabe and Ito's palette, which color-blind readers can tell apart; marker and dashes repeat the distinction.
 LOOKS = {
@@ -20,7 +22,7 @@ LOOKS = {
     "qk_clip": ("#CC79A7", "v"),
     "quack": ("#009E73", "o"),
 }
-MORE_LOOKS = (("#D55E00", "P"), ("#0072B2", "*"), ("#999999", "h"))
+MORE_LOOKS = (("#D55E00", "P"), ("#0072B2", "*"), ("#999999", "h"), ("#F0E442", "X"), ("#000000", "d"))
 DASHES: tuple = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 FILLS = ("full", "none", "left", "top")
 
@@ -37,10 +39,16 @@ STYLE: dict[Any, Any] = {
 PANEL_INCHES = (4.3, 3.3)
 LEGEND_LINE_INCHES, LEGEND_LETTER_INCHES = 0.85, 0.085
 MARKERS_PER_CURVE = 7
+# Smaller values look alike: the color scale is for what grows.
+HEAT_FLOOR = 1e-4
 
 
-def draw(plot: Plot, *, columns: int | None = None) -> Figure:
+def draw(plot: Plot | HeatMaps, *, columns: int | None = None) -> Figure:
     """The figure, with its panels in `columns` columns: a phone wants one."""
+    return _draw_lines(plot, columns) if isinstance(plot, Plot) else _draw_heat(plot, columns)
+
+
+def _draw_lines(plot: Plot, columns: int | None) -> Figure:
     columns = min(columns or plot.columns, len(plot.panels))
     rows = math.ceil(len(plot.panels) / columns)
     with matplotlib.rc_context(STYLE):
@@ -57,6 +65,36 @@ def draw(plot: Plot, *, columns: int | None = None) -> Figure:
         figure.legend(
             handles=handles, loc="outside lower center", ncols=_legend_columns(handles, width), handlelength=3
         )
+    return figure
+
+
+def _draw_heat(plot: HeatMaps, columns: int | None) -> Figure:
+    """One map per method, all with one color scale."""
+    columns = min(columns or 3, len(plot.maps))
+    rows = math.ceil(len(plot.maps) / columns)
+    values = [value for each in plot.maps for row in each.values for value in row if math.isfinite(value)]
+    scale = LogNorm(max(min(values, default=1e-3), HEAT_FLOOR), max(values, default=1.0))
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.5), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+        for axis, each in zip(axes, plot.maps, strict=False):
+            mesh = axis.pcolormesh(each.steps, range(len(each.values)), each.values, norm=scale, cmap="viridis")
+            # What was not finite is not small.
+            axis.set_facecolor("#D55E00")
+            layers = range(0, len(each.values), each.heads_per_layer)
+            axis.set_yticks(
+                [top + (each.heads_per_layer - 1) / 2 for top in layers], [str(i) for i in range(len(layers))]
+            )
+            for top in list(layers)[1:]:
+                axis.axhline(top - 0.5, color="white", linewidth=0.8)
+            axis.set_title(each.title, fontsize=10)
+            axis.set_xlabel("optimizer steps")
+            axis.set_ylabel("layer")
+            axis.label_outer()
+        for unused in axes[len(plot.maps) :]:
+            unused.set_visible(False)
+        figure.colorbar(mesh, ax=axes, label=plot.label)
+        figure.suptitle(plot.title, fontsize=12)
     return figure
 
 
@@ -127,6 +165,10 @@ def _draw_panel(axis: Axes, panel: Panel, plot: Plot, looks: Looks) -> None:
         ticks = sorted({x for line in panel.lines for x, _ in [*line.points, *line.diverged]})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_xticks([], minor=True)
+    for line in panel.lines:
+        if line.band:
+            x, low, high = zip(*line.band, strict=True)
+            axis.fill_between(x, low, high, color=looks.of(line)["color"], alpha=0.15, linewidth=0)
     for line in panel.lines:
         x, y = zip(*line.points, strict=True) if line.points else ((), ())
         axis.plot(x, y, markevery=_markers(line.points, looks.rank(line), plot.log_x), **looks.of(line))

@@ -5,16 +5,9 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quack_lm.config import flatten
 from quack_lm.report import runs
-from quack_lm.report.figures import Plot
 from quack_lm.report.results import Results
-
-LEGEND = (
-    "Losses in nats per token, of the last and of the best validation; max logit and mean |Δlogit| (the mean absolute "
-    "change of the logits in one step) at the last probe; – means not measured or not finite. "
-    "Unstable: the run reached its end, but not in health; the reasons are below."
-)
+from quack_lm.report.sections import Section, after_figures, before_figures, provenance
 
 CSS = """
 :root { color-scheme: light; }
@@ -25,7 +18,9 @@ h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .55rem; text-align: left; white-space: nowrap; border-bottom: 1px solid #e3e3e3; }
 th { border-bottom: 2px solid #888; } .number { text-align: right; }
-tr.bad td { background: #fde3dc; } tr.unstable td { background: #fdf3d6; } tr.unfinished td { color: #666; }
+tr.bad td { background: #fde3dc; } tr.good td { background: #dff3ea; }
+tr.prose td { white-space: normal; vertical-align: top; } tr.prose td:nth-child(-n+3) { min-width: 5.5rem; }
+tr.prose td:last-child { min-width: 22rem; } tr.unstable td { background: #fdf3d6; } tr.unfinished td { color: #666; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
 figcaption { font-size: .85rem; color: #444; } .small { font-size: .85rem; color: #444; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .85rem; }
@@ -43,25 +38,16 @@ code { font-size: .8rem; overflow-wrap: anywhere; } li { margin: .3rem 0; }
 class Picture:
     """One drawn figure: its wide and its one-column form as PNG."""
 
-    plot: Plot
+    name: str  # of its files
+    title: str
+    caption: str
     wide: bytes
     narrow: bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A heading with a list of lines below it."""
-
-    title: str
-    intro: str
-    lines: list[str]
-    are_commands: bool = False
 
 
 def as_html(results: Results, pictures: Sequence[Picture], report_command: str) -> str:
     title = f"Sweep {results.plan.sweep}"
     facts = "".join(f"<dt>{_e(k)}</dt><dd>{_e(v)}</dd>\n" for k, v in provenance(results, report_command).items())
-    before, after = sections(results)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -74,95 +60,56 @@ def as_html(results: Results, pictures: Sequence[Picture], report_command: str) 
 <h1>{_e(title)}</h1>
 <p class="question">{_e(results.plan.question)}</p>
 <p>{_e(runs.counts(results))}.</p>
-{runs.table(results).as_html()}
-<p class="small">{_e(LEGEND)}</p>
-{"".join(_section_html(section) for section in before)}
+{"".join(_section_html(section) for section in before_figures(results))}
 <h2>Figures</h2>
 {"".join(_picture_html(picture) for picture in pictures) or "<p>No run has written any metrics yet.</p>"}
+{"".join(_section_html(section) for section in after_figures(results))}
 <h2>Where this comes from</h2>
 <dl>
 {facts}</dl>
-{"".join(_section_html(section) for section in after)}
 </body>
 </html>
 """
 
 
-def as_markdown(results: Results, plots: Sequence[Plot], report_command: str) -> str:
-    before, after = sections(results)
+def as_markdown(results: Results, pictures: Sequence[Picture], report_command: str) -> str:
     question = "\n".join(f"> {line}" for line in results.plan.question.splitlines())
     facts = "\n".join(f"- {key}: {value}" for key, value in provenance(results, report_command).items())
-    figures = "\n\n".join(f"![{plot.title}](figures/{plot.name}.png)\n\n{plot.caption}" for plot in plots)
+    figures = "\n\n".join(f"![{p.title}](figures/{p.name}.png)\n\n{p.caption}" for p in pictures)
     parts = [
         f"# Sweep {results.plan.sweep}",
         question,
         f"{runs.counts(results)}.",
-        runs.table(results).as_markdown(),
-        LEGEND,
-        *(_section_markdown(section) for section in before),
+        *(_section_markdown(section) for section in before_figures(results)),
         "## Figures",
         figures or "No run has written any metrics yet.",
+        *(_section_markdown(section) for section in after_figures(results)),
         "## Where this comes from",
         facts,
-        *(_section_markdown(section) for section in after),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def sections(results: Results) -> tuple[list[Section], list[Section]]:
-    """The lists before and after the figures; a list with nothing to say is left out."""
-    before = [
-        Section(title="Runs to look at", intro="What the runs reported about themselves.", lines=runs.notes(results)),
-        Section(
-            title="Unfinished and missing runs",
-            intro=f"{results.plan.command} starts or continues them.",
-            lines=runs.unfinished(results),
-        ),
-        Section(
-            title="Runs outside the plan",
-            intro="In this directory, but in no cell of the present sweep file, and shown nowhere above.",
-            lines=results.not_in_plan(),
-        ),
-    ]
-    commands = Section(
-        title="The command of each run",
-        intro="From the root of the repository.",
-        lines=[result.cell.command() for result in results.results],
-        are_commands=True,
-    )
-    return [section for section in before if section.lines], [commands]
-
-
-def provenance(results: Results, report_command: str) -> dict[str, str]:
-    """The commands, and what the runs recorded about machine and versions; several values where they differ."""
-    facts = {"sweep": results.plan.command, "report": report_command}
-    seen: dict[str, list[str]] = {}
-    for result in results.results:
-        for key, value in flatten(result.environment).items():
-            name = key.removeprefix("versions.").replace("_", " ")
-            # Each run's own command has a section below.
-            if key != "command" and value is not None and str(value) not in seen.setdefault(name, []):
-                seen[name].append(str(value))
-    return facts | {name: "; ".join(values) for name, values in seen.items() if values}
 
 
 def _section_html(section: Section) -> str:
     lines = (f"<code>{_e(line)}</code>" if section.are_commands else _e(line) for line in section.lines)
     items = "\n".join(f"<li>{line}</li>" for line in lines)
-    return f'<h2>{_e(section.title)}</h2>\n<p class="small">{_e(section.intro)}</p>\n<ul>\n{items}\n</ul>\n'
+    table = section.table.as_html() if section.table else ""
+    intro = f'<p class="small">{_e(section.intro)}</p>'
+    return f"<h2>{_e(section.title)}</h2>\n{intro}\n{table}" + (f"\n<ul>\n{items}\n</ul>\n" if items else "\n")
 
 
 def _section_markdown(section: Section) -> str:
     lines = "\n".join(f"- `{line}`" if section.are_commands else f"- {line}" for line in section.lines)
-    return f"## {section.title}\n\n{section.intro}\n\n{lines}"
+    table = section.table.as_markdown() if section.table else ""
+    return "\n\n".join(part for part in (f"## {section.title}", section.intro, table, lines) if part)
 
 
 def _picture_html(picture: Picture) -> str:
     wide, narrow = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (picture.wide, picture.narrow))
     return (
         f'<figure>\n<picture><source media="screen and (max-width: 640px)" srcset="{narrow}">'
-        f'<img src="{wide}" alt="{_e(picture.plot.title)}"></picture>\n'
-        f"<figcaption>{_e(picture.plot.caption)}</figcaption>\n</figure>\n"
+        f'<img src="{wide}" alt="{_e(picture.title)}"></picture>\n'
+        f"<figcaption>{_e(picture.caption)}</figcaption>\n</figure>\n"
     )
 
 

@@ -2,10 +2,11 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from quack_lm.config import choice, flatten
 from quack_lm.outcome import kind_of_end
@@ -13,11 +14,29 @@ from quack_lm.sweep.cell import FINISHED, LOG_FILE, Cell, last_lines
 from quack_lm.sweep.plan import Plan, read_plan
 
 # Settings that have a column, a panel or a style of their own; every other difference between runs goes into the label.
-SHOWN_ELSEWHERE = ("run_dir", "seed", "attention._target_", "stabilizer._target_", "optimizer.lr")
+SHOWN_ELSEWHERE = (
+    "run_dir",
+    "seed",
+    "attention._target_",
+    "stabilizer._target_",
+    "optimizer.lr",
+    "trainer.probe_parts",
+)
 
 
 # A metric's name, or what to take from a line of metrics; `...` stands for "not due at this step".
 Reader = str | Callable[[dict[str, Any]], Any]
+
+
+class Place(NamedTuple):
+    """Where methods are compared: all settings but the stabilizer's own, and the seed."""
+
+    attention: str
+    condition: str
+    lr: float
+
+    def __str__(self) -> str:
+        return f"{self.attention}, lr {self.lr:g}" + (f", {self.condition}" if self.condition else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +44,8 @@ class Result:
     """One cell with what it has reached."""
 
     cell: Cell
-    variation: str  # what tells it from cells of the same attention, stabilizer, rate and seed: "tau=0.1"
+    variation: str  # what tells it from cells with the same stabilizer at the same place: "tau=0.1"
+    condition: str  # settings outside of the stabilizer in which it is unlike most cells: "adamw_lr=0.01"
     status: str
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -39,6 +59,10 @@ class Result:
     @property
     def stabilizer(self) -> str:
         return choice(self.cell.config["stabilizer"])
+
+    @property
+    def place(self) -> Place:
+        return Place(self.attention, self.condition, self.lr)
 
     @property
     def method(self) -> str:
@@ -112,10 +136,16 @@ class Result:
                 return line["step"], layer, head
         return None
 
+    @property
+    def steps_saved(self) -> int:
+        """The steps that the stop rule spared."""
+        return self.cell.total_steps - self.step if self.stop_record else 0
+
+    @property
     def seconds_saved(self) -> float:
-        """Training time that the stop rule spared, at the speed of the run itself."""
+        """The training time of these steps, at the speed of the run itself."""
         elapsed = self.number("elapsed_s")
-        return self.stop_record.get("steps_saved", 0) * elapsed / self.step if elapsed and self.step else 0.0
+        return self.steps_saved * elapsed / self.step if elapsed and self.step else 0.0
 
 
 def middle_head(key: str) -> Reader:
@@ -144,6 +174,17 @@ class Results:
     def rates(self) -> list[float]:
         return sorted({result.lr for result in self.results})
 
+    def stabilizers(self) -> list[str]:
+        return list(dict.fromkeys(result.stabilizer for result in self.results))
+
+    def places(self) -> list[Place]:
+        """In the order of the sweep file, rates rising."""
+        order = _ranks((r.attention, r.condition) for r in self.results)
+        return sorted({r.place for r in self.results}, key=lambda p: (order[p.attention, p.condition], p.lr))
+
+    def at(self, place: Place) -> list[Result]:
+        return [result for result in self.results if result.place == place]
+
     def not_in_plan(self) -> list[str]:
         """Run directories of an earlier, larger plan: they are shown nowhere else."""
         planned = {cell.name for cell in self.plan.cells}
@@ -167,24 +208,33 @@ def from_runs(directory: Path) -> Results:
 
 
 def make_results(directory: Path, plan: Plan, entries: Sequence[Entry]) -> Results:
-    variations = _variations([cell.config for cell, *_ in entries])
+    labels = _labels([cell.config for cell, *_ in entries])
     results = [
         Result(
             cell=cell,
             variation=variation,
+            condition=condition,
             status=status,
             summary=summary,
             metrics=metrics,
             environment=environment,
             stop_record=record,
         )
-        for (cell, status, summary, metrics, environment, record), variation in zip(entries, variations, strict=True)
+        for (cell, status, summary, metrics, environment, record), (variation, condition) in zip(
+            entries, labels, strict=True
+        )
     ]
     # Attentions and stabilizers keep the order in which the sweep file names them.
     attentions = _ranks(result.attention for result in results)
     stabilizers = _ranks(result.stabilizer for result in results)
     methods = _ranks(result.method for result in results)
-    results.sort(key=lambda r: (attentions[r.attention], stabilizers[r.stabilizer], methods[r.method], r.lr, r.seed))
+    conditions = _ranks(result.condition for result in results)
+    results.sort(
+        key=lambda r: (
+            *(attentions[r.attention], conditions[r.condition], stabilizers[r.stabilizer], methods[r.method]),
+            *(r.lr, r.seed),
+        )
+    )
     return Results(directory=directory, plan=plan, results=results)
 
 
@@ -202,24 +252,33 @@ def _json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def _ranks(names: Iterable[str]) -> dict[str, int]:
+def _ranks(names: Iterable[Any]) -> dict[Any, int]:
     return {name: rank for rank, name in enumerate(dict.fromkeys(names))}
 
 
-def _variations(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """For each config the settings that differ among the configs with the same choice in that section."""
+def _labels(configs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(variation, condition) of each config, among the configs with the same choice in the section of a setting.
+
+    A stabilizer's settings are named wherever they differ; others only where they are not what most configs have.
+    """
     flat = [flatten(config) for config in configs]
-    labels: list[str] = []
+    labels = []
     for config in flat:
-        parts = []
+        variation: dict[str, None] = {}
+        condition: dict[str, None] = {}
         for key, value in config.items():
             section, _, name = key.rpartition(".")
             target = f"{section}._target_"
             peers = [other for other in flat if name == "_target_" or other.get(target) == config.get(target)]
-            differs = len({_text(peer.get(key)) for peer in peers}) > 1
-            if differs and key not in SHOWN_ELSEWHERE and section != "logger":
-                parts.append(f"{section}={value.split('.')[-2]}" if name == "_target_" else f"{name}={_text(value)}")
-        labels.append(" ".join(dict.fromkeys(parts)))
+            values = Counter(_text(peer.get(key)) for peer in peers)
+            if len(values) == 1 or key in SHOWN_ELSEWHERE or section == "logger":
+                continue
+            text = f"{section}={value.split('.')[-2]}" if name == "_target_" else f"{name}={_text(value)}"
+            if section == "stabilizer":
+                variation[text] = None
+            elif _text(value) != values.most_common(1)[0][0]:
+                condition[text] = None
+        labels.append((" ".join(variation), " ".join(condition)))
     return labels
 
 

@@ -26,7 +26,7 @@ def as_text(results: Results) -> str:
 
 def row(result: Result) -> tuple[str, ...]:
     return (
-        result.attention,
+        f"{result.attention} {result.condition}".rstrip(),
         result.method,
         f"{result.lr:g}",
         str(result.seed),
@@ -51,7 +51,7 @@ def notes(results: Results) -> list[str]:
     for result in results.results:
         reasons = [*result.unstable, *([result.reason] if result.reason else [])]
         if result.stop_record:
-            saved = f"{result.stop_record['steps_saved']} steps, {duration(result.seconds_saved())}, saved"
+            saved = f"{result.steps_saved} steps, {duration(result.seconds_saved)}, saved"
             reasons = [f"{results.plan.stop} ({saved})"]
         if blowup := result.first_blowup():
             reasons.append("first out of range: layer {1} head {2} at step {0}".format(*blowup))
@@ -61,7 +61,8 @@ def notes(results: Results) -> list[str]:
 
 
 def title(result: Result) -> str:
-    return f"{result.attention} {result.method} lr {result.lr:g} seed {result.seed}"
+    condition = f" {result.condition}" if result.condition else ""
+    return f"{result.attention} {result.method} lr {result.lr:g}{condition} seed {result.seed}"
 
 
 def unfinished(results: Results) -> list[str]:

@@ -22,7 +22,7 @@ from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
 TRAIN_SCRIPT = CONFIG_DIR.parent / "scripts" / "train.py"
 
 POLL_S = 0.5
-RULE_POLL_S = 5.0
+RULE_POLL_S = 2.0
 LOG_LINES_SHOWN = 6
 
 

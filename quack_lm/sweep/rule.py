@@ -62,11 +62,8 @@ def is_hopeless(losses: dict[int, float], best: dict[int, float], rule: StopRule
 
 
 def record_stop(cell: Cell, rule: StopRule) -> None:
-    """Write down that the rule ends this run, before the run is told to end, and what that saves."""
-    step = cell.steps_done()
-    saved = cell.total_steps - step
-    record = {"rule": asdict(rule), "step": step, "steps_saved": saved, "tokens_saved": saved * cell.tokens_per_step}
-    write_json(cell.run_dir / STOP_FILE, record)
+    """Write down that the rule ends this run, before the run is told to end."""
+    write_json(cell.run_dir / STOP_FILE, {"rule": asdict(rule), "decided_at_step": cell.steps_done()})
 
 
 def forget_other_rules(cells: Sequence[Cell], rule: StopRule | None) -> None:

@@ -1,0 +1,311 @@
+"""What the paper shows (arXiv 2511.21377, Figs. 1 to 4), tested against the runs of a sweep.
+
+Each claim is a function of the results that gives the numbers it looked at and whether they bear it out; None where the
+sweep has no runs for it. Only differences whose paired interval excludes zero count as differences.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from quack_lm.report.comparison import (
+    Difference,
+    best_settings,
+    by_method,
+    difference,
+    losses,
+    settled_loss,
+    speeds,
+)
+from quack_lm.report.results import Place, Result, Results
+from quack_lm.report.statistics import excludes_zero
+from quack_lm.report.table import NO_NUMBER, Table, interval, loss, significant
+
+# Losses no further apart than this count as agreeing, in nats per token.
+AGREEMENT = 0.05
+PAPER_STEPS = 5000
+# Methods with which an MLA model still decodes from its latent cache, as the paper sees it.
+WITH_LATENT_CACHE = ("none", "fixed", "qk_clip", "quack")
+
+HOLDS, FAILS, UNDECIDED, UNTESTED = "holds", "does not hold", "not decided", "not tested here"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one place says about a claim; `verdict` None where the seeds do not decide it."""
+
+    place: str
+    numbers: str
+    verdict: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim of the paper, and what this sweep has to say."""
+
+    source: str
+    text: str
+    findings: list[Finding]
+
+    @property
+    def verdict(self) -> str:
+        """It holds if it holds everywhere it was looked at."""
+        verdicts = [finding.verdict for finding in self.findings]
+        if not verdicts:
+            return UNTESTED
+        if False in verdicts:
+            return FAILS
+        return UNDECIDED if None in verdicts else HOLDS
+
+    @property
+    def numbers(self) -> str:
+        marks = {True: "yes", False: "no", None: "not decided"}
+        return "; ".join(f"{f.place}: {f.numbers} ({marks[f.verdict]})" for f in self.findings) or NO_NUMBER
+
+
+def claims(results: Results) -> list[Claim]:
+    """Every claim, also those that this sweep cannot test."""
+    return [Claim(source=s, text=t, findings=list(test(results))) for s, t, test in _CLAIMS]
+
+
+def as_table(found: Sequence[Claim]) -> Table:
+    colors = {HOLDS: "good", FAILS: "bad", UNDECIDED: "unstable", UNTESTED: "unfinished"}
+    return Table(
+        header=("paper", "claim", "here", "measured"),
+        rows=[(claim.source, claim.text, claim.verdict, claim.numbers) for claim in found],
+        classes=[colors[claim.verdict] + " prose" for claim in found],
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the rates
+
+
+def _at(results: Results, rate: float) -> list[Place]:
+    """The places whose rate stands for one of the paper's: the same distance travelled, steps x rate, to the nearest
+    power of ten."""
+    travelled = {r.place: r.lr * r.cell.total_steps for r in results.results}
+    paper = rate * PAPER_STEPS
+    return [p for p in results.places() if not p.condition and round(math.log10(travelled[p] / paper)) == 0]
+
+
+def _lowest(results: Results) -> list[Place]:
+    return _at(results, 3e-4)
+
+
+def _middle(results: Results) -> list[Place]:
+    return _at(results, 3e-3)
+
+
+def _top(results: Results) -> list[Place]:
+    return _at(results, 3e-2)
+
+
+# ------------------------------------------------------------------------------------------------ tests of health
+
+
+def _health(runs: Sequence[Result], *, wanted: bool) -> bool | None:
+    verdicts = {r.is_healthy is wanted for r in runs if r.is_finished}
+    return None if len(verdicts) != 1 else verdicts.pop()
+
+
+def _ends(runs: Sequence[Result]) -> str:
+    ends = [f"{loss(settled_loss(r))}{'' if r.is_healthy else ' unhealthy'}" for r in runs if r.is_finished]
+    return f"{runs[0].method}: {', '.join(ends)}"
+
+
+def _with_factor(results: Results, place: Place, is_wanted: Callable[[float], bool]) -> Iterable[list[Result]]:
+    """The runs of each fixed factor; a run without a stabilizer has the factor 1."""
+    for runs in by_method(results.at(place)).values():
+        tau = runs[0].cell.config["stabilizer"].get("tau", 1.0)
+        if runs[0].stabilizer in ("fixed", "none") and is_wanted(tau) and any(r.is_finished for r in runs):
+            yield runs
+
+
+def _full_rate_fails(results: Results) -> Iterable[Finding]:
+    for place in _top(results):
+        for runs in _with_factor(results, place, lambda tau: tau == 1.0):
+            yield Finding(place=str(place), numbers=_ends(runs), verdict=_health(runs, wanted=False))
+
+
+def _small_factor_is_stable(results: Results) -> Iterable[Finding]:
+    for place in _top(results):
+        for runs in _with_factor(results, place, lambda tau: tau <= 0.1):
+            yield Finding(place=str(place), numbers=_ends(runs), verdict=_health(runs, wanted=True))
+
+
+def _stable_at_top(stabilizer: str, *, wanted: bool = True) -> Callable[[Results], Iterable[Finding]]:
+    def test(results: Results) -> Iterable[Finding]:
+        for place in _top(results):
+            runs = best_settings(results.at(place)).get(stabilizer, [])
+            if any(r.is_finished for r in runs):
+                yield Finding(place=str(place), numbers=_ends(runs), verdict=_health(runs, wanted=wanted))
+
+    return test
+
+
+# ------------------------------------------------------------------------------------------------ tests of losses
+
+
+def _agree_at_the_lowest(results: Results) -> Iterable[Finding]:
+    for place in _lowest(results):
+        best = {name: fmean(found.values()) for name, found in _best_losses(results, place).items()}
+        if len(best) > 1:
+            spread = max(best.values()) - min(best.values())
+            numbers = f"best settings within {spread:.3f} (agreement: {AGREEMENT})"
+            yield Finding(place=str(place), numbers=numbers, verdict=spread <= AGREEMENT)
+
+
+def _higher_is_better(results: Results) -> Iterable[Finding]:
+    """The best method at any higher rate against the best at the lowest, seed by seed."""
+    for lowest in _lowest(results):
+        low = _best_of_all(results, [lowest])
+        higher = [p for p in results.places() if p[:2] == lowest[:2] and p.lr > lowest.lr]
+        high = _best_of_all(results, higher)
+        if low and high and (pair := difference(high, low)):
+            what = f"{high[0].method} at {high[0].lr:g} less {low[0].method} at {low[0].lr:g}"
+            yield _is_lower(pair, lowest.attention, what)
+
+
+def _beats_at(
+    which: Callable[[Results], list[Place]], better: str, worse: str, attention: str | None = None
+) -> Callable[[Results], Iterable[Finding]]:
+    """Whether one stabilizer, at its best setting, beats another at its own."""
+
+    def test(results: Results) -> Iterable[Finding]:
+        for place in which(results):
+            best = best_settings(results.at(place))
+            if attention in (None, place.attention) and better in best and worse in best:
+                pair = difference(best[better], best[worse])
+                if pair:
+                    yield _is_lower(pair, str(place))
+
+    return test
+
+
+def _is_lower(pair: Difference, place: str, what: str | None = None) -> Finding:
+    numbers = f"{what or f'{pair.a} less {pair.b}'} {interval(pair.mean, pair.interval)}"
+    return Finding(place=place, numbers=numbers, verdict=pair.mean < 0 if excludes_zero(pair.interval) else None)
+
+
+def _quack_is_best_in_mla(results: Results) -> Iterable[Finding]:
+    for place in results.places():
+        best = best_settings(results.at(place))
+        rivals = [name for name in WITH_LATENT_CACHE if name in best and name != "quack"]
+        if place.attention != "mla" or place.condition or "quack" not in best or not rivals:
+            continue
+        pairs = [pair for name in rivals if (pair := difference(best["quack"], best[name]))]
+        if pairs:
+            yield _is_lower(max(pairs, key=lambda pair: pair.mean), str(place))
+
+
+def _norms_agree(results: Results) -> Iterable[Finding]:
+    for place in results.places():
+        settings: dict[tuple[str, float], list[Result]] = {}
+        for run in results.at(place):
+            section = run.cell.config["stabilizer"]
+            if run.stabilizer == "quack" and "norm" in section:
+                settings.setdefault((section["norm"], section["tau"]), []).append(run)
+        for (norm, tau), runs in settings.items():
+            other = settings.get(("spectral", tau))
+            if norm == "frobenius" and other and (pair := difference(runs, other)):
+                numbers = f"tau {tau:g}: frobenius less spectral {interval(pair.mean, pair.interval)}"
+                bounds = pair.interval or (pair.mean, pair.mean)
+                is_small = max(map(abs, bounds)) <= AGREEMENT
+                is_large = excludes_zero(pair.interval) and min(map(abs, bounds)) > AGREEMENT
+                verdict = True if is_small else False if is_large else None
+                yield Finding(place=str(place), numbers=numbers, verdict=verdict)
+
+
+# ------------------------------------------------------------------------------------------------ logits and speed
+
+
+def _controls_logits(stabilizer: str) -> Callable[[Results], Iterable[Finding]]:
+    """Where the default run leaves its range in MLA: no head does, and logits and change are ten times smaller."""
+
+    def test(results: Results) -> Iterable[Finding]:
+        for place in results.places():
+            best = best_settings(results.at(place))
+            if place.attention != "mla" or place.condition or not {"none", stabilizer} <= best.keys():
+                continue
+            sizes = {
+                (name, key): _largest(best[name], key)
+                for name in ("none", stabilizer)
+                for key in ("peak_logit", "delta_mean")
+            }
+            if None in sizes.values() or not any(r.first_blowup() for r in best["none"]):
+                continue
+            parts = [
+                f"{word} {significant(sizes[stabilizer, key])} against {significant(sizes['none', key])}"
+                for word, key in (("largest logit", "peak_logit"), ("last mean |Δlogit|", "delta_mean"))
+            ]
+            is_smaller = all(
+                (sizes[stabilizer, key] or 0.0) * 10 <= (sizes["none", key] or 0.0)
+                for key in ("peak_logit", "delta_mean")
+            )
+            verdict = is_smaller and not any(r.first_blowup() for r in best[stabilizer])
+            yield Finding(place=str(place), numbers=", ".join(parts), verdict=verdict)
+
+    return test
+
+
+def _largest(runs: Sequence[Result], key: str) -> float | None:
+    """The worst of the seeds; infinite where a run's number is no longer one."""
+    values = [math.inf if r.is_diverged and r.number(key) is None else r.number(key) for r in runs if r.is_finished]
+    return max((value for value in values if value is not None), default=None)
+
+
+def _default_explodes(results: Results) -> Iterable[Finding]:
+    for place in results.places():
+        runs = best_settings(results.at(place)).get("none", [])
+        if place.attention == "mla" and not place.condition and any(r.is_finished for r in runs):
+            largest = _largest(runs, "peak_logit")
+            verdicts = {r.first_blowup() is not None for r in runs if r.is_finished}
+            verdict = verdicts.pop() if len(verdicts) == 1 else None
+            yield Finding(place=str(place), numbers=f"largest logit {significant(largest)}", verdict=verdict)
+
+
+def _faster_than(other: str) -> Callable[[Results], Iterable[Finding]]:
+    def test(results: Results) -> Iterable[Finding]:
+        for speed in speeds(results, against=other):
+            if speed.stabilizer == "quack":
+                bounds = speed.interval
+                numbers = f"step time of quack {speed.ratio:.3f} of {other}'s"
+                numbers += f" [{bounds[0]:.3f}, {bounds[1]:.3f}], {speed.pairs} pairs" if bounds else ", 1 pair"
+                verdict = None if bounds is None or bounds[0] <= 1 <= bounds[1] else speed.ratio < 1
+                yield Finding(place=speed.attention, numbers=numbers, verdict=verdict)
+
+    return test
+
+
+def _best_losses(results: Results, place: Place) -> dict[str, dict[int, float]]:
+    return {name: found for name, runs in best_settings(results.at(place)).items() if (found := losses(runs))}
+
+
+def _best_of_all(results: Results, places: Sequence[Place]) -> list[Result]:
+    """The runs of the single best method and setting of these places."""
+    candidates = [runs for place in places for runs in best_settings(results.at(place)).values() if losses(runs)]
+    return min(candidates, key=lambda runs: (-len(losses(runs)), fmean(losses(runs).values())), default=[])
+
+
+_CLAIMS: list[tuple[str, str, Callable[[Results], Iterable[Finding]]]] = [
+    ("Fig. 1", "at the top rate training fails with the full query/key rate", _full_rate_fails),
+    ("Fig. 1", "a query/key factor of 0.1 or 0.01 alone makes the top rate stable", _small_factor_is_stable),
+    ("Fig. 1", "QK norm is stable at the top rate", _stable_at_top("qk_norm")),
+    ("Fig. 2", "at the lowest rate all methods agree", _agree_at_the_lowest),
+    ("Fig. 2", "higher rates are better", _higher_is_better),
+    ("Fig. 2", "QuacK beats QK clip at the middle rate", _beats_at(_middle, "quack", "qk_clip")),
+    ("Fig. 2", "QK clip is unstable at the top rate", _stable_at_top("qk_clip", wanted=False)),
+    ("Fig. 2", "the fixed factor is stable at the top rate", _stable_at_top("fixed")),
+    ("Fig. 2", "QuacK is stable at the top rate", _stable_at_top("quack")),
+    ("Fig. 2", "QuacK beats the fixed factor at the top rate", _beats_at(_top, "quack", "fixed")),
+    ("Fig. 2", "QK norm beats QuacK in MHA at the top rate", _beats_at(_top, "qk_norm", "quack", "mha")),
+    ("Fig. 2", "QuacK is best in MLA among methods that keep the latent cache", _quack_is_best_in_mla),
+    ("Fig. 3", "Frobenius or spectral norm makes little difference", _norms_agree),
+    ("Fig. 4", "in MLA the default run's logits leave their range", _default_explodes),
+    ("Fig. 4", "QuacK controls the logits and their change", _controls_logits("quack")),
+    ("Fig. 4", "QK norm controls the logits and their change", _controls_logits("qk_norm")),
+    ("Fig. 4", "the fixed factor controls the logits and their change", _controls_logits("fixed")),
+    ("Speed", "QuacK's steps are faster than QK norm's", _faster_than("qk_norm")),
+    ("Speed", "QuacK's steps are faster than QK clip's", _faster_than("qk_clip")),
+]

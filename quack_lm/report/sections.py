@@ -1,0 +1,171 @@
+"""What the page says, section by section, as text, tables and lists."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from quack_lm.config import flatten
+from quack_lm.report import claims, runs
+from quack_lm.report.comparison import differences_at, noise, over_rates, speeds
+from quack_lm.report.results import Results
+from quack_lm.report.statistics import seeds_needed
+from quack_lm.report.table import NO_NUMBER, Table, interval, loss, per_second
+
+LEGEND = (
+    "Losses in nats per token, of the last and of the best validation; max logit and mean |Δlogit| (the mean absolute "
+    "change of the logits in one step) at the last probe; – means not measured or not finite. "
+    "Unstable: the run reached its end, but not in health; the reasons are below."
+)
+SIZES_ASKED_FOR = (0.01, 0.02, 0.05, 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading with what is below it."""
+
+    title: str
+    intro: str
+    table: Table | None = None
+    lines: Sequence[str] = field(default_factory=list)
+    are_commands: bool = False
+
+    def has_content(self) -> bool:
+        return bool(self.lines) or (self.table is not None and bool(self.table.rows))
+
+
+def before_figures(results: Results) -> list[Section]:
+    """Conclusions first; a section with nothing to say is left out."""
+    found = [
+        Section(
+            title="What the paper shows, and what these runs show",
+            intro="Computed from the runs: a claim holds where every place that can test it bears it out, and a "
+            "difference counts only where its paired 95% interval excludes zero. The paper's rates are matched by "
+            "distance travelled (steps x rate).",
+            table=claims.as_table(claims.claims(results)),
+        ),
+        _over_rates(results),
+        _differences(results),
+        _noise(results),
+        _speeds(results),
+        Section(title="Runs to look at", intro="What the runs reported about themselves.", lines=runs.notes(results)),
+        Section(
+            title="Unfinished and missing runs",
+            intro=f"{results.plan.command} starts or continues them.",
+            lines=runs.unfinished(results),
+        ),
+        Section(
+            title="Runs outside the plan",
+            intro="In this directory, but in no cell of the present sweep file, and shown nowhere above.",
+            lines=results.not_in_plan(),
+        ),
+    ]
+    return [section for section in found if section.has_content()]
+
+
+def after_figures(results: Results) -> list[Section]:
+    return [
+        Section(title="All runs", intro=LEGEND, table=runs.table(results)),
+        Section(
+            title="The command of each run",
+            intro="From the root of the repository.",
+            lines=[result.cell.command() for result in results.results],
+            are_commands=True,
+        ),
+    ]
+
+
+def provenance(results: Results, report_command: str) -> dict[str, str]:
+    """The commands, and what the runs recorded about machine and versions; several values where they differ."""
+    facts = {"sweep": results.plan.command, "report": report_command}
+    if results.plan.stop:
+        facts["stop rule"] = str(results.plan.stop)
+    seen: dict[str, list[str]] = {}
+    for result in results.results:
+        for key, value in flatten(result.environment).items():
+            name = key.removeprefix("versions.").replace("_", " ")
+            # Each run's own command has a section below.
+            if key != "command" and value is not None and str(value) not in seen.setdefault(name, []):
+                seen[name].append(str(value))
+    return facts | {name: "; ".join(values) for name, values in seen.items() if values}
+
+
+def _over_rates(results: Results) -> Section:
+    rows = [
+        (
+            entry.attention,
+            entry.stabilizer,
+            f"{entry.best_rate:g}",
+            f"{loss(entry.best_loss)}{_bounds(entry.best_interval)}",
+            loss(entry.sensitivity) + _bounds(entry.sensitivity_interval),
+            NO_NUMBER if entry.largest_stable is None else f"{entry.largest_stable:g}",
+        )
+        for entry in over_rates(results)
+    ]
+    return Section(
+        title="Over the learning rates",
+        intro="Each method at its best setting for each rate; means over seeds with 95% bootstrap intervals. LR "
+        "sensitivity (Wortsman et al., arXiv 2309.14322) is the mean over the rates of min(loss, initial loss) less "
+        "the best loss: small is robust. Largest stable: the largest rate at which, as at all below, every run was "
+        "healthy.",
+        table=Table(
+            header=("attention", "method", "best lr", "loss there", "LR sensitivity", "largest stable lr"),
+            rows=rows,
+            numeric=range(2, 6),
+        ),
+    )
+
+
+def _differences(results: Results) -> Section:
+    rows = []
+    for place in results.places():
+        for pair in differences_at(results, place):
+            said = f"{pair.winner} is better" if pair.winner else "not decided"
+            numbers = interval(pair.mean, pair.interval)
+            rows.append((str(place), pair.a, pair.b, numbers, str(len(pair.by_seed)), said))
+    return Section(
+        title="Method against method",
+        intro="Difference of the final validation losses, first less second, each at its best setting, paired by seed. "
+        "Better is said only where the 95% bootstrap interval excludes zero; with three seeds that interval is the "
+        "range, and with one there is none. Settings were chosen by the same runs: a method with more of them has more "
+        "tries.",
+        table=Table(header=("place", "first", "second", "difference (nats)", "pairs", "so"), rows=rows, numeric=(3, 4)),
+    )
+
+
+def _noise(results: Results) -> Section:
+    found = noise(results)
+    lines = []
+    if found.of_losses is not None:
+        lines.append(f"The loss of a healthy method has a standard deviation of {found.of_losses:.4f} over seeds.")
+    if found.of_differences is not None:
+        lines.append(f"The paired difference of two healthy methods has one of {found.of_differences:.4f}.")
+        needed = ", ".join(f"{seeds_needed(size, found.of_differences)} for {size}" for size in SIZES_ASKED_FOR)
+        lines.append(f"Paired seeds needed to find a difference four times out of five: {needed} nats.")
+    return Section(
+        title="Noise", intro="From runs that differ in their seed only, pooled over all places.", lines=lines
+    )
+
+
+def _speeds(results: Results) -> Section:
+    rows = [
+        (
+            speed.attention,
+            speed.stabilizer,
+            per_second(speed.tokens_per_s),
+            f"{speed.ratio:.3f}" + _bounds(speed.interval),
+            str(speed.pairs),
+        )
+        for speed in speeds(results)
+    ]
+    return Section(
+        title="Step time relative to none",
+        intro="Geometric mean over pairs of runs that differ in the method only, with 95% bootstrap intervals; above 1 "
+        "is slower. Validation, probe and checkpoints do not count. Runs beside others on one machine disturb each "
+        "other: sweep=paper/speed with jobs=1 is the measurement.",
+        table=Table(
+            header=("attention", "method", "tok/s", "step time / none", "pairs"), rows=rows, numeric=range(2, 5)
+        ),
+    )
+
+
+def _bounds(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
