@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quack_lm.outcome import Progress, StabilityRules
+from quack_lm.outcome import Progress, StabilityRules, kind_of_end
 
 RULES = StabilityRules(factor=1.5, patience=3, max_logit=100.0, loss_margin=0.1, stuck_fraction=0.85, stuck_after=10)
 UNIGRAM = 6.0
@@ -152,3 +152,24 @@ def test_the_best_validation_loss_is_the_smallest_finite_one_and_the_initial_tha
     assert progress.best_val_loss == (min(finite) if finite else None)
     assert str(progress.val_loss) == str(losses[-1])
     assert str(progress.initial_val_loss) == str(losses[0])
+
+
+# ------------------------------------------------------------------------------------------------ kinds
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "kind"),
+    [
+        ("completed", None, "completed"),
+        ("diverged", follow([math.nan]), "non-finite"),
+        ("diverged", "validation loss inf at step 3", "non-finite"),
+        ("diverged", "training loss above 1.5 x its best, 3, for 100 steps up to step 300", "diverged"),
+        ("failed", "OutOfMemoryError: CUDA out of memory.", "out of memory"),
+        ("failed", "RuntimeError: DefaultCPUAllocator: can't allocate memory", "out of memory"),
+        ("failed", "KeyError: 'x'", "failed"),
+        ("interrupted", "asked to stop by SIGTERM", "preempted"),
+        ("interrupted", "asked to stop by SIGINT", "interrupted"),
+    ],
+)
+def test_an_end_has_a_kind(status: str, reason: str | None, kind: str) -> None:
+    assert kind_of_end(status, reason) == kind

@@ -12,8 +12,11 @@ import pytest
 
 from quack_lm import report
 from quack_lm.errors import UserError
-from quack_lm.report import figures, results, runs, table
+from quack_lm.report import claims, collected, figures, results, runs, table
+from quack_lm.report.comparison import differences_at
+from quack_lm.report.results import middle_head
 from quack_lm.sweep.cell import Cell
+from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import Plan, write_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -345,3 +348,101 @@ def test_the_script_writes_beside_the_runs_and_says_where(tmp_path, save):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: ")
     assert wrong.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ collected files
+
+
+def test_the_report_works_from_the_collected_files_alone(tmp_path, save):
+    good, diverged, missing = cells = [make_cell(tmp_path / "a", "mha", s) for s in ("quack", "none", "fixed")]
+    write_run(good)
+    write_run(diverged, status="diverged", last_step=10)
+    (tmp_path / "b").mkdir()
+    plan = Plan(
+        sweep="demo", question="Which?", command="c", cells=cells, stop=StopRule(loss_above_best=2, for_steps=3)
+    )
+    write_plan(tmp_path / "a", plan)
+    paths = collected.write(tmp_path / "a")
+    assert [path.name for path in paths] == ["results.parquet", "results.csv", "curves.parquet"]
+    for path in paths:
+        path.rename(tmp_path / "b" / path.name)
+    before, after = collected.load(tmp_path / "a"), collected.load(tmp_path / "b")
+    assert after.plan.stop == before.plan.stop
+    for old, new in zip(before.results, after.results, strict=True):
+        assert (old.status, old.summary, old.environment, old.method) == (
+            new.status,
+            new.summary,
+            new.environment,
+            new.method,
+        )
+        for key in ("train/loss", "val/loss", "logits/max", middle_head("logits/max_per_head")):
+            was, now = old.curve(key), new.curve(key)
+            assert [step for step, _ in was] == [step for step, _ in now]
+            assert [v for _, v in was] == pytest.approx([v for _, v in now], rel=1e-6, nan_ok=True)
+    report.write(tmp_path / "b", tmp_path / "out", command="x")
+    rows = (tmp_path / "b" / "results.csv").read_text().splitlines()
+    assert len(rows) == 4
+    assert "config.optimizer.lr" in rows[0]
+
+
+# ------------------------------------------------------------------------------------------------ comparison and claims
+
+
+def claim(measured: results.Results, words: str) -> claims.Claim:
+    (found,) = [claim for claim in claims.claims(measured) if words in claim.text]
+    return found
+
+
+def save_losses(tmp_path: Path, save: Callable[..., Path], losses: dict[str, list[float]], lr: float = 3.0) -> Any:
+    """A sweep of one rate, in steps x rate the paper's top one, with these final losses per stabilizer and seed."""
+    cells = []
+    for stabilizer, finals in losses.items():
+        for seed, final in enumerate(finals):
+            cell = make_cell(tmp_path, "mha", stabilizer, lr=lr, seed=seed)
+            write_run(cell, final=final)
+            cells.append(cell)
+    return results.from_runs(save(*cells))
+
+
+def test_a_beats_b_only_where_every_resample_says_so(tmp_path, save):
+    measured = save_losses(
+        tmp_path, save, {"quack": [3.7, 3.8, 3.9], "fixed": [3.8, 3.85, 4.0], "none": [3.6, 3.9, 4.2]}
+    )
+    pairs = {(d.a, d.b): d for d in differences_at(measured, measured.places()[0])}
+    quack_fixed, quack_none = pairs["quack", "fixed"], pairs["quack", "none"]
+    assert quack_fixed.mean == pytest.approx(-0.25 / 3)
+    assert quack_fixed.interval == (pytest.approx(-0.1), pytest.approx(-0.05))
+    assert quack_fixed.winner == "quack"
+    assert quack_none.interval == (pytest.approx(-0.3), pytest.approx(0.1))
+    assert quack_none.winner is None
+    assert claim(measured, "QuacK beats the fixed factor at the top rate").verdict == "holds"
+    assert claim(measured, "QK norm is stable").verdict == "not tested here"
+    assert claim(measured, "at the lowest rate").verdict == "not tested here"
+
+
+def test_one_seed_decides_nothing(tmp_path, save):
+    measured = save_losses(tmp_path, save, {"quack": [3.0], "fixed": [5.0]})
+    assert differences_at(measured, measured.places()[0])[0].winner is None
+    assert claim(measured, "QuacK beats the fixed factor").verdict == "not decided"
+
+
+def test_a_claim_that_the_numbers_contradict_does_not_hold(tmp_path, save):
+    measured = save_losses(tmp_path, save, {"quack": [3.9, 3.9, 3.9], "fixed": [3.8, 3.8, 3.8]})
+    found = claim(measured, "QuacK beats the fixed factor")
+    assert found.verdict == "does not hold"
+    assert "+0.100 [+0.100, +0.100]" in found.numbers
+
+
+def test_a_low_rate_is_no_evidence_about_the_top_one(tmp_path, save):
+    measured = save_losses(tmp_path, save, {"quack": [3.9] * 2, "fixed": [3.8] * 2}, lr=0.03)
+    assert claim(measured, "QuacK beats the fixed factor").verdict == "not tested here"
+    assert claim(measured, "at the lowest rate").verdict == "does not hold"
+
+
+def test_the_first_head_out_of_range_is_found(tmp_path, save):
+    cell = make_cell(tmp_path, "mha", "none")
+    cell.config["trainer"]["unstable_logit"] = 50.0
+    write_run(cell, max_logit=100.0)
+    (result,) = results.from_runs(save(cell)).results
+    # Head 4 of layer 2 has 15 times the base, which passes 50 once 100 ** (step / 40) > 3.3: from step 10.5 on.
+    assert result.first_blowup() == (12, 2, 4)

@@ -1,6 +1,7 @@
 """Sweep files, plans, and real runs of a few steps."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from quack_lm.build import make_model
 from quack_lm.config import compose, fingerprint
 from quack_lm.errors import UserError
+from quack_lm.model import count_parameters
 from quack_lm.sweep.cell import Cell, last_lines
-from quack_lm.sweep.file import Point, load, override_value
+from quack_lm.sweep.cost import Speed, count_flops, estimate
+from quack_lm.sweep.file import Point, StopRule, known_sweeps, load, override_value
 from quack_lm.sweep.plan import Plan, make_cells, read_plan, write_plan
+from quack_lm.sweep.rule import forget_other_rules, is_hopeless, record_stop
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "sweep.py"
@@ -131,6 +136,141 @@ def test_any_text_survives_as_an_override(value):
 @pytest.mark.parametrize("value", [True, False, 3, 0.25, "3e-3"])
 def test_plain_values_stay_as_they_are(value):
     assert override_value(value) == str(value).lower()
+
+
+SCALES = """\
+# Why?
+base: [experiment=tiny]
+grid: {attention: [mha, mla], optimizer.lr: [0.003, 0.3]}
+seeds: [0]
+scales:
+  big: [model=proxy]
+  small: {base: [trainer.steps=7], grid: {optimizer.lr: [0.1]}, seeds: [0, 1], exclude: [{attention: mha, seed: 1}]}
+"""
+
+
+def test_a_scale_joins_its_overrides_and_replaces_axes_and_seeds(write, tmp_path):
+    big = make_cells(load(write(SCALES), "big"), tmp_path)
+    assert len(big) == 4
+    assert {cell.config["model"]["n_layers"] for cell in big} == {6}
+    small = make_cells(load(write(SCALES), "small"), tmp_path)
+    seen = [(c.name.split("-")[0], c.config["optimizer"]["lr"], c.config["seed"]) for c in small]
+    # The seed is an axis that an exclusion may name.
+    assert seen == [("mha", 0.1, 0), ("mla", 0.1, 0), ("mla", 0.1, 1)]
+    assert {cell.total_steps for cell in small} == {7}
+    assert load(write(SCALES), "small").name == "mine-small"
+
+
+@pytest.mark.parametrize(
+    ("text", "scale", "message"),
+    [
+        (SCALES, None, "has scales: choose one with scale=big or scale=small"),
+        (SCALES, "smal", "scale=smal: did you mean small?"),
+        (GRID, "small", "has no scales"),
+        (SCALES.replace("seeds: [0, 1]", "sedes: [0, 1]"), "small", "unknown key scales.small.sedes; did you mean"),
+        (SCALES.replace("[model=proxy]", "model=proxy"), "big", "scales must give each scale"),
+    ],
+)
+def test_a_mistake_about_scales_names_the_choices(write, text, scale, message):
+    with pytest.raises(UserError) as error:
+        load(write(text), scale)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [("{loss_above_best: 0.5, for_steps: 3}", "stop.loss_above_best"), ("{for_steps: 3}", "stop.loss_above_best")],
+)
+def test_a_mistake_in_the_stop_rule_names_the_key(write, rule, message):
+    with pytest.raises(UserError) as error:
+        load(write(f"# Why?\nstop: {rule}\n"))
+    assert message in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ the paper's sweeps
+
+
+def test_fig_2_at_full_size_is_72_runs_a_seed_that_all_build(tmp_path):
+    cells = make_cells(load("paper/fig2", "1b"), tmp_path)
+    assert len(cells) == 72
+    places = {(c.name.split("-")[0], c.config["optimizer"]["lr"]) for c in cells}
+    assert places == {(a, lr) for a in ("mha", "mla") for lr in (3e-4, 3e-3, 3e-2)}
+    shapes = {}
+    for cell in cells:
+        assert cell.config["trainer"]["steps"] == 5000
+        assert cell.tokens_per_step == 196_608
+        n_parameters = count_parameters(make_model(cell.config))["total"]
+        kind = (cell.config["attention"]["_target_"], "qk_norm" in cell.name)
+        assert shapes.setdefault(kind, n_parameters) == n_parameters
+    assert all(0.9e9 < n < 1.3e9 for n in shapes.values())
+
+
+@pytest.mark.parametrize("name", [n for n in known_sweeps() if n.startswith("paper/")])
+def test_the_papers_sweeps_resolve_at_both_scales(name, tmp_path):
+    for scale in ("1b", "proxy"):
+        assert make_cells(load(name, scale), tmp_path)
+
+
+def test_the_proxy_is_the_tiny_experiment_at_three_seeds(tmp_path):
+    cells = make_cells(load("paper/fig2", "proxy"), tmp_path)
+    assert len(cells) == 3 * 72
+    assert {c.total_steps for c in cells} == {400}
+    assert {c.config["optimizer"]["lr"] for c in cells} == {3e-3, 3e-2, 3e-1}
+
+
+# ------------------------------------------------------------------------------------------------ rule and cost
+
+RULE = StopRule(loss_above_best=2.0, for_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([9, 9, 9], True),
+        ([9, 9], False),  # not for long enough
+        ([9, 9, 9, 1], False),  # it has recovered
+        ([9, 9, 8], False),  # twice the best is not above twice the best
+        ([math.inf] * 3, True),
+    ],
+)
+def test_a_cell_is_hopeless_after_enough_steps_in_a_row_above_the_best(losses, expected):
+    best = dict.fromkeys(range(1, 5), 4.0)
+    assert is_hopeless(dict(enumerate(losses, start=1)), best, RULE) is expected
+
+
+def test_flops_are_counted_once_per_distinct_model(write, tmp_path):
+    cells = make_cells(load(write(GRID)), tmp_path)
+    counted = []
+    flops = count_flops(cells, lambda config: counted.append(config) or 2.0)
+    assert flops == {cell.name: 2.0 * cell.total_tokens for cell in cells}
+    # Two attentions with none and qk_clip, and mha with quack.
+    assert len(counted) == 5
+
+
+def test_hours_come_from_an_assumed_speed_or_from_the_runs_that_were_made(write, tmp_path):
+    cells = make_cells(load(write(TWO)), tmp_path)
+    flops = dict.fromkeys((cell.name for cell in cells), 3.6e15)
+    assert estimate(cells, flops).hours is None
+    assert estimate(cells, flops, Speed(mfu=0.5, tflops=1.0)).hours == pytest.approx(2 * 3.6e15 / 0.5e12 / 3600)
+    cells[0].run_dir.mkdir()
+    summary = {"status": "completed", "tokens_per_s": 100.0}
+    (cells[0].run_dir / "summary.json").write_text(json.dumps(summary))
+    cost = estimate(cells, flops)
+    hours = cells[0].total_tokens / 100 / 3600
+    assert (cost.hours, cost.hours_left) == (pytest.approx(2 * hours), pytest.approx(hours))
+
+
+def test_a_run_stopped_by_a_rule_that_is_gone_goes_on(write, tmp_path):
+    cell = make_cells(load(write(TWO)), tmp_path)[0]
+    cell.run_dir.mkdir()
+    (cell.run_dir / "summary.json").write_text(json.dumps({"status": "interrupted", "step": 3}))
+    record_stop(cell, RULE)
+    forget_other_rules([cell], RULE)
+    assert cell.status() == "stopped by rule"
+    assert cell.is_finished()
+    forget_other_rules([cell], None)
+    assert cell.status() == "interrupted"
+    assert not cell.is_finished()
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -329,6 +469,22 @@ def test_runs_are_pinned_to_disjoint_cores_with_their_own_threads(start, tmp_pat
     assert all(len(mask) == 1 for mask in masks)
     assert not masks[0] & masks[1]
     assert all(b"OMP_NUM_THREADS=1" in environment for environment in environments)
+
+
+def test_a_hopeless_run_is_stopped_by_the_rule_of_the_file(start, tmp_path):
+    text = """\
+# Why?
+base: [experiment=tiny, trainer.diverged_patience=9999]
+extra: [[optimizer.adamw_lr=0.01], [optimizer.adamw_lr=50.0]]
+stop: {loss_above_best: 1.5, for_steps: 5}
+"""
+    rarely = [f"trainer.{key}_every=0" for key in ("val", "probe", "checkpoint")]
+    code, out, err = finish(start(text, "jobs=1", *rarely, steps=1500))
+    assert code == 0, err
+    assert "1 completed, 1 stopped by rule" in out
+    (stopped,) = [cell for cell in read_plan(tmp_path / "runs").cells if cell.stop_record()]
+    assert stopped.stop_record()["rule"] == {"loss_above_best": 1.5, "for_steps": 5}
+    assert 5 <= stopped.summary()["step"] < 1500
 
 
 def test_help_and_mistakes_on_the_command_line():

@@ -22,7 +22,7 @@ LOOKS = {
     "qk_clip": ("#CC79A7", "v"),
     "quack": ("#009E73", "o"),
 }
-MORE_LOOKS = (("#D55E00", "P"), ("#0072B2", "*"), ("#999999", "h"), ("#F0E442", "X"), ("#000000", "d"))
+MORE_LOOKS = (("#D55E00", "P"), ("#0072B2", "*"), ("#999999", "h"), ("#882255", "X"), ("#000000", "d"))
 DASHES: tuple = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 FILLS = ("full", "none", "left", "top")
 
@@ -140,7 +140,7 @@ class Looks:
         methods = {line.label: line for line in lines if line.points or line.diverged}
         handles = [Line2D([], [], label=label, **self.of(line)) for label, line in methods.items()]
         if any(line.diverged for line in lines):
-            handles.append(Line2D([], [], label="diverged", **_cross("#444444")))
+            handles.append(Line2D([], [], label="diverged or stopped", **_cross("#444444")))
         if any(line.unstable for line in lines):
             handles.append(Line2D([], [], label="unstable", **_ring("#444444")))
         return handles
@@ -162,7 +162,8 @@ def _draw_panel(axis: Axes, panel: Panel, plot: Plot, looks: Looks) -> None:
     axis.set_yscale("log" if plot.log_y else "linear")
     if plot.log_x:
         # The values that were run, not powers of ten between them.
-        ticks = sorted({x for line in panel.lines for x, _ in [*line.points, *line.diverged]})
+        lines = [line for each in plot.panels for line in each.lines]  # the panels share their axes
+        ticks = sorted({x for line in lines for x, _ in [*line.points, *line.diverged]})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_xticks([], minor=True)
     for line in panel.lines:

@@ -26,6 +26,11 @@ figcaption { font-size: .85rem; color: #444; } .small { font-size: .85rem; color
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .85rem; }
 dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
 code { font-size: .8rem; overflow-wrap: anywhere; } li { margin: .3rem 0; }
+@media screen and (max-width: 640px) {
+  thead:has(+ tbody .prose) { display: none; } tr.prose, tr.prose td { display: block; border-bottom: none; }
+  tr.prose { border-bottom: 1px solid #888; } tr.prose td:nth-child(3) { font-weight: bold; }
+  tr.prose td, tr.prose td:last-child { min-width: 0; padding: .1rem .55rem; }
+}
 @media print {
   body { max-width: none; font-size: 10pt; padding: 0; } .scroll { overflow: visible; } table { font-size: 7.5pt; }
   th, td { padding: .15rem .3rem; } figure, tr, li { break-inside: avoid; } h2 { break-after: avoid; }

@@ -53,8 +53,6 @@ def notes(results: Results) -> list[str]:
         if result.stop_record:
             saved = f"{result.steps_saved} steps, {duration(result.seconds_saved)}, saved"
             reasons = [f"{results.plan.stop} ({saved})"]
-        if blowup := result.first_blowup():
-            reasons.append("first out of range: layer {1} head {2} at step {0}".format(*blowup))
         if reasons:
             lines.append(f"{title(result)}: {status(result)}: {'; '.join(dict.fromkeys(reasons))}")
     return lines

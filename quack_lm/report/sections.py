@@ -167,5 +167,19 @@ def _speeds(results: Results) -> Section:
     )
 
 
+def _blowups(results: Results) -> Section:
+    rows = [
+        (str(r.place), r.method, str(r.seed), *(str(number) for number in found))
+        for r in results.results
+        if (found := r.first_blowup())
+    ]
+    return Section(
+        title="Which head leaves its range first",
+        intro="The first probe at which a head's largest logit was above trainer.unstable_logit, and the head that was "
+        "then the largest; layers and heads count from 0.",
+        table=Table(header=("place", "method", "seed", "step", "layer", "head"), rows=rows, numeric=range(2, 6)),
+    )
+
+
 def _bounds(bounds: tuple[float, float] | None) -> str:
     return "" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
