@@ -354,7 +354,7 @@ def test_the_script_writes_beside_the_runs_and_says_where(tmp_path, save):
 
 
 def test_the_report_works_from_the_collected_files_alone(tmp_path, save):
-    good, diverged, missing = cells = [make_cell(tmp_path / "a", "mha", s) for s in ("quack", "none", "fixed")]
+    good, diverged, _ = cells = [make_cell(tmp_path / "a", "mha", s) for s in ("quack", "none", "fixed")]
     write_run(good)
     write_run(diverged, status="diverged", last_step=10)
     (tmp_path / "b").mkdir()
