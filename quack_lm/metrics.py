@@ -191,7 +191,7 @@ class WandbMirror:
                 config=config,
                 id=run_id,
                 resume="allow",
-                settings=wandb.Settings(console="off", init_timeout=60),
+                settings=wandb.Settings(console="off", init_timeout=60, login_timeout=30),
             )
             self.id = self._run.id
 

@@ -109,6 +109,8 @@ def test_one_two_and_three_ranks_write_the_same_curves(
         assert done.returncode == 0, done.stderr
         assert summary(tmp_path / str(ranks))["world_size"] == ranks
         assert_close_records(tmp_path / "1", tmp_path / str(ranks), 2e-4)
+    assert run_process(overrides, tmp_path / "again", ranks=2).returncode == 0
+    assert records(tmp_path / "again") == records(tmp_path / "2")
 
 
 def test_curves_do_not_depend_on_micro_batches_recomputation_or_loss_chunks(
