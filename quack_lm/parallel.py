@@ -251,7 +251,7 @@ def _to_owners(shards_NrC: Tensor, like: DTensor) -> Tensor:
     n_shares = 1 if replicas is None else replicas.size()
     each = math.ceil(count / (group.size() * n_shares))
     padded = shards_NrC.new_zeros(n_shares, group.size() * each, mine, columns)
-    padded.view(-1, mine, columns)[:count] = shards_NrC
+    padded.flatten(0, 1)[:count] = shards_NrC
     send = padded[0 if replicas is None else replicas.rank()].reshape(-1)
     sizes = _rows_by_rank(like.shape[0], group.size())
     receive = send.new_empty(each * like.shape[0] * columns)

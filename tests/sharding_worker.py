@@ -34,7 +34,7 @@ ATTENTIONS = ("mha", "gqa", "mla")
 N_SEQUENCES = 12
 N_STEPS = 2
 # A threshold that some heads pass; an eps that keeps AdamW from magnifying the rounding of vanishing gradients.
-OVERRIDES = ["model.init_std=0.3", "model.n_layers=3", "optimizer.lr=0.02", "optimizer.weight_decay=0.3"]
+OVERRIDES = ["model.init_std=0.3", "optimizer.lr=0.02", "optimizer.weight_decay=0.3"]
 EXTRA = {"qk_clip": ["stabilizer.threshold=0.5"], "adamw": ["optimizer.adamw_eps=1e-4"]}
 
 # Wide, tall, fewer rows than ranks, one row, and rows that no world size of the tests divides.
