@@ -287,8 +287,11 @@ def _finished(run_dir: Path, settings: TrainerSettings) -> str | None:
 
 def _take_run_dir(run_dir: Path) -> IO[str]:
     """Lock the run directory for as long as the returned file is open."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / ".lock").open("w")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}; choose another run_dir") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
