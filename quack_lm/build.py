@@ -261,7 +261,9 @@ def _check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSetti
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
         raise UserError(f"{run_dir / 'config.yaml'} cannot be read; choose another run_dir") from None
     now = identity(config)
-    changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in CHANGEABLE]
+    # A schedule that bends towards the end is another one for another number of steps.
+    free = CHANGEABLE - (set() if config["optimizer"]["schedule"] == "constant" else {"trainer.steps"})
+    changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in free]
     if changed:
         key = changed[0]
         more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""

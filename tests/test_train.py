@@ -234,6 +234,15 @@ def test_a_loss_that_stays_far_above_its_best_ends_as_diverged(tmp_path: Path, t
     assert "for 5 steps" in seen["reason"]
 
 
+def test_a_run_with_a_bent_schedule_cannot_be_made_longer(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides = [*tiny_data, "trainer.steps=2"]
+    run_here([*overrides, "optimizer.schedule=cosine"], tmp_path / "run")
+    with pytest.raises(UserError, match=r"trainer\.steps=2, not 4"):
+        check_run(
+            compose([*SMALL, *overrides, "optimizer.schedule=cosine", "trainer.steps=4", f"run_dir={tmp_path / 'run'}"])
+        )
+
+
 def test_a_second_run_in_a_directory_in_use_is_refused(tmp_path: Path, tiny_data: list[str]) -> None:
     config = compose([*SMALL, *tiny_data, f"run_dir={tmp_path / 'run'}"])
     first = build(check_run(config))
