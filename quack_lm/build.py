@@ -99,10 +99,17 @@ def make_model(config: dict[str, Any], *, eot_id: int | None = None, backend: st
         attention.tracks_max_logits = stabilizer.needs_max_logits
         return attention
 
-    with torch.device("meta"):
-        return Transformer(
-            sizes, make_attention, eot_id=eot_id, recompute=settings.recompute, loss_chunk=settings.loss_chunk
-        )
+    try:
+        with torch.device("meta"):
+            return Transformer(
+                sizes, make_attention, eot_id=eot_id, recompute=settings.recompute, loss_chunk=settings.loss_chunk
+            )
+    except (TypeError, RuntimeError, OverflowError) as error:
+        # Without memory behind them, matrices can only fail by sizes that no machine can count.
+        key = max(("d_model", "d_ff", "vocab_size", "q_latent_dim"), key=lambda name: getattr(sizes, name))
+        raise UserError(
+            f"model.{key}={getattr(sizes, key)} is too large, or another size of model or attention"
+        ) from error
 
 
 def check_run(config: dict[str, Any]) -> Plan:
@@ -244,7 +251,10 @@ def _open_data(corpus: Corpus, vocab_size: int) -> TokenData:
 
 def _check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettings) -> tuple[Path | None, str | None]:
     """(the checkpoint to continue from, the status with which this run has ended already), or None for each."""
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    try:
+        existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: {error.strerror}; choose another run_dir") from None
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(
             f"run_dir={run_dir}: {existing} is not a directory that can be written to; choose another run_dir"
@@ -256,7 +266,9 @@ def _check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSetti
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
         raise UserError(f"{run_dir / 'config.yaml'} cannot be read; choose another run_dir") from None
     now = identity(config)
-    changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in CHANGEABLE]
+    # A schedule that bends towards the end is another one for another number of steps.
+    free = CHANGEABLE - (set() if config["optimizer"]["schedule"] == "constant" else {"trainer.steps"})
+    changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in free]
     if changed:
         key = changed[0]
         more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
@@ -282,8 +294,11 @@ def _finished(run_dir: Path, settings: TrainerSettings) -> str | None:
 
 def _take_run_dir(run_dir: Path) -> IO[str]:
     """Lock the run directory for as long as the returned file is open."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / ".lock").open("w")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}; choose another run_dir") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -56,14 +56,7 @@ def compose(overrides: Iterable[str] = (), *, file: Path | None = None) -> dict[
     run, which then takes the place of `configs/`. Raises UserError naming the key and the mend.
     """
     raw = _compose_file(file, list(overrides)) if file else _compose_groups(list(overrides))
-    _refuse_resolvers(raw)
-    try:
-        OmegaConf.resolve(raw)
-        config = OmegaConf.to_container(raw, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from None
-    assert isinstance(config, dict)
-    return check(config)
+    return check(_resolve(raw, raw, ()))
 
 
 def check(config: dict[Any, Any]) -> dict[str, Any]:
@@ -126,34 +119,50 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ Hydra
 
 
-def _compose_groups(overrides: list[str]) -> DictConfig:
+def _compose_groups(overrides: list[str]) -> dict[Any, Any]:
     groups = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()}
     ready = [_prepare(override, groups) for override in _parse(overrides)]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-            return hydra_compose("train", overrides=ready)
+            return _plain(hydra_compose("train", overrides=ready))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from None
 
 
-def _compose_file(file: Path, overrides: list[str]) -> DictConfig:
-    if not file.is_file():
-        raise UserError(f"--config {file}: no such file")
+def _compose_file(file: Path, overrides: list[str]) -> dict[Any, Any]:
     try:
-        base = OmegaConf.load(file)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(file.read_text(), yaml.SafeLoader)):
+            raise UserError(f"--config {file}: yaml aliases are not allowed; write values out")
+        loaded = OmegaConf.load(file)
+    except OSError as error:
+        raise UserError(f"--config {file}: {(error.strerror or str(error)).lower()}") from None
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise UserError(f"--config {file}: not a readable yaml file: {error.problem}{line}") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"--config {file}: not a readable yaml file: {_one_line(error)}") from None
-    if not isinstance(base, DictConfig):
+    if not isinstance(loaded, DictConfig):
         raise UserError(f"--config {file}: expected the sections of a run's config.yaml")
+    config = _plain(loaded)
     for override in _parse(overrides):
-        key = override.key_or_group
-        if key in SECTIONS or "@" in key:
+        *sections, key = override.key_or_group.split(".")
+        node = config
+        for name in sections:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{override.input_line}: {name} is a value, not a section")
+        if key in SECTIONS and not sections:
             raise UserError(
-                f"{override.input_line}: a config file has its sections already; override single keys of {key}"
+                f"{override.input_line}: the config file has its choice of {key}; override single keys of it"
             )
-        OmegaConf.update(base, key, override.value(), force_add=True)
-    return base
+        node[key] = override.value()
+    return config
+
+
+def _plain(config: DictConfig) -> dict[Any, Any]:
+    """The composed values with their references unread: OmegaConf's resolvers, which can do more, never run."""
+    return typing.cast(dict, OmegaConf.to_container(config, resolve=False))
 
 
 def _parse(overrides: list[str]) -> list[Override]:
@@ -179,7 +188,9 @@ def _prepare(override: Override, groups: set[str]) -> str:
     """The override as Hydra gets it: group choices are checked here, and other keys may be new, so that `check` names
     them."""
     key, line = override.key_or_group, str(override.input_line)
-    if key.split(".")[0] == "hydra":
+    if not key:
+        raise UserError(f"cannot read {line!r}: write key=value")
+    if re.split(r"[./]", key)[0] == "hydra":
         raise UserError(f"{line}: quack_lm has no hydra section; the run's directory is run_dir")
     if key not in groups:
         return "++" + line.lstrip("+")
@@ -191,14 +202,34 @@ def _prepare(override: Override, groups: set[str]) -> str:
     return line.lstrip("+")
 
 
-def _refuse_resolvers(raw: DictConfig) -> None:
-    """Only plain references `${a.b}` may stand in a config: a resolver could read the environment, and its secrets."""
-    for key, value in flatten(typing.cast(dict, OmegaConf.to_container(raw, resolve=False))).items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and "${" in re.sub(r"\$\{[\w.]+\}", "", text):
-                raise UserError(
-                    f"{key}={text!r}: only plain references such as ${{model.n_heads}} are allowed in a config"
-                )
+def _resolve(value: Any, config: dict[Any, Any], trail: tuple[str, ...], key: str = "") -> Any:
+    """The value with each reference `${a.b}` replaced by what it names.
+
+    A reference is a whole value, and nothing else can be written with `${`: a resolver could read the environment, and
+    its secrets.
+    """
+    if isinstance(value, dict):
+        return {k: _resolve(v, config, trail, f"{key}.{k}" if key else str(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolve(v, config, trail, key) for v in value]
+    if not isinstance(value, str) or "$" not in value:
+        return value
+    reference = re.fullmatch(r"\$\{([\w.]+)\}", value)
+    if reference is None:
+        if "${" in value:
+            raise UserError(
+                f"{key}={value!r}: only plain references such as ${{model.n_heads}} are allowed in a config"
+            )
+        return value
+    path = reference[1]
+    if path in trail:
+        raise UserError(f"{key}={value!r} refers to itself; give it a value")
+    found: Any = config
+    for name in path.split("."):
+        if not isinstance(found, dict) or name not in found:
+            raise UserError(f"{key}={value!r}: there is no setting {path}")
+        found = found[name]
+    return _resolve(found, config, (*trail, path), key)
 
 
 def _one_line(error: Exception) -> str:
@@ -254,7 +285,7 @@ def _check_fields(prefix: str, values: dict[str, Any], schema: type[pydantic.Bas
     except pydantic.ValidationError as error:
         first, *more = error.errors()
         key = prefix + str(first["loc"][0])
-        if first["type"] == "missing":
+        if first["type"] == "missing" or values.get(str(first["loc"][0])) == "???":
             message = f"{key} is not set; give it a value, for example on the command line: {key}=..."
         else:
             # A union reports each of its members; together they say what the key accepts.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,8 +36,8 @@ class ModelSizes:
     kv_latent_dim: PositiveInt
     tied_embeddings: bool = True
     norm_eps: PositiveFloat = 1e-6
-    init_std: NonNegativeFloat = 0.02
-    embedding_std: NonNegativeFloat = 0.02
+    init_std: PositiveFloat = 0.02
+    embedding_std: PositiveFloat = 0.02
 
 
 class Transformer(nn.Module):

@@ -14,15 +14,15 @@ from pydantic import PositiveFloat, PositiveInt
 class StabilityRules:
     """What counts as diverged (the run ends) and as unstable (the summary says so).
 
-    Diverged: the training loss is not finite, or above `factor` times its running best for `patience` steps in a row.
-    Unstable: a logit above `max_logit`, or a validation loss `loss_margin` nats above its best, or above
-    `stuck_fraction` of the unigram entropy after `stuck_after` steps.
+    Diverged: the training loss is not finite, or above `diverged_factor` times its running best for `diverged_patience`
+    steps in a row. Unstable: a logit above `unstable_logit`, or a validation loss `unstable_margin` nats above its
+    best, or above `stuck_fraction` of the unigram entropy after `stuck_after` steps.
     """
 
-    factor: PositiveFloat = 1.5
-    patience: PositiveInt = 100
-    max_logit: PositiveFloat = 1000.0
-    loss_margin: PositiveFloat = 0.1
+    diverged_factor: PositiveFloat = 1.5
+    diverged_patience: PositiveInt = 100
+    unstable_logit: PositiveFloat = 1000.0
+    unstable_margin: PositiveFloat = 0.1
     stuck_fraction: PositiveFloat = 0.85
     stuck_after: PositiveInt = 300
 
@@ -63,11 +63,11 @@ class Progress:
             if not math.isfinite(loss):
                 return f"training loss {loss} at step {step}"
             self.best_loss = loss if self.best_loss is None else min(self.best_loss, loss)
-            self.steps_above = self.steps_above + 1 if loss > rules.factor * self.best_loss else 0
-            if self.steps_above >= rules.patience:
+            self.steps_above = self.steps_above + 1 if loss > rules.diverged_factor * self.best_loss else 0
+            if self.steps_above >= rules.diverged_patience:
                 return (
-                    f"training loss above {rules.factor:g} x its best, {self.best_loss:.4g}, "
-                    f"for {rules.patience} steps up to step {step}"
+                    f"training loss above {rules.diverged_factor:g} x its best, {self.best_loss:.4g}, "
+                    f"for {rules.diverged_patience} steps up to step {step}"
                 )
         return None
 
@@ -82,15 +82,17 @@ class Progress:
     def take_logits(self, max_logit: float, delta_mean: float) -> None:
         """Follow the probe's aggregates."""
         self.max_logit, self.delta_mean = max_logit, delta_mean
-        self.peak_logit = max_logit if self.peak_logit is None else max(self.peak_logit, max_logit)
+        # Written so that a NaN, once seen, stays.
+        if self.peak_logit is None or not (max_logit <= self.peak_logit or math.isnan(self.peak_logit)):
+            self.peak_logit = max_logit
 
     def instabilities(self, rules: StabilityRules, unigram_entropy: float) -> list[str]:
         """The reasons to call the run unstable; none if it was fine."""
         reasons = []
-        if self.peak_logit is not None and not self.peak_logit <= rules.max_logit:
-            reasons.append(f"largest logit {self.peak_logit:.3g} above {rules.max_logit:g}")
+        if self.peak_logit is not None and not self.peak_logit <= rules.unstable_logit:
+            reasons.append(f"largest logit {self.peak_logit:.3g} above {rules.unstable_logit:g}")
         if self.val_loss is not None and self.best_val_loss is not None:
-            if not self.val_loss <= self.best_val_loss + rules.loss_margin:
+            if not self.val_loss <= self.best_val_loss + rules.unstable_margin:
                 reasons.append(f"validation loss {self.val_loss:.3f} ended above its best, {self.best_val_loss:.3f}")
             stuck = rules.stuck_fraction * unigram_entropy
             if self.step >= rules.stuck_after and not self.val_loss <= stuck:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,13 +57,6 @@ class World:
         """A host tensor on this rank's device, without waiting for what the device is doing."""
         # From ordinary memory a copy of more than 64 kB would queue behind the running kernels and block the host.
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
-
-    def from_main(self, value: Any) -> Any:
-        """The main process's value, on every rank."""
-        box = [value]
-        if self.mesh is not None:
-            dist.broadcast_object_list(box, device=self.device)
-        return box[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -123,9 +115,10 @@ def check_world(*, device: str, replicas: int) -> None:
         raise UserError(
             "trainer.device=cuda: torch sees no GPU here; use trainer.device=cpu or install a CUDA build of torch"
         )
-    if device == "cuda" and local_rank >= torch.cuda.device_count():
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if device == "cuda" and here > torch.cuda.device_count():
         raise UserError(
-            f"{local_rank + 1} processes on a machine with {torch.cuda.device_count()} GPUs: start one process per GPU"
+            f"{here} processes on a machine with {torch.cuda.device_count()} GPUs: start one process per GPU"
         )
 
 
@@ -258,7 +251,7 @@ def _to_owners(shards_NrC: Tensor, like: DTensor) -> Tensor:
     n_shares = 1 if replicas is None else replicas.size()
     each = math.ceil(count / (group.size() * n_shares))
     padded = shards_NrC.new_zeros(n_shares, group.size() * each, mine, columns)
-    padded.view(-1, mine, columns)[:count] = shards_NrC
+    padded.flatten(0, 1)[:count] = shards_NrC
     send = padded[0 if replicas is None else replicas.rank()].reshape(-1)
     sizes = _rows_by_rank(like.shape[0], group.size())
     receive = send.new_empty(each * like.shape[0] * columns)

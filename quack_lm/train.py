@@ -28,7 +28,7 @@ from quack_lm.step import LogitWeights, stabilized_step
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerSettings:
+class TrainerSettings(StabilityRules):
     """How long, how much at once, in which precision, and what happens every so many steps (0: only at the end).
 
     Batch sizes are in sequences. `replicas` > 1 shards within groups of ranks and replicates across them (HSDP).
@@ -56,21 +56,7 @@ class TrainerSettings:
     recompute: bool = False
     loss_chunk: PositiveInt | None = None
     timeout_s: PositiveFloat = 600.0
-    diverged_factor: PositiveFloat = 1.5
-    diverged_patience: PositiveInt = 100
-    unstable_logit: PositiveFloat = 1000.0
-    unstable_margin: PositiveFloat = 0.1
     probe_parts: bool = False
-
-    @property
-    def rules(self) -> StabilityRules:
-        """What counts as diverged and as unstable."""
-        return StabilityRules(
-            factor=self.diverged_factor,
-            patience=self.diverged_patience,
-            max_logit=self.unstable_logit,
-            loss_margin=self.unstable_margin,
-        )
 
 
 @dataclass
@@ -216,7 +202,7 @@ def write_log(run: Run, clock: Clock) -> str | None:
             "data/epoch": run.batches.epoch(progress.step),
         },
     )
-    reason = progress.take_losses(run.log.flush(), run.settings.rules)
+    reason = progress.take_losses(run.log.flush(), run.settings)
     if reason is None and progress.val_loss is not None and not math.isfinite(progress.val_loss):
         reason = f"validation loss {progress.val_loss} at step {progress.step}"
     summarize(run, "running", tokens_per_s=tokens_per_s)
@@ -243,23 +229,20 @@ def save(run: Run) -> None:
 def finish(run: Run, status: str, reason: str | None) -> str:
     """Write the last summary."""
     run.log.flush()
-    summarize(run, status, reason=reason)
-    run.log.close()
+    run.log.close(summarize(run, status, reason=reason))
     run.world.barrier()
     return status
 
 
-def summarize(run: Run, status: str, *, reason: str | None = None, tokens_per_s: float | None = None) -> None:
-    """Replace summary.json."""
-    if not run.world.is_main:
-        return
+def summarize(run: Run, status: str, *, reason: str | None = None, tokens_per_s: float | None = None) -> dict[str, Any]:
+    """Replace summary.json, and return what it says."""
     progress = run.progress
     if progress.timed_s > 0:
         tokens_per_s = progress.timed_tokens / progress.timed_s
     summary = {
         "status": status,
         "reason": reason,
-        "unstable": progress.instabilities(run.settings.rules, run.unigram_entropy),
+        "unstable": progress.instabilities(run.settings, run.unigram_entropy),
         "step": progress.step,
         "tokens": progress.step * run.batch_tokens,
         "val_loss": progress.val_loss,
@@ -272,7 +255,9 @@ def summarize(run: Run, status: str, *, reason: str | None = None, tokens_per_s:
         "elapsed_s": progress.elapsed_s,
         **run.facts,
     }
-    write_json(run.run_dir / "summary.json", summary)
+    if run.world.is_main:
+        write_json(run.run_dir / "summary.json", summary)
+    return summary
 
 
 @contextmanager

@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> None:
         return
     # Worker processes import this file again; they need none of this.
     from quack_lm.config import compose, instantiate
-    from quack_lm.preparation import prepare
     from quack_lm.errors import exit_on_user_error
+    from quack_lm.preparation import prepare
 
     with exit_on_user_error():
         try:

@@ -9,7 +9,7 @@ Settings are key=value (Hydra's grammar). A group takes one of its choices:
 {groups}
 and every key inside a group can be set alone. Other flags:
     --config FILE   take all settings from the config.yaml of an earlier run; key=value still overrides
-    --check         check everything, print the resolved config and the parameter counts, and train nothing
+    --check         print the resolved config and the parameter counts, check everything, and train nothing
     -h, --help      this text
 
 The run directory gets config.yaml, environment.json, metrics.jsonl, summary.json and checkpoints/. Calling the same
@@ -37,14 +37,17 @@ def main(arguments: list[str]) -> int:
     config = compose(overrides, file=file)
 
     # Imported late: --help and a mistake in the settings need not wait for it.
-    from quack_lm.build import build, check_run
+    from quack_lm.build import build, check_run, make_model
     from quack_lm.model import count_parameters
     from quack_lm.train import summarize, train
 
+    if is_check:
+        counts = count_parameters(make_model(config))
+        print(yaml.safe_dump(config, sort_keys=False))
+        print("\n".join(f"{n:>15,}  {component}" for component, n in counts.items()))
     plan = check_run(config)
     if is_check:
-        print(yaml.safe_dump(plan.config, sort_keys=False))
-        print("\n".join(f"{n:>15,}  {component}" for component, n in count_parameters(plan.model).items()))
+        print(f"ready to train in {plan.run_dir}")
         return 0
     if plan.finished:
         print(f"{plan.run_dir} is finished already: {plan.finished}")

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 3 tests/sharding_worker.py --replicas 1 --out results.
 
 import argparse
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 import torch.distributed as dist
 from models import STABILIZERS, small_config, small_model, tokens
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from quack_lm.config import instantiate
-from quack_lm.model import Transformer
 from quack_lm.parallel import (
     World,
     clip_gradients,
@@ -26,7 +27,6 @@ from quack_lm.parallel import (
     start_world,
     whole,
 )
-from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights, stabilized_step
 
 ATTENTIONS = ("mha", "gqa", "mla")
@@ -34,7 +34,7 @@ ATTENTIONS = ("mha", "gqa", "mla")
 N_SEQUENCES = 12
 N_STEPS = 2
 # A threshold that some heads pass; an eps that keeps AdamW from magnifying the rounding of vanishing gradients.
-OVERRIDES = ["model.init_std=0.3", "model.n_layers=3"]
+OVERRIDES = ["model.init_std=0.3", "optimizer.lr=0.02", "optimizer.weight_decay=0.3"]
 EXTRA = {"qk_clip": ["stabilizer.threshold=0.5"], "adamw": ["optimizer.adamw_eps=1e-4"]}
 
 # Wide, tall, fewer rows than ranks, one row, and rows that no world size of the tests divides.
@@ -42,16 +42,26 @@ SHAPES = [(6, 5), (7, 3), (2, 9), (1, 4), (5, 5)]
 COUNTS = [1, 2, 5, 8]
 
 
-def build(attention: str, stabilizer: str, optimizer: str, world: World) -> tuple[Transformer, Any, Stabilizer]:
-    extra = ["optimizer.lr=0.02", "optimizer.weight_decay=0.3", *EXTRA.get(stabilizer, []), *EXTRA.get(optimizer, [])]
-    config = small_config(attention, stabilizer, *OVERRIDES, *extra, optimizer=optimizer)
-    model = small_model(config, world=world)
-    return model, instantiate(config["optimizer"]).build(model), instantiate(config["stabilizer"])
+def combinations() -> list[str]:
+    """Attention/stabilizer/optimizer: all under Muon, and under AdamW with the attention that has the most weights."""
+    with_muon = itertools.product(ATTENTIONS, STABILIZERS, ["muon"])
+    return ["/".join(names) for names in (*with_muon, *itertools.product(["mla"], STABILIZERS, ["adamw"]))]
 
 
-def train(attention: str, stabilizer: str, optimizer: str, world: World) -> dict[str, Any]:
+def compose_configs() -> dict[str, dict[str, Any]]:
+    """The config of each combination; composed once, since that takes longer than all steps together."""
+    configs = {}
+    for combination in combinations():
+        attention, stabilizer, optimizer = combination.split("/")
+        extra = [*OVERRIDES, *EXTRA.get(stabilizer, []), *EXTRA.get(optimizer, [])]
+        configs[combination] = small_config(attention, stabilizer, *extra, optimizer=optimizer)
+    return configs
+
+
+def train(config: dict[str, Any], world: World) -> dict[str, Any]:
     """Two stabilized steps on a batch split over the ranks, and all that should not depend on how."""
-    model, optimizers, steadies = build(attention, stabilizer, optimizer, world)
+    model = small_model(config, world=world)
+    optimizers, steadies = instantiate(config["optimizer"]).build(model), instantiate(config["stabilizer"])
     weights = LogitWeights(model.attentions)
     if steadies.needs_norms:
         steadies.initialize(weights.paths, weights.norms(steadies.needs_norms))
@@ -71,9 +81,9 @@ def train(attention: str, stabilizer: str, optimizer: str, world: World) -> dict
     }
 
 
-def initial_norms(attention: str, world: World) -> dict[str, dict[str, Tensor]]:
+def initial_norms(config: dict[str, Any], world: World) -> dict[str, dict[str, Tensor]]:
     """Of blocks of very different size, so that a wrong row goes unnoticed nowhere."""
-    model, _, _ = build(attention, "none", "muon", world)
+    model = small_model(config, world=world)
     for parameter in model.parameters():
         start, stop = local_rows(parameter)
         rows = torch.linspace(0.1, 7, parameter.shape[0])[start:stop]
@@ -97,8 +107,6 @@ def whole_matrix_work(shape: tuple[int, int], count: int, world: World) -> dict[
     """The results of both kinds of shared work, and the sizes of the matrices that this rank was handed for each."""
     module = Matrices(shape, count)
     if world.mesh is not None:
-        from torch.distributed.fsdp import fully_shard
-
         fully_shard(module, mesh=world.mesh)
     parameters = list(module.items)
     stack = torch.stack([local(p.detach()) for p in parameters])
@@ -137,28 +145,24 @@ def whole_like(rows: Tensor, parameter: Tensor) -> Tensor:
     return result.full_tensor()
 
 
-def combinations() -> list[tuple[str, str, str]]:
-    """(attention, stabilizer, optimizer)."""
-    return list(itertools.product(ATTENTIONS, STABILIZERS, ("muon", "adamw")))
-
-
-def everything(world: World) -> dict[str, Any]:
+def everything(configs: dict[str, dict[str, Any]], world: World) -> dict[str, Any]:
     """All results, the same on every rank but for what says what this rank did."""
     return {
-        "steps": {"/".join(c): train(*c, world) for c in combinations()},
-        "norms": {attention: initial_norms(attention, world) for attention in ATTENTIONS},
+        "steps": {combination: train(config, world) for combination, config in configs.items()},
+        "norms": {attention: initial_norms(configs[f"{attention}/none/muon"], world) for attention in ATTENTIONS},
         "work": {(shape, count): whole_matrix_work(shape, count, world) for shape in SHAPES for count in COUNTS},
     }
 
 
 def main() -> None:
-    """Run everything on this rank; the results of every rank are written."""
+    """Run everything on this rank, with the configs that lie in the directory; the results of each rank go there."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--replicas", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--directory", type=Path, required=True)
     arguments = parser.parse_args()
+    configs = json.loads((arguments.directory / "configs.json").read_text())
     world = start_world(device="cpu", is_wrapped=True, replicas=arguments.replicas)
-    torch.save(everything(world), arguments.out / f"rank_{world.rank}.pt")
+    torch.save(everything(configs, world), arguments.directory / f"rank_{world.rank}.pt")
     world.close()
 
 

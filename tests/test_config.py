@@ -390,7 +390,7 @@ BAD: dict[str, Bad] = {
     # config files
     "no_config_file": Bad(["--config"], r"--config needs a file"),
     "missing_config_file": one("--config=TMP/nowhere.yaml", r"--config TMP/nowhere\.yaml: no such file"),
-    "config_is_a_directory": one("--config=TMP/d", r"--config TMP/d: no such file", files={"d/x": b""}),
+    "config_is_a_directory": one("--config=TMP/d", r"--config TMP/d: is a directory", files={"d/x": b""}),
 }
 
 # Contents of FILE in: --config FILE, with the other arguments of a valid command left out.
@@ -578,7 +578,7 @@ def test_overrides_on_top_of_a_config_file_equal_overrides_on_top_of_the_groups(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model=1b", r"model=1b: .*override single keys of model"),
+        ("model=1b", r"model=1b: .*choice of model; override single keys"),
         ("experiment=paper", r"experiment"),
         ("trainer.step=3", r"unknown key trainer\.step:.*trainer\.steps"),
         ("trainer.steps=many", r"trainer\.steps='many'"),
@@ -720,8 +720,7 @@ sections = st.sampled_from(
 def only_user_errors(function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except UserError as error:
-        assert str(error).strip()
+    except UserError:
         return None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from hypothesis import given
 from hypothesis import strategies as st
 from wandb.proto import wandb_internal_pb2 as wandb_pb
@@ -255,8 +256,11 @@ def wandb_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
+def wandb_records(directory: Path) -> Iterator[Any]:
+    """The records of a finished offline run: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
+    # Its service writes the last of them when it ends, as it does with a process that trains.
+    wandb.teardown()
+    (path,) = directory.glob("wandb/offline-run-*/*.wandb")
     data, offset, parts = path.read_bytes(), 7, b""
     while offset < len(data):
         room = 32768 - offset % 32768
@@ -301,8 +305,7 @@ def test_an_offline_wandb_run_holds_what_metrics_jsonl_holds(tmp_path: Path) -> 
             log.flush()
     log.close()
 
-    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    records = list(wandb_records(path))
+    records = list(wandb_records(tmp_path))
     runs = [record.run for record in records if record.HasField("run")]
     assert (runs[0].project, runs[0].run_group, runs[0].display_name) == ("ducks", "pond", "mallard")
     assert list(runs[0].tags) == ["wet", "loud"]
@@ -331,10 +334,10 @@ def test_without_per_head_wandb_gets_no_tables(tmp_path: Path) -> None:
     log.add(1, {"x": 1.0, "logits/max_per_head": torch.ones(2, 2)})
     log.flush()
     log.close()
-    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    (row,) = (items_of(record.history.item) for record in wandb_records(path) if record.HasField("history"))
+    records = list(wandb_records(tmp_path))
+    (row,) = (items_of(record.history.item) for record in records if record.HasField("history"))
     assert {key for key in row if not key.startswith("_")} == {"step", "tokens", "x"}
-    (run,) = (record.run for record in wandb_records(path) if record.HasField("run"))
+    (run,) = (record.run for record in records if record.HasField("run"))
     assert run.display_name == tmp_path.name, "a run is called like its directory"
 
 

@@ -259,19 +259,25 @@ def test_the_loss_is_the_cross_entropy_of_the_logits_in_nats() -> None:
     torch.testing.assert_close(nats.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_maxima_are_tracked_in_training_alone_and_only_grow_until_reset() -> None:
+def test_maxima_are_tracked_in_training_alone_and_over_all_its_forwards() -> None:
     model = make("stabilizer=qk_clip")
+    tokens = random_tokens(2, 12)
+
+    def maxima_after(*batches: Tensor) -> Tensor:
+        for batch in batches:
+            model(batch)
+        return torch.stack([attention.max_logits_H.clone() for attention in model.attentions])
+
     model.eval()
-    model(random_tokens(1, 5))
-    assert all((a.max_logits_H == -torch.inf).all() for a in model.attentions), "validation is not training"
+    assert (maxima_after(tokens) == -torch.inf).all(), "validation is not training"
     model.train()
-    model(random_tokens(1, 5))
-    first = torch.stack([a.max_logits_H.clone() for a in model.attentions])
-    model(random_tokens(2, 12))
-    second = torch.stack([a.max_logits_H for a in model.attentions])
-    assert first.isfinite().all()
-    assert (second >= first).all()
-    assert (second > first).any()
+    start = maxima_after(tokens[:, :5])
+    whole = maxima_after(tokens)
+    assert start.isfinite().all()
+    assert (whole >= start).all()
+    assert (whole > start).any()
+    # The logits of a prefix are among those of the whole, so that they change no maximum.
+    assert torch.equal(maxima_after(tokens[:, :5], tokens[:1, :1]), whole)
 
 
 # ------------------------------------------------------------------------------------------------ who sees whom

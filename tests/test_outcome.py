@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from quack_lm.outcome import Progress, StabilityRules, kind_of_end
 
-RULES = StabilityRules(factor=1.5, patience=3, max_logit=100.0, loss_margin=0.1, stuck_fraction=0.85, stuck_after=10)
+RULES = StabilityRules(
+    diverged_factor=1.5,
+    diverged_patience=3,
+    unstable_logit=100.0,
+    unstable_margin=0.1,
+    stuck_fraction=0.85,
+    stuck_after=10,
+)
 UNIGRAM = 6.0
 
 

@@ -86,7 +86,7 @@ def expected_scales(
     name: str, kind: str, now: dict[str, reference.Array], start: dict[str, reference.Array]
 ) -> dict[str, list[float]]:
     """The paper's factor on the rate of each block of each declared parameter, by the parameter's whole name."""
-    scales = {}
+    scales: dict[str, list[float]] = {}
     for layer in range(2):
         weights, initial = layer_weights(now, layer), layer_weights(start, layer)
         if kind == "fixed":

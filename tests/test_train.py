@@ -109,6 +109,8 @@ def test_one_two_and_three_ranks_write_the_same_curves(
         assert done.returncode == 0, done.stderr
         assert summary(tmp_path / str(ranks))["world_size"] == ranks
         assert_close_records(tmp_path / "1", tmp_path / str(ranks), 2e-4)
+    assert run_process(overrides, tmp_path / "again", ranks=2).returncode == 0
+    assert records(tmp_path / "again") == records(tmp_path / "2")
 
 
 def test_curves_do_not_depend_on_micro_batches_recomputation_or_loss_chunks(
@@ -230,6 +232,15 @@ def test_a_loss_that_stays_far_above_its_best_ends_as_diverged(tmp_path: Path, t
     seen = run_here([*tiny_data, *overrides, "trainer.steps=60"], tmp_path / "run")
     assert seen["status"] == "diverged"
     assert "for 5 steps" in seen["reason"]
+
+
+def test_a_run_with_a_bent_schedule_cannot_be_made_longer(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides = [*tiny_data, "trainer.steps=2"]
+    run_here([*overrides, "optimizer.schedule=cosine"], tmp_path / "run")
+    with pytest.raises(UserError, match=r"trainer\.steps=2, not 4"):
+        check_run(
+            compose([*SMALL, *overrides, "optimizer.schedule=cosine", "trainer.steps=4", f"run_dir={tmp_path / 'run'}"])
+        )
 
 
 def test_a_second_run_in_a_directory_in_use_is_refused(tmp_path: Path, tiny_data: list[str]) -> None:
