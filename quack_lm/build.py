@@ -127,6 +127,10 @@ def check_run(config: dict[str, Any]) -> Plan:
         data.windows(split, settings.seq_len)
     run_dir = Path(config["run_dir"] or default_run_dir(config))
     resumes_from, finished = _check_run_dir(run_dir, config, settings)
+    if resumes_from and checkpoint.read_state(resumes_from)["manifest_sha256"] != data.manifest_sha256:
+        raise UserError(
+            f"data.dir={corpus.dir} is not the data set that run_dir={run_dir} was trained on; choose another run_dir"
+        )
     return Plan(
         config={**config, "run_dir": str(run_dir)},
         run_dir=run_dir,
@@ -241,6 +245,15 @@ def _open_data(corpus: Corpus, vocab_size: int) -> TokenData:
     # One process per machine reads every byte; the others trust it.
     verify = corpus.verify_checksums and launched_world()[2] == 0
     data = TokenData.open(Path(corpus.dir), verify_checksums=verify)
+    made = data.manifest
+    for key, wanted, found in (
+        ("vocab_size", corpus.vocab_size, made.vocab_size),
+        ("tokenizer", corpus.tokenizer or made.tokenizer.name, made.tokenizer.name),
+    ):
+        if wanted != found:
+            raise UserError(
+                f"data.dir={corpus.dir} was made with data.{key}={found}, not {wanted}; use that data set's own"
+            )
     if data.manifest.vocab_size > vocab_size:
         raise UserError(
             f"model.vocab_size={vocab_size} is smaller than the vocabulary of data.dir={corpus.dir}; "
@@ -260,6 +273,8 @@ def _check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSetti
             f"run_dir={run_dir}: {existing} is not a directory that can be written to; choose another run_dir"
         )
     if not (run_dir / "config.yaml").exists():
+        if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+            raise UserError(f"run_dir={run_dir} holds results without their config.yaml; choose another run_dir")
         return None, None
     try:
         before = identity(yaml.safe_load((run_dir / "config.yaml").read_text()))
@@ -287,6 +302,8 @@ def _finished(run_dir: Path, settings: TrainerSettings) -> str | None:
     try:
         summary = json.loads((run_dir / "summary.json").read_text())
     except (OSError, ValueError):
+        return None
+    if not isinstance(summary, dict):
         return None
     is_done = summary.get("status") == "completed" and summary.get("step", 0) >= settings.steps
     return summary["status"] if is_done or summary.get("status") == "diverged" else None

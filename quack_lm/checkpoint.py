@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.optim import Optimizer
@@ -67,7 +68,13 @@ def newest(directory: Path) -> Path | None:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The json part of a checkpoint; UserError naming the file if it is unreadable."""
     try:
-        return json.loads((checkpoint / STATE).read_text())
+        state = json.loads((checkpoint / STATE).read_text())
+        if (
+            not isinstance(state, dict)
+            or not {"step", "stabilizer_state", "progress", "manifest_sha256"} <= state.keys()
+        ):
+            raise ValueError("it is not what a run writes")
+        return state
     except (OSError, ValueError) as error:
         raise UserError(
             f"{checkpoint / STATE} cannot be read ({error}); remove {checkpoint} to use the one before"
@@ -84,14 +91,16 @@ def load(
     """Take back weights, optimizer and stabilizer state, in place."""
     _create_optimizer_state(optimizers)
     tensors = _tensors(model, optimizers, None)
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    known = reader.read_metadata().state_dict_metadata
+    try:
+        known = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise UserError(f"{checkpoint} is damaged ({error}); remove it to use the one before") from None
     own = {f"stabilizer.{name}": name for name in read_state(checkpoint)["stabilizer_state"]}
     missing = sorted((tensors.keys() | own.keys()) - known.keys())
     if missing:
         raise UserError(
-            f"{checkpoint} lacks {missing[0]} and {len(missing) - 1} more: it belongs to another model; "
-            "use another run_dir"
+            f"{checkpoint} lacks {missing[0]} and {len(missing) - 1} more: files are missing, or it belongs to another "
+            "model; remove it to use the one before, or use another run_dir"
         )
     for key in own:
         meta = known[key]

@@ -56,7 +56,10 @@ def compose(overrides: Iterable[str] = (), *, file: Path | None = None) -> dict[
     run, which then takes the place of `configs/`. Raises UserError naming the key and the mend.
     """
     raw = _compose_file(file, list(overrides)) if file else _compose_groups(list(overrides))
-    return check(_resolve(raw, raw, ()))
+    try:
+        return check(_resolve(raw, raw, ()))
+    except RecursionError:
+        raise UserError("the config is nested too deeply, or refers to itself too often") from None
 
 
 def check(config: dict[Any, Any]) -> dict[str, Any]:
@@ -259,7 +262,9 @@ def _target_class(section: str, values: dict[str, Any]) -> type:
         cls = _import(target)
     except (ImportError, AttributeError):
         raise refusal from None
-    if not inspect.isclass(cls) or not issubclass(cls, base) or inspect.isabstract(cls):
+    # A class that a module has only imported would be called by that module's name.
+    is_own = inspect.isclass(cls) and cls.__module__ == target.rpartition(".")[0]
+    if not is_own or not issubclass(cls, base) or inspect.isabstract(cls):
         raise refusal
     return cls
 

@@ -127,7 +127,8 @@ class LocalCorpus(Corpus):
 class HubCorpus(Corpus):
     """A data set of the Hugging Face hub, or local parquet or jsonl files of the same columns in its place."""
 
-    name: str
+    # owner/name: a bare name would be one of the loaders that `datasets` ships, pickles among them.
+    name: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
     subset: str | None
     split: str
     text_field: str

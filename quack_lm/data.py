@@ -306,6 +306,9 @@ def _check_shards(directory: Path, manifest: Manifest, *, verify_checksums: bool
         for shard, digest in zip(shards, digests, strict=True):
             if digest != shard.sha256:
                 raise _damaged(directory, directory / shard.file, "its sha256 is not that of the manifest")
+            tokens = np.memmap(directory / shard.file, dtype=manifest.token_dtype, mode="r")
+            if tokens.max() >= manifest.vocab_size:
+                raise _damaged(directory, directory / shard.file, "it has tokens beyond the vocabulary")
 
 
 def _damaged(directory: Path, path: Path, what: str) -> UserError:

@@ -135,7 +135,7 @@ class RunLog:
         """Drop what was written after `step`, when a run continues from an older checkpoint."""
         if not self.world.is_main or not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
         write_atomically(self.path, "".join(line + "\n" for line in kept))
 
     def start_progress(self, step: int, description: str) -> None:
@@ -286,6 +286,7 @@ def _plain(value: Value) -> Any:
 def _step_of(line: str) -> float:
     """The step of a line of metrics.jsonl; infinite for a line that a crash cut short, so that it is dropped."""
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
         return math.inf
+    return step if isinstance(step, int) else math.inf

@@ -48,6 +48,7 @@ class Progress:
     steps_above: int = 0
     initial_val_loss: float | None = None
     val_loss: float | None = None
+    val_step: int | None = None
     best_val_loss: float | None = None
     max_logit: float | None = None
     peak_logit: float | None = None
@@ -73,7 +74,7 @@ class Progress:
 
     def take_val_loss(self, loss: float) -> None:
         """Follow the validation loss."""
-        self.val_loss = loss
+        self.val_loss, self.val_step = loss, self.step
         if self.step == 0:
             self.initial_val_loss = loss
         if self.best_val_loss is None or not loss >= self.best_val_loss:

@@ -95,11 +95,11 @@ def train(run: Run) -> str:
     clock, progress = Clock(run.world), run.progress
     rates = [group["base_lr"] for optimizer in run.optimizers for group in optimizer.param_groups]
     status, reason = "running", None
-    if progress.step == 0:
-        with clock.paused():
-            validate(run)
-            summarize(run, status)
     with stop_signals() as signal_received:
+        if progress.step == 0:
+            with clock.paused():
+                validate(run)
+                summarize(run, status)
         while progress.step < run.settings.steps and status == "running":
             factor = run.schedule(progress.step)
             set_rates(run.optimizers, factor)
@@ -228,6 +228,8 @@ def save(run: Run) -> None:
 
 def finish(run: Run, status: str, reason: str | None) -> str:
     """Write the last summary."""
+    if status == "diverged" and run.progress.val_step != run.progress.step:
+        validate(run)  # or the summary would show the loss of a healthier step
     run.log.flush()
     run.log.close(summarize(run, status, reason=reason))
     run.world.barrier()
@@ -239,6 +241,8 @@ def summarize(run: Run, status: str, *, reason: str | None = None, tokens_per_s:
     progress = run.progress
     if progress.timed_s > 0:
         tokens_per_s = progress.timed_tokens / progress.timed_s
+    elif progress.elapsed_s > 0:  # a run of one log interval, warm-up included
+        tokens_per_s = progress.step * run.batch_tokens / progress.elapsed_s
     summary = {
         "status": status,
         "reason": reason,
@@ -246,6 +250,7 @@ def summarize(run: Run, status: str, *, reason: str | None = None, tokens_per_s:
         "step": progress.step,
         "tokens": progress.step * run.batch_tokens,
         "val_loss": progress.val_loss,
+        "val_step": progress.val_step,
         "best_val_loss": progress.best_val_loss,
         "initial_val_loss": progress.initial_val_loss,
         "max_logit": progress.max_logit,

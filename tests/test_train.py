@@ -1,8 +1,11 @@
 """Whole runs of the trainer, for real: one process, several under torchrun, stopped, killed, continued, diverging."""
 
+import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -221,6 +225,8 @@ def test_a_run_whose_loss_is_no_number_ends_cleanly_as_diverged(tmp_path: Path, 
     assert seen["status"] == "diverged"
     assert "loss" in seen["reason"]
     assert seen["step"] < 40
+    assert seen["val_step"] == seen["step"]
+    assert seen["tokens_per_s"] > 0
     assert seen["initial_val_loss"] == pytest.approx(math.log(512), rel=0.05)
     again = run_process([*tiny_data, "optimizer=adamw", "optimizer.lr=1e38", "trainer.steps=40"], tmp_path / "run")
     assert "finished already: diverged" in again.stdout
@@ -241,6 +247,45 @@ def test_a_run_with_a_bent_schedule_cannot_be_made_longer(tmp_path: Path, tiny_d
         check_run(
             compose([*SMALL, *overrides, "optimizer.schedule=cosine", "trainer.steps=4", f"run_dir={tmp_path / 'run'}"])
         )
+
+
+def test_a_run_is_not_continued_on_another_data_set(tmp_path: Path, tiny_data: list[str]) -> None:
+    run_here([*tiny_data, "trainer.steps=2"], tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(tiny_data[1].removeprefix("data.dir="), other)
+    shard = next(other.glob("train_*.bin"))
+    shard.write_bytes(np.fromfile(shard, np.uint16)[::-1].tobytes())
+    manifest = other / "manifest.json"
+    manifest.write_text(
+        re.sub(
+            rf'("file": "{shard.name}",[^}}]*"sha256": ")[^"]*',
+            lambda match: match[1] + hashlib.sha256(shard.read_bytes()).hexdigest(),
+            manifest.read_text(),
+        )
+    )
+    overrides = [*SMALL, *tiny_data, f"data.dir={other}", "trainer.steps=4"]
+    check_run(compose([*overrides, f"run_dir={tmp_path / 'fresh'}"]))
+    with pytest.raises(UserError, match=r"data\.dir=.*not the data set that run_dir"):
+        check_run(compose([*overrides, f"run_dir={tmp_path / 'run'}"]))
+
+
+@pytest.mark.parametrize("damage", ["no state", "foreign state", "cut tensors", "no tensors", "no config"])
+def test_a_damaged_run_directory_is_refused_in_one_line(damage: str, tmp_path: Path, tiny_data: list[str]) -> None:
+    run_here([*tiny_data, "trainer.steps=2"], tmp_path / "run")
+    (newest,) = (tmp_path / "run/checkpoints").iterdir()
+    tensors = next(newest.glob("*.safetensors"))
+    if damage == "no state":
+        (newest / "state.json").write_text("{")
+    elif damage == "foreign state":
+        (newest / "state.json").write_text("[]")
+    elif damage == "cut tensors":
+        tensors.write_bytes(tensors.read_bytes()[:1000])
+    elif damage == "no tensors":
+        tensors.unlink()
+    else:
+        (tmp_path / "run/config.yaml").unlink()
+    with pytest.raises(UserError, match=str(tmp_path / "run")):
+        build(check_run(compose([*SMALL, *tiny_data, "trainer.steps=4", f"run_dir={tmp_path / 'run'}"])))
 
 
 def test_a_second_run_in_a_directory_in_use_is_refused(tmp_path: Path, tiny_data: list[str]) -> None:
