@@ -640,7 +640,7 @@ def test_checking_the_1b_model_prints_its_parameters_by_component(
         "model=1b",
         f"attention={attention}",
         *tiny_data,
-        "data.vocab_size=49152",
+        "model.vocab_size=49152",
         f"run_dir={tmp_path}/run",
         "--check",
     ]
