@@ -23,6 +23,7 @@ OWNERS = {
     "transformers": {"quack_lm/corpus.py", "quack_lm/preparation.py", "quack_lm/tokenizer.py"},
     "flash_attn": {"quack_lm/attention/scores.py"},
     "matplotlib": {"quack_lm/report/draw.py"},
+    "PIL": {"quack_lm/report/draw.py"},
     "pyarrow": {"quack_lm/report/collected.py"},
 }
 

@@ -149,6 +149,7 @@ def test_table_shows_sensible_digits(tmp_path, save):
         (-3.14159, "-3.14"),
         (0.0, "0"),
         (2e-7, "2.00e-7"),
+        (math.inf, "∞"),
     ],
 )
 def test_three_significant_digits(value, text):
@@ -437,6 +438,17 @@ def test_a_low_rate_is_no_evidence_about_the_top_one(tmp_path, save):
     measured = save_losses(tmp_path, save, {"quack": [3.9] * 2, "fixed": [3.8] * 2}, lr=0.03)
     assert claim(measured, "QuacK beats the fixed factor").verdict == "not tested here"
     assert claim(measured, "at the lowest rate").verdict == "does not hold"
+
+
+def test_a_default_that_diverged_without_a_number_is_infinitely_large(tmp_path, save):
+    cells = [make_cell(tmp_path, "mla", stabilizer) for stabilizer in ("none", "quack")]
+    for cell in cells:
+        cell.config["trainer"]["unstable_logit"] = 1000.0
+    write_run(cells[0], status="diverged", last_step=10, max_logit=1e30)
+    write_run(cells[1])
+    measured = results.from_runs(save(*cells))
+    found = claim(measured, "default run's logits leave")
+    assert (found.verdict, "∞" in found.numbers) == ("holds", True)
 
 
 def test_the_first_head_out_of_range_is_found(tmp_path, save):

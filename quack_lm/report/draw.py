@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 
 from quack_lm.report.figures import Line, Panel, Plot
 from quack_lm.report.heat import HeatMaps
@@ -103,7 +104,13 @@ def save(figure: Figure, kind: str = "png") -> bytes:
     with matplotlib.rc_context(STYLE):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind)
+    if kind != "png":
         return buffer.getvalue()
+    # A palette is a third of the bytes: a page with twenty figures should still travel by mail.
+    small = io.BytesIO()
+    with Image.open(buffer) as picture:
+        picture.convert("RGB").quantize(256).save(small, "png", optimize=True)
+    return small.getvalue()
 
 
 class Looks:

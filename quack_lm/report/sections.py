@@ -124,9 +124,10 @@ def _differences(results: Results) -> Section:
     return Section(
         title="Method against method",
         intro="Difference of the final validation losses, first less second, each at its best setting, paired by seed. "
-        "Better is said only where the 95% bootstrap interval excludes zero; with three seeds that interval is the "
-        "range, and with one there is none. Settings were chosen by the same runs: a method with more of them has more "
-        "tries.",
+        "Better is said only where the 95% bootstrap interval excludes zero. With three seeds that interval is the "
+        "range, so one pair of equal methods in four is called different by chance (one in 2^(n-1) for n up to five "
+        "seeds), and this page compares many. With one seed there is no interval. Settings were chosen by the same "
+        "runs: a method with more of them has more tries.",
         table=Table(header=("place", "first", "second", "difference (nats)", "pairs", "so"), rows=rows, numeric=(3, 4)),
     )
 

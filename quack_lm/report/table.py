@@ -62,6 +62,8 @@ def significant(value: float | None, digits: int = 3) -> str:
         return NO_NUMBER
     if value == 0:
         return "0"
+    if math.isinf(value):
+        return "∞"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     if -3 <= int(exponent) < 4:
         return f"{float(f'{mantissa}e{exponent}'):.{max(0, digits - 1 - int(exponent))}f}"
