@@ -180,7 +180,7 @@ def build(plan: Plan) -> Run:
     elif plan.stabilizer.needs_norms:
         plan.stabilizer.initialize(weights.paths, weights.norms(plan.stabilizer.needs_norms))
 
-    progress = Progress(**state.get("progress", {}))
+    progress = Progress.from_json(state.get("progress", {}))
     batch_tokens = settings.global_batch_size * settings.seq_len
     log = RunLog(plan.run_dir, plan.logger, world, batch_tokens=batch_tokens, total_steps=settings.steps)
     split = {"micro_batch_size": settings.micro_batch_size, "rank": world.rank, "world_size": world.size}

@@ -54,20 +54,23 @@ class LoggerSettings:
 
 class Clock:
     """Seconds spent training: validation, probes and checkpoints are paused out, with the device drained at the
-    edges."""
+    edges, and counted by name in `outside_s`."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, outside_s: dict[str, float]) -> None:
         self.world = world
+        self.outside_s = outside_s
         self._active_s = 0.0
         self._since = time.perf_counter()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Nothing inside counts."""
+    def paused(self, name: str) -> Iterator[None]:
+        """Nothing inside counts as training."""
         self._stop()
         yield
         self.world.synchronize()
-        self._since = time.perf_counter()
+        now = time.perf_counter()
+        self.outside_s[name] = self.outside_s.get(name, 0.0) + now - self._since
+        self._since = now
 
     def take(self) -> float:
         """Training seconds since the last call."""

@@ -5,7 +5,8 @@ beside it, a list of reasons to call it unstable.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from pydantic import PositiveFloat, PositiveInt
 
@@ -56,6 +57,19 @@ class Progress:
     elapsed_s: float = 0.0  # training alone
     timed_s: float = 0.0  # the same without warm-up intervals
     timed_tokens: int = 0
+    outside_s: dict[str, float] = field(default_factory=dict)  # probe, validation, checkpoint
+    probes: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """For `from_json`: what is not finite travels as a word, because JSON has no number for it."""
+        own = asdict(self)
+        return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in own.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        """What `as_json` gave."""
+        own: dict[str, Any] = {k: float(v) if isinstance(v, str) else v for k, v in values.items()}
+        return cls(**own)
 
     def take_losses(self, losses: list[float], rules: StabilityRules) -> str | None:
         """Follow the training losses of consecutive steps up to `step`; the reason for divergence, if any."""
@@ -83,6 +97,7 @@ class Progress:
     def take_logits(self, max_logit: float, delta_mean: float) -> None:
         """Follow the probe's aggregates."""
         self.max_logit, self.delta_mean = max_logit, delta_mean
+        self.probes += 1
         # Written so that a NaN, once seen, stays.
         if self.peak_logit is None or not (max_logit <= self.peak_logit or math.isnan(self.peak_logit)):
             self.peak_logit = max_logit

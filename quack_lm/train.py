@@ -4,7 +4,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal
@@ -92,12 +92,12 @@ class Run:
 
 def train(run: Run) -> str:
     """Train to the end, or to a divergence or a signal; returns the status that summary.json has."""
-    clock, progress = Clock(run.world), run.progress
+    clock, progress = Clock(run.world, run.progress.outside_s), run.progress
     rates = [group["base_lr"] for optimizer in run.optimizers for group in optimizer.param_groups]
     status, reason = "running", None
     with stop_signals() as signal_received:
         if progress.step == 0:
-            with clock.paused():
+            with clock.paused("validation"):
                 validate(run)
                 summarize(run, status)
         while progress.step < run.settings.steps and status == "running":
@@ -105,7 +105,7 @@ def train(run: Run) -> str:
             set_rates(run.optimizers, factor)
             is_probed = due(progress.step + 1, run.settings.probe_every, run.settings.steps) or progress.step == 0
             if is_probed:
-                with clock.paused():
+                with clock.paused("probe"):
                     run.probe.before()
             # ---------------------------------------------------------------- timed
             loss = accumulate_gradients(run)
@@ -118,10 +118,10 @@ def train(run: Run) -> str:
             run.log.add_loss(progress.step, loss)
             run.log.add(progress.step, {"optim/lr": rates[0] * factor, "optim/grad_norm": grad_norm})
             if is_probed:
-                with clock.paused():
+                with clock.paused("probe"):
                     record_probe(run)
             if due(progress.step, run.settings.val_every, run.settings.steps):
-                with clock.paused():
+                with clock.paused("validation"):
                     validate(run)
             if run.world.any(signal_received() is not None):
                 status, reason = "interrupted", f"asked to stop by {signal_received() or 'a signal on another rank'}"
@@ -131,7 +131,7 @@ def train(run: Run) -> str:
                 diverged = write_log(run, clock)
                 status, reason = ("diverged", diverged) if diverged else (status, reason)
             if is_saved and status != "diverged":
-                with clock.paused():
+                with clock.paused("checkpoint"):
                     save(run)
     return finish(run, "completed" if status == "running" else status, reason)
 
@@ -211,7 +211,7 @@ def write_log(run: Run, clock: Clock) -> str | None:
 
 def save(run: Run) -> None:
     """Checkpoint everything that the next step depends on."""
-    state = {"progress": asdict(run.progress), **run.facts}
+    state = {"progress": run.progress.as_json(), **run.facts}
     if run.log.mirror is not None:
         state["wandb_id"] = run.log.mirror.id
     checkpoint.save(
@@ -258,6 +258,8 @@ def summarize(run: Run, status: str, *, reason: str | None = None, tokens_per_s:
         "delta_mean": progress.delta_mean,
         "tokens_per_s": tokens_per_s,
         "elapsed_s": progress.elapsed_s,
+        "outside_s": progress.outside_s,
+        "probes": progress.probes,
         **run.facts,
     }
     if run.world.is_main:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -87,9 +86,22 @@ def test_the_verdict_does_not_depend_on_when_the_log_is_flushed_or_the_run_resum
     reason = follow(losses[:resume_at], progress=before)
     if reason is None:
         # What a checkpoint holds went through json, which has no infinity.
-        restored = Progress(**json.loads(json.dumps(asdict(before), allow_nan=False)))
+        restored = Progress.from_json(json.loads(json.dumps(before.as_json(), allow_nan=False)))
         reason = follow(losses[resume_at:], progress=restored)
     assert reason == expected
+
+
+@pytest.mark.parametrize("seen", [math.nan, math.inf])
+def test_a_logit_that_was_not_finite_is_still_known_after_a_checkpoint(seen: float) -> None:
+    before = Progress()
+    for logit in (3.0, seen, 4.0):
+        before.take_logits(logit, 0.1)
+    after = Progress.from_json(json.loads(json.dumps(before.as_json(), allow_nan=False)))
+    after.take_logits(5.0, 0.1)
+    assert after.probes == 4
+    assert after.peak_logit is not None
+    assert not math.isfinite(after.peak_logit)
+    assert after.instabilities(RULES, UNIGRAM)
 
 
 # ------------------------------------------------------------------------------------------------ unstable

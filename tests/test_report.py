@@ -72,6 +72,8 @@ def write_run(
         "delta_mean": None if status == "diverged" else max_logit / 100,
         "n_params": 1234,
         "elapsed_s": 12.5,
+        "outside_s": {"probe": 5.0, "validation": 1.0},
+        "probes": 10,
         "unstable": list(unstable),
         "fingerprint": cell.fingerprint,
     }
@@ -458,3 +460,11 @@ def test_the_first_head_out_of_range_is_found(tmp_path, save):
     (result,) = results.from_runs(save(cell)).results
     # Head 4 of layer 2 has 15 times the base, which passes 50 once 100 ** (step / 40) > 3.3: from step 10.5 on.
     assert result.first_blowup() == (12, 2, 4)
+
+
+def test_the_cost_of_a_probe_is_told_in_steps_of_the_run(tmp_path, save):
+    own = make_cell(tmp_path, "mla", "quack")
+    write_run(own)
+    report.write(save(own), tmp_path / "report", command="")
+    # 5 s for 10 probes, beside 12.5 s for 40 steps.
+    assert "| mla | probe | 500 ms | 1.60 | 1 |" in (tmp_path / "report" / "report.md").read_text()

@@ -211,9 +211,11 @@ def test_the_papers_sweeps_resolve_at_both_scales(name, tmp_path):
         assert make_cells(load(name, scale), tmp_path)
 
 
-def test_the_proxy_is_the_tiny_experiment_at_three_seeds(tmp_path):
+def test_the_proxy_is_the_tiny_experiment_with_most_seeds_at_the_top_rate(tmp_path):
     cells = make_cells(load("paper/fig2", "proxy"), tmp_path)
-    assert len(cells) == 3 * 72
+    seeds = {lr: {c.config["seed"] for c in cells if c.config["optimizer"]["lr"] == lr} for lr in (3e-3, 3e-2, 3e-1)}
+    assert seeds == {3e-3: {0, 1, 2}, 3e-2: {0, 1, 2}, 3e-1: {0, 1, 2, 3, 4}}
+    assert len(cells) == 24 * (3 + 3 + 5)
     assert {c.total_steps for c in cells} == {400}
     assert {c.config["optimizer"]["lr"] for c in cells} == {3e-3, 3e-2, 3e-1}
 

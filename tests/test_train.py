@@ -227,6 +227,8 @@ def test_a_run_whose_loss_is_no_number_ends_cleanly_as_diverged(tmp_path: Path, 
     assert seen["step"] < 40
     assert seen["val_step"] == seen["step"]
     assert seen["tokens_per_s"] > 0
+    assert seen["outside_s"]["probe"] > 0
+    assert seen["outside_s"]["validation"] > 0
     assert seen["initial_val_loss"] == pytest.approx(math.log(512), rel=0.05)
     again = run_process([*tiny_data, "optimizer=adamw", "optimizer.lr=1e38", "trainer.steps=40"], tmp_path / "run")
     assert "finished already: diverged" in again.stdout

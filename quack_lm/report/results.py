@@ -121,6 +121,15 @@ class Result:
         values = [(line["step"], line.get(read, ...) if isinstance(read, str) else read(line)) for line in self.metrics]
         return [(step, math.nan if value is None else float(value)) for step, value in values if value is not ...]
 
+    @property
+    def probe_cost(self) -> tuple[float, float] | None:
+        """(seconds of one probe, the same in units of training steps); None where there was none."""
+        seconds, n_probes = (self.summary.get("outside_s") or {}).get("probe"), self.summary.get("probes")
+        elapsed = self.number("elapsed_s")
+        if not (seconds and n_probes and elapsed and self.step):
+            return None
+        return seconds / n_probes, seconds / n_probes / (elapsed / self.step)
+
     def first_blowup(self) -> tuple[int, int, int] | None:
         """(step, layer, head) at the first probe at which a head's largest logit left its range; the largest such."""
         limit = self.cell.config["trainer"].get("unstable_logit", math.inf)

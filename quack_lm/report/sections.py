@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from quack_lm.config import flatten
 from quack_lm.report import claims, runs
@@ -46,6 +47,7 @@ def before_figures(results: Results) -> list[Section]:
         _differences(results),
         _noise(results),
         _speeds(results),
+        _measuring(results),
         Section(title="Runs to look at", intro="What the runs reported about themselves.", lines=runs.notes(results)),
         Section(
             title="Unfinished and missing runs",
@@ -165,6 +167,24 @@ def _speeds(results: Results) -> Section:
         table=Table(
             header=("attention", "method", "tok/s", "step time / none", "pairs"), rows=rows, numeric=range(2, 5)
         ),
+    )
+
+
+def _measuring(results: Results) -> Section:
+    costs: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for result in results.results:
+        what = "probe with its parts" if result.cell.config["trainer"].get("probe_parts") else "probe"
+        if result.probe_cost:
+            costs.setdefault((result.attention, what), []).append(result.probe_cost)
+    rows = []
+    for (attention, what), found in costs.items():
+        seconds, steps = (median(values) for values in zip(*found, strict=True))
+        rows.append((attention, what, f"{1e3 * seconds:.3g} ms", f"{steps:.2f}", str(len(found))))
+    return Section(
+        title="What measuring costs",
+        intro="Medians over runs of the time of one probe, alone and in units of the run's own training steps. It is "
+        "never part of the throughput.",
+        table=Table(header=("attention", "what", "each", "in steps", "runs"), rows=rows, numeric=range(2, 5)),
     )
 
 
