@@ -11,6 +11,7 @@ collect  write results.parquet, results.csv and curves.parquet: all that scripts
 sweep    a file of configs/sweep/ by name, or a path that ends in .yaml
 scale    one of the file's scales, for example proxy or 1b, where it has some
 dir      where the runs go, runs/<sweep>-<scale> unless given; alone it is enough for status and collect
+reuse    another sweep's directory: the runs that this sweep shares with it and that have finished are copied from there
 jobs     processes at a time, each on its own cores, or GPU; as many as fit unless given
 threads  cores and torch threads of each process, 1 unless given
 mfu, tflops   for plan: the share of a device's peak that is reached, and that peak; without them hours are estimated
@@ -31,8 +32,8 @@ from typing import Any
 from quack_lm.errors import UserError, exit_on_user_error
 from quack_lm.report import collected, progress, runs
 from quack_lm.sweep import cost, file, local
-from quack_lm.sweep.cell import LOG_FILE, Cell
-from quack_lm.sweep.plan import Plan, make_cells, read_plan, write_plan
+from quack_lm.sweep.cell import LOG_FILE, Cell, reuse
+from quack_lm.sweep.plan import PLAN_FILE, Plan, make_cells, read_plan, write_plan
 
 VERBS = ("plan", "run", "resume", "status", "collect")
 
@@ -45,6 +46,7 @@ class Command:
     sweep: str | None = None
     scale: str | None = None
     directory: Path | None = None
+    reuse: list[Path] = field(default_factory=list)
     jobs: int | None = None
     threads: int = 1
     mfu: float | None = None
@@ -66,6 +68,10 @@ def parse(arguments: list[str]) -> Command:
             setattr(command, key, value)
         elif key == "dir":
             command.directory = Path(value)
+        elif key == "reuse":
+            if not (Path(value) / PLAN_FILE).is_file():
+                raise UserError(f"reuse={value} is no sweep directory: it has no {PLAN_FILE}")
+            command.reuse.append(Path(value))
         elif key in ("jobs", "threads"):
             setattr(command, key, _whole(key, value))
         elif key in ("mfu", "tflops"):
@@ -139,6 +145,8 @@ def _flops_per_token(config: dict[str, Any]) -> float:
 
 
 def train(plan: Plan, command: Command, directory: Path) -> int:
+    for other in command.reuse:
+        print(f"{len(reuse(plan.cells, other))} runs reused from {other}")
     outcome = local.run(plan.cells, stop=plan.stop, jobs=command.jobs, threads=command.threads)
     print(runs.as_text(collected.load(directory)))
     if outcome.signal:

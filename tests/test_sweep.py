@@ -215,7 +215,8 @@ def test_the_proxy_is_the_tiny_experiment_with_most_seeds_at_the_top_rate(tmp_pa
     cells = make_cells(load("paper/fig2", "proxy"), tmp_path)
     seeds = {lr: {c.config["seed"] for c in cells if c.config["optimizer"]["lr"] == lr} for lr in (3e-3, 3e-2, 3e-1)}
     assert seeds == {3e-3: {0, 1, 2}, 3e-2: {0, 1, 2}, 3e-1: {0, 1, 2, 3, 4}}
-    assert len(cells) == 24 * (3 + 3 + 5)
+    # At the top rate, four of the twelve settings of each attention do without the last two seeds.
+    assert len(cells) == 2 * (12 * 3 + 12 * 3 + 8 * 5 + 4 * 3)
     assert {c.total_steps for c in cells} == {400}
     assert {c.config["optimizer"]["lr"] for c in cells} == {3e-3, 3e-2, 3e-1}
 
@@ -400,6 +401,17 @@ def test_a_sweep_trains_its_cells_and_a_second_call_reuses_them(start, tmp_path)
     )
     assert "2 runs: 2 completed" in status.stdout
     assert "10  10" in status.stdout
+
+    # A sweep that shares one of the runs, beside one of its own.
+    mixed = TWO.replace("[none, quack]", "[quack, qk_norm]")
+    code, out, err = finish(start(mixed, f"dir={tmp_path / 'other'}", f"reuse={tmp_path / 'runs'}"))
+    assert code == 0, err
+    assert f"1 runs reused from {tmp_path / 'runs'}" in out
+    assert "2 runs: 2 completed" in out
+    quack = next(cell for cell in cells if "quack" in cell.name)
+    copy = tmp_path / "other" / quack.name
+    assert (copy / "metrics.jsonl").read_bytes() == (quack.run_dir / "metrics.jsonl").read_bytes()
+    assert not (copy / "checkpoints").exists()
 
 
 def test_a_crashed_cell_is_named_with_its_log_and_stops_nothing(start, tmp_path, data):

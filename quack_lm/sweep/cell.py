@@ -3,7 +3,9 @@
 import fcntl
 import json
 import shlex
-from dataclasses import dataclass
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,6 +98,22 @@ class Cell:
             if isinstance(record, dict) and key in record:
                 return record
         return {}
+
+
+def reuse(cells: Sequence[Cell], directory: Path) -> list[Cell]:
+    """Copy, without checkpoints, the runs of another sweep directory that are cells of this one; returns those."""
+    copied = []
+    for cell in cells:
+        other = replace(cell, run_dir=directory / cell.name)
+        # A run that some rule stopped was judged by the runs beside it, and these are others here.
+        if cell.run_dir.exists() or other.status() not in ("completed", "diverged"):
+            continue
+        aside = cell.run_dir.with_name(f".{cell.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(other.run_dir, aside, ignore=shutil.ignore_patterns("checkpoints", "wandb", ".lock"))
+        aside.rename(cell.run_dir)
+        copied.append(cell)
+    return copied
 
 
 def readable(config: dict[str, Any]) -> str:
