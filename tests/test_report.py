@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -468,3 +469,21 @@ def test_the_cost_of_a_probe_is_told_in_steps_of_the_run(tmp_path, save):
     report.write(save(own), tmp_path / "report", command="")
     # 5 s for 10 probes, beside 12.5 s for 40 steps.
     assert "| mla | probe | 500 ms | 1.60 | 1 |" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_the_methods_are_put_side_by_side_under_each_choice(tmp_path, save):
+    usual = [make_cell(tmp_path, "mla", name, seed=seed) for name in ("none", "quack") for seed in (0, 1)]
+    usual += [make_cell(tmp_path, "mla", "none", seed=2), make_cell(tmp_path, "mla", "quack", seed=2)]
+    other = [make_cell(tmp_path, "mla", name) for name in ("none", "quack")]
+    for cell in other:
+        cell.config["optimizer"]["max_grad_norm"] = 1.0
+    other = [replace(cell, run_dir=cell.run_dir.with_name(cell.name + "-other")) for cell in other]
+    for cell in usual:
+        cell.config["optimizer"]["max_grad_norm"] = None
+        write_run(cell, final=3.9 if "none" in cell.name else 3.7)
+    for cell in other:
+        write_run(cell, final=3.5 if "none" in cell.name else 3.6)
+    report.write(save(*usual, *other), tmp_path / "report", command="")
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "| mla, lr 0.3 | as most runs | 3.900 [3.900, 3.900] | 3.700 [3.700, 3.700] | quack < none |" in page
+    assert "| mla, lr 0.3 | max_grad_norm=1 | 3.500 | 3.600 | none < quack |" in page

@@ -99,7 +99,10 @@ def assert_close_records(one: Path, other: Path, tolerance: float) -> None:
             torch.testing.assert_close(seen, expected, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("overrides", [["attention=mla", "stabilizer=quack"], ["attention=mha", "stabilizer=qk_clip"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [["attention=mla", "stabilizer=quack", "trainer.probe_parts=true"], ["attention=mha", "stabilizer=qk_clip"]],
+)
 def test_one_two_and_three_ranks_write_the_same_curves(
     overrides: list[str], tmp_path: Path, tiny_data: list[str]
 ) -> None:

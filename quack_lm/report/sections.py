@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 
 from quack_lm.config import flatten
 from quack_lm.report import claims, runs
-from quack_lm.report.comparison import differences_at, noise, over_rates, speeds
+from quack_lm.report.comparison import best_settings, differences_at, losses, noise, over_rates, speeds
 from quack_lm.report.results import Results
-from quack_lm.report.statistics import seeds_needed
+from quack_lm.report.statistics import bootstrap_interval, seeds_needed
 from quack_lm.report.table import NO_NUMBER, Table, interval, loss, per_second
 
 LEGEND = (
@@ -44,6 +44,7 @@ def before_figures(results: Results) -> list[Section]:
             table=claims.as_table(claims.claims(results)),
         ),
         _over_rates(results),
+        _conditions(results),
         _differences(results),
         _noise(results),
         _speeds(results),
@@ -134,6 +135,25 @@ def _differences(results: Results) -> Section:
     )
 
 
+def _conditions(results: Results) -> Section:
+    """One row per choice that a sweep varies beside the methods; empty where it varies none."""
+    places = results.places() if any(place.condition for place in results.places()) else []
+    methods = results.stabilizers()
+    rows = []
+    for place in places:
+        found = {name: losses(runs) for name, runs in best_settings(results.at(place)).items()}
+        means = {name: fmean(values.values()) for name, values in found.items() if values}
+        texts = [_mean(list(found.get(name, {}).values())) for name in methods]
+        order = " < ".join(sorted(means, key=means.__getitem__))
+        rows.append((f"{place.attention}, lr {place.lr:g}", place.condition or "as most runs", *texts, order))
+    return Section(
+        title="Does the comparison depend on the other choices?",
+        intro="Final validation loss of each method at its best setting, mean over seeds with its 95% bootstrap "
+        "interval, under each choice; the last column orders the methods by their means.",
+        table=Table(header=("attention", "choice", *methods, "order"), rows=rows, numeric=range(2, 2 + len(methods))),
+    )
+
+
 def _noise(results: Results) -> Section:
     found = noise(results)
     lines = []
@@ -200,6 +220,10 @@ def _blowups(results: Results) -> Section:
         "then the largest; layers and heads count from 0.",
         table=Table(header=("place", "method", "seed", "step", "layer", "head"), rows=rows, numeric=range(2, 6)),
     )
+
+
+def _mean(values: Sequence[float]) -> str:
+    return loss(fmean(values)) + _bounds(bootstrap_interval(values)) if values else NO_NUMBER
 
 
 def _bounds(bounds: tuple[float, float] | None) -> str:
