@@ -6,7 +6,8 @@ plan     compose and check every run, write plan.json, print the runs and what t
 run      plan, then train what is unfinished, jobs at a time, and print the comparison table (the default)
 resume   the same as run
 status   print how far each run of a sweep directory is
-collect  write results.parquet, results.csv and curves.parquet: all that scripts/report.py needs, in a few files
+collect  write results.parquet, results.csv and curves.parquet: all that scripts/report.py needs, in a few files, beside
+         the runs or in out=DIR
 
 sweep    a file of configs/sweep/ by name, or a path that ends in .yaml
 scale    one of the file's scales, for example proxy or 1b, where it has some
@@ -46,6 +47,7 @@ class Command:
     sweep: str | None = None
     scale: str | None = None
     directory: Path | None = None
+    out: Path | None = None
     reuse: list[Path] = field(default_factory=list)
     jobs: int | None = None
     threads: int = 1
@@ -68,6 +70,8 @@ def parse(arguments: list[str]) -> Command:
             setattr(command, key, value)
         elif key == "dir":
             command.directory = Path(value)
+        elif key == "out":
+            command.out = Path(value)
         elif key == "reuse":
             if not (Path(value) / PLAN_FILE).is_file():
                 raise UserError(f"reuse={value} is no sweep directory: it has no {PLAN_FILE}")
@@ -171,7 +175,7 @@ def main(arguments: list[str]) -> int:
     if command.verb == "status":
         print(progress.status_table(read_plan(directory).cells))
     elif command.verb == "collect":
-        for path in collected.write(directory):
+        for path in collected.write(directory, command.out):
             print(path)
     elif command.verb == "plan":
         print_plan(make_plan(command, directory), command)

@@ -26,9 +26,15 @@ KEPT_TABLES = ("logits/max_per_head", "logits/delta_mean_per_head")
 KEPT_PREFIXES = ("train/", "val/", "logits/", "throughput/", "optim/")
 
 
-def write(directory: Path) -> list[Path]:
-    """Collect the runs of a sweep directory; returns the paths of the files."""
+# What a run notes of the machine that is nobody else's business; these files are made to be passed on.
+PRIVATE = ("command", "host")
+
+
+def write(directory: Path, out: Path | None = None) -> list[Path]:
+    """Collect the runs of a sweep directory there, or in `out`; returns the paths of the files."""
     results = from_runs(directory)
+    directory = out or directory
+    directory.mkdir(parents=True, exist_ok=True)
     rows = [_row(result) for result in results.results]
     plan = results.plan
     about = {"sweep": plan.sweep, "question": plan.question, "command": plan.command, "stop": _json(plan.stop)}
@@ -93,7 +99,7 @@ def _row(result: Result) -> dict[str, Any]:
         "overrides_json": json.dumps(result.cell.overrides),
         "config_json": json.dumps(result.cell.config),
         "summary_json": json.dumps(result.summary),
-        "environment_json": json.dumps(result.environment),
+        "environment_json": json.dumps({k: v for k, v in result.environment.items() if k not in PRIVATE}),
         "stop_json": json.dumps(result.stop_record),
     }
 

@@ -101,9 +101,11 @@ def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None
 def _start_what_fits(pending: list[Cell], free: list[Slot], running: list[Running], threads: int) -> None:
     """Move cells from pending to running while slots are free; one that another process trains stays pending."""
     for cell in list(pending):
+        if not free:
+            return  # the files of hundreds of cells need not be read at every poll
         if cell.is_finished():  # meanwhile, by another call
             pending.remove(cell)
-        elif free and (process := _start(cell, free[-1], threads)):
+        elif process := _start(cell, free[-1], threads):
             running.append(Running(cell, process, free.pop()))
             pending.remove(cell)
 
