@@ -1,6 +1,7 @@
 """One optimizer step of the 1B models on a CPU, for real: bash scripts/test.sh tests/test_one_billion.py -m slow -s
 
-About a quarter of an hour each on two cores, and up to about 22 GiB of memory and 15 GiB of disk (the checkpoint), so never two at a time.
+About a quarter of an hour each on two cores, and up to about 22 GiB of memory and 15 GiB of disk (the checkpoint), so
+never two at a time.
 """
 
 import json

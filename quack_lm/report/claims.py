@@ -256,9 +256,9 @@ def _largest(runs: Sequence[Result], key: str) -> float | None:
 
 
 def _default_explodes(results: Results) -> Iterable[Finding]:
-    for place in results.places():
+    for place in (*_middle(results), *_top(results)):
         runs = best_settings(results.at(place)).get("none", [])
-        if place.attention == "mla" and not place.condition and any(r.is_finished for r in runs):
+        if place.attention == "mla" and any(r.is_finished for r in runs):
             largest = _largest(runs, "peak_logit")
             verdicts = {r.first_blowup() is not None for r in runs if r.is_finished}
             verdict = verdicts.pop() if len(verdicts) == 1 else None
@@ -266,7 +266,11 @@ def _default_explodes(results: Results) -> Iterable[Finding]:
 
 
 def _faster_than(other: str) -> Callable[[Results], Iterable[Finding]]:
+    """Of sweeps made to measure speed, which do not probe; elsewhere runs share a machine and disturb each other."""
+
     def test(results: Results) -> Iterable[Finding]:
+        if any(r.cell.config["trainer"].get("probe_every") for r in results.results):
+            return
         for speed in speeds(results, against=other):
             if speed.stabilizer == "quack":
                 bounds = speed.interval
