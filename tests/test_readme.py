@@ -2,11 +2,14 @@
 
 import re
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from quack_lm.config import CONFIG_DIR, choices
 from quack_lm.logit_paths import Factor, LogitPath
+from quack_lm.report import collected
+from quack_lm.report.comparison import best_settings, losses, over_rates
 from quack_lm.stabilizers.base import Stabilizer
 
 README = (CONFIG_DIR.parent / "README.md").read_text()
@@ -35,3 +38,22 @@ def test_every_file_that_is_named_exists() -> None:
     assert named
     missing = [name for name in named if not Path(CONFIG_DIR.parent, name).exists() and "halved" not in name]
     assert not missing
+
+
+def test_the_losses_of_the_proxy_are_those_of_the_committed_runs() -> None:
+    measured = collected.load(CONFIG_DIR.parent / "docs" / "results" / "fig2-proxy")
+    columns = ("none", "qk_clip", "fixed", "quack", "qk_norm")
+    checked = 0
+    for place in measured.places():
+        (row,) = re.findall(rf"^\| {place.attention.upper()}, {place.lr:g} \| (.*) \|$", README, flags=re.MULTILINE)
+        for name, cell in zip(columns, row.split(" | "), strict=True):
+            runs = best_settings(measured.at(place))[name]
+            assert cell.startswith(f"{fmean(losses(runs).values()):.3f}"), (place, name)
+            assert ("**U**" in cell) is not all(run.is_healthy for run in runs)
+            if "tau" in cell:
+                assert f"(tau {runs[0].cell.config['stabilizer']['tau']:g})" in cell
+            checked += 1
+    assert checked == 30
+    for entry in over_rates(measured):
+        (row,) = re.findall(rf"^\| LR sensitivity, {entry.attention.upper()} \| (.*) \|$", README, flags=re.MULTILINE)
+        assert row.split(" | ")[columns.index(entry.stabilizer)] == f"{entry.sensitivity:.3f}"

@@ -287,9 +287,12 @@ def _best_losses(results: Results, place: Place) -> dict[str, dict[int, float]]:
 
 
 def _best_of_all(results: Results, places: Sequence[Place]) -> list[Result]:
-    """The runs of the single best method and setting of these places."""
-    candidates = [runs for place in places for runs in best_settings(results.at(place)).values() if losses(runs)]
-    return min(candidates, key=lambda runs: (-len(losses(runs)), fmean(losses(runs).values())), default=[])
+    """The runs of the single best method and setting of these places, among those with as many seeds as every place
+    has for some method: one lucky seed of a sweep that is under way does not win."""
+    found = [[r for r in best_settings(results.at(place)).values() if losses(r)] for place in places]
+    enough = min((max(len(losses(runs)) for runs in at_place) for at_place in found if at_place), default=0)
+    candidates = [runs for at_place in found for runs in at_place if len(losses(runs)) >= enough]
+    return min(candidates, key=lambda runs: fmean(losses(runs).values()), default=[])
 
 
 _CLAIMS: list[tuple[str, str, Callable[[Results], Iterable[Finding]]]] = [

@@ -59,6 +59,9 @@ def _draw_lines(plot: Plot, columns: int | None) -> Figure:
         looks = Looks(plot)
         for axis, panel in zip(axes, plot.panels, strict=False):
             _draw_panel(axis, panel, plot, looks)
+        if plot.ceiling is not None:
+            # After all panels, which share the axis: a limit ends its growing with what is drawn.
+            axes[0].set_ylim(top=min(plot.ceiling, axes[0].get_ylim()[1]))
         for unused in axes[len(plot.panels) :]:
             unused.set_visible(False)
         figure.suptitle(plot.title, fontsize=12)
@@ -180,8 +183,6 @@ def _draw_panel(axis: Axes, panel: Panel, plot: Plot, looks: Looks) -> None:
     for line in panel.lines:
         x, y = zip(*line.points, strict=True) if line.points else ((), ())
         axis.plot(x, y, markevery=_markers(line.points, looks.rank(line), plot.log_x), **looks.of(line))
-    if plot.ceiling is not None:
-        axis.set_ylim(top=min(plot.ceiling, axis.get_ylim()[1]))
     if not any(line.points or line.diverged for line in panel.lines):
         axis.text(0.5, 0.5, "no data yet", transform=axis.transAxes, ha="center", color="#666666")
     for line in panel.lines:
