@@ -99,6 +99,7 @@ class RunLog:
         self.mirror: WandbMirror | None = None
         self._records: dict[int, dict[str, Value]] = {}
         self._summed: dict[int, Tensor] = {}
+        self.losses: list[float] = []  # of the steps that the last flush was about
         self._bar: tqdm | None = None
 
     def add(self, step: int, values: dict[str, Value]) -> None:
@@ -115,11 +116,14 @@ class RunLog:
         return len(self._summed)
 
     def flush(self) -> list[float]:
-        """Write everything kept, and return the training losses in order of step; every rank gets the same."""
-        losses: list[float] = []
+        """Write everything kept, and return the training losses in order of step; every rank gets the same.
+
+        They are in `losses` too, also where the main process could not write: the ranks must not part over that.
+        """
+        self.losses = losses = []
         if self._summed:
             # Before: each rank's shares of the losses since the last flush. After: the losses, on every rank.
-            losses = self.world.sum(torch.stack(list(self._summed.values()))).tolist()
+            self.losses = losses = self.world.sum(torch.stack(list(self._summed.values()))).tolist()
             for step, loss in zip(self._summed, losses, strict=True):
                 self.add(step, {"train/loss": loss})
         if self.world.is_main:
@@ -133,6 +137,12 @@ class RunLog:
             self._show()
         self._records, self._summed = {}, {}
         return losses
+
+    def sync(self) -> None:
+        """Wait until the disk has what was flushed."""
+        if self.world.is_main and self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step`, when a run continues from an older checkpoint."""

@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from quack_lm.errors import UserError
 
+MAX_TEXT = 1000  # bytes of a line that ranks tell each other
+
 
 @dataclass(frozen=True)
 class World:
@@ -49,9 +51,18 @@ class World:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank; every rank gets the same answer, and no GPU is waited for."""
-        return bool(self.max(torch.tensor(float(flag))).item()) if self.size > 1 else flag
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is up on any rank; every rank gets the same answers, and no GPU is waited for."""
+        return self.max(torch.tensor(flags, dtype=torch.int32)).bool().tolist() if self.size > 1 else list(flags)
+
+    def texts(self, text: str) -> list[str]:
+        """Before: a short line per rank. After: the lines of all, in the order of the ranks, on every rank."""
+        lines = torch.zeros(self.size, MAX_TEXT, dtype=torch.int32)
+        own = text.encode()[:MAX_TEXT]
+        lines[self.rank, : len(own)] = torch.tensor(list(own), dtype=torch.int32)
+        if self.size > 1:
+            self.sum(lines)
+        return [bytes(line[line > 0].tolist()).decode(errors="replace") for line in lines]
 
     def load(self, tensor: Tensor) -> Tensor:
         """A host tensor on this rank's device, without waiting for what the device is doing."""
@@ -188,6 +199,14 @@ def local_rows(tensor: Tensor) -> tuple[int, int]:
     sizes = _rows_by_rank(tensor.shape[0], group.size())
     start = sum(sizes[: group.rank()])
     return start, start + sizes[group.rank()]
+
+
+def is_written_here(tensor: Tensor, world: World) -> bool:
+    """Whether this rank, and no other, has to save what it holds of a tensor: rank 0 saves what is on all."""
+    if not isinstance(tensor, DTensor):
+        return world.is_main
+    replica = tensor.device_mesh.get_local_rank(0) if tensor.device_mesh.ndim == 2 else 0
+    return replica == 0 and local(tensor).shape[0] > 0
 
 
 def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:

@@ -55,6 +55,9 @@ def main(arguments: list[str]) -> int:
     run = build(plan)
     try:
         status = train(run)
+    except KeyboardInterrupt:
+        summarize(run, "interrupted", reason="stopped at once by a second SIGINT")
+        raise SystemExit(130) from None
     except BaseException as error:
         summarize(run, "failed", reason=f"{type(error).__name__}: {error}")
         raise
