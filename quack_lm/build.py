@@ -7,11 +7,12 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 import yaml
@@ -49,6 +50,8 @@ from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
 from quack_lm.train import Run, TrainerSettings
 from quack_lm.watchdog import Watchdog
+
+T = TypeVar("T")
 
 # Longer than the watchdog waits: it tells more about a hang than a collective that gives up.
 GRACE_S = 60.0
@@ -170,7 +173,7 @@ def build(plan: Plan) -> Run:
         replicas=settings.replicas,
         timeout_s=settings.timeout_s + GRACE_S,
     )
-    lock = _take_run_dir_together(plan.run_dir, world)
+    lock = _by_main(world, plan.run_dir, lambda: _take_run_dir(plan.run_dir))
     # Before: each rank has looked for the newest checkpoint, rank 0 at every byte. After: all have rank 0's choice.
     chosen = world.texts(plan.resumes_from.name if plan.resumes_from else "")[0]
     resumes_from = plan.run_dir / CHECKPOINTS / chosen if chosen else None
@@ -243,11 +246,10 @@ def build(plan: Plan) -> Run:
         facts=facts,
         lock=lock,
     )
-    log.rewind(progress.step if resumes_from else -1)
-    if world.is_main:
-        _describe(plan, world, n_params)
-        if plan.logger.wandb != "disabled":
-            log.mirror = WandbMirror(plan.run_dir, plan.logger, config, state.get("wandb_id"))
+    _by_main(world, plan.run_dir, lambda: log.rewind(progress.step if resumes_from else -1))
+    _by_main(world, plan.run_dir, lambda: _describe(plan, world, n_params))
+    if world.is_main and plan.logger.wandb != "disabled":
+        log.mirror = WandbMirror(plan.run_dir, plan.logger, config, state.get("wandb_id"))
     log.start_progress(progress.step, f"{choice(config['attention'])}/{choice(config['stabilizer'])}")
     return run
 
@@ -335,18 +337,22 @@ def _finished(run_dir: Path, settings: TrainerSettings) -> str | None:
     return summary["status"] if is_done or summary.get("status") == "diverged" else None
 
 
-def _take_run_dir_together(run_dir: Path, world: World) -> IO[str] | None:
-    """Rank 0's lock; UserError on every rank where it could not be had."""
-    lock, trouble = None, ""
+def _by_main(world: World, run_dir: Path, work: Callable[[], T]) -> T | None:
+    """What the main process makes of `work`; what stops it stops every rank, with the same line."""
+    made, trouble = None, ""
     if world.is_main:
         try:
-            lock = _take_run_dir(run_dir)
+            made = work()
         except UserError as error:
             trouble = str(error)
+        except OSError as error:
+            trouble = (
+                f"run_dir={run_dir} cannot be written to ({error.strerror}); mend that and run the same command again"
+            )
     trouble = world.texts(trouble)[0]
     if trouble:
         raise UserError(trouble)
-    return lock
+    return made
 
 
 def _take_run_dir(run_dir: Path) -> IO[str]:
