@@ -94,7 +94,7 @@ class Plan:
     data: TokenData
     device: str
     flops_per_token: float
-    resumes_from: Path | None
+    resumes_from: Path | None  # known to rank 0 alone
     finished: str | None  # the status with which this very run has ended already
 
 
@@ -174,7 +174,7 @@ def build(plan: Plan) -> Run:
         timeout_s=settings.timeout_s + GRACE_S,
     )
     lock = _by_main(world, plan.run_dir, lambda: _take_run_dir(plan.run_dir))
-    # Before: each rank has looked for the newest checkpoint, rank 0 at every byte. After: all have rank 0's choice.
+    # Before: rank 0 has chosen a checkpoint. After: every rank has its name.
     chosen = world.texts(plan.resumes_from.name if plan.resumes_from else "")[0]
     resumes_from = plan.run_dir / CHECKPOINTS / chosen if chosen else None
     state = checkpoint.read_state(resumes_from) if resumes_from else {}
@@ -307,8 +307,8 @@ def _check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSetti
         raise UserError(
             f"run_dir={run_dir} already holds this run; trainer.resume=auto continues it, or choose another run_dir"
         )
-    # One process reads every byte; the others learn from it what it found.
-    found = checkpoint.newest_valid(run_dir / CHECKPOINTS, verify_checksums=launched_world()[0] == 0)
+    # One process reads every byte and chooses; the others take its choice once they have met.
+    found = checkpoint.newest_valid(run_dir / CHECKPOINTS) if launched_world()[0] == 0 else None
     if found:
         _check_same_run(str(found), checkpoint.read_state(found)["config"], config)
     return found, _finished(run_dir, settings)

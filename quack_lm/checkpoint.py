@@ -51,16 +51,15 @@ def found(directory: Path) -> list[Path]:
     return sorted((path for path in paths if NAME.fullmatch(path.name)), key=step_of)
 
 
-def newest_valid(directory: Path, *, verify_checksums: bool = True) -> Path | None:
+def newest_valid(directory: Path) -> Path | None:
     """The last checkpoint whose manifest matches; each newer one that is not is reported in a line, and left alone."""
     candidates = found(directory)
     for path in reversed(candidates):
-        wrong = damage(path, verify_checksums=verify_checksums)
+        wrong = damage(path, verify_checksums=True)
         if wrong is None:
             return path
-        if verify_checksums:
-            print(f"warning: {path} is not a whole checkpoint and is skipped: {wrong}", file=sys.stderr)
-    if candidates and verify_checksums:
+        print(f"warning: {path} is not a whole checkpoint and is skipped: {wrong}", file=sys.stderr)
+    if candidates:
         print(
             f"WARNING: none of the {len(candidates)} checkpoints in {directory} is whole: "
             "THE RUN STARTS AGAIN FROM STEP 0",

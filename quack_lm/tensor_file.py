@@ -1,4 +1,4 @@
-"""One safetensors file, written and read in rows: hashed as it is written, synced to disk, read without copies.
+"""One safetensors file, written and read in rows: hashed as it is written, and synced to disk.
 
 Layout (github.com/huggingface/safetensors): 8 bytes with the header's length, a json header with each tensor's type,
 shape and place, then the bytes. `__metadata__` says which rows of the whole tensors these are.

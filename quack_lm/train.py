@@ -154,9 +154,10 @@ def due(step: int, every: int, total: int) -> bool:
 
 def meet(run: Run, *, is_asked_to_stop: bool = False) -> bool:
     """Once a step all ranks meet: whether one is asked to stop; UserError on all if one is in trouble."""
-    if run.trouble is None:
-        run.trouble = run.saver.trouble or run.batches.trouble(run.progress.step)
-    stops, is_in_trouble, is_writing = run.world.any(is_asked_to_stop, run.trouble is not None, run.saver.is_writing)
+    # In this order: a thread that has ended has said what went wrong before.
+    is_writing = run.saver.is_writing
+    run.trouble = run.trouble or run.saver.trouble or run.batches.trouble(run.progress.step)
+    stops, is_in_trouble, is_writing = run.world.any(is_asked_to_stop, run.trouble is not None, is_writing)
     if is_in_trouble:
         raise UserError(next(text for text in run.world.texts(run.trouble or "") if text))
     if not is_writing:
