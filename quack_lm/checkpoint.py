@@ -1,37 +1,46 @@
 """What a checkpoint is: which directories are one, whole and ours, and how a run takes it back on any number of ranks.
 
     step_00000500/
-        rank_00000.safetensors ...   each rank's rows of weights and optimizer state; rank 0 also what all ranks share
-        state.json                   the step, progress, config, data and W&B run
-        manifest.json                size and sha256 of every other file
+        shard-00001-model-*.safetensors ...   what each rank holds, as torch.distributed.checkpoint writes it
+        state.json                            the step, progress, config, data and W&B run
+        manifest.json                         size and sha256 of every other file
 
 A directory is a checkpoint only if its manifest matches it. Nothing in it is a pickle: a checkpoint from a stranger can
 run no code. No state of a random generator is in it, because no training step draws a number: the order of the data
-and the initial weights are functions of the seed. `saver.py` writes checkpoints.
+and the initial weights are functions of the seed. `saver.py` decides when and where checkpoints are written.
 """
 
+import hashlib
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from quack_lm.errors import UserError
-from quack_lm.parallel import World, local, local_rows
+from quack_lm.files import sync_directory, write_atomically
+from quack_lm.parallel import HostGroup, World
 from quack_lm.stabilizers.base import Stabilizer
-from quack_lm.tensor_file import Digest, Piece, Reader, file_digest
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_\d{8,}")
 HASHING_THREADS = 8
+# torch.distributed.checkpoint's own is no Exception.
+WRITING_ERRORS = (Exception, CheckpointException)
 STATE_KEYS = {"step", "stabilizer_state", "progress", "manifest_sha256", "config"}
 
 
@@ -43,6 +52,14 @@ def name_of(step: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """The step of a checkpoint's directory."""
     return int(checkpoint.name.removeprefix("step_"))
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What identifies a file's contents."""
+
+    bytes: int
+    sha256: str
 
 
 def found(directory: Path) -> list[Path]:
@@ -107,9 +124,22 @@ def read_manifest(checkpoint: Path) -> dict[str, Digest]:
     return listed
 
 
-def manifest_json(files: dict[str, Digest]) -> str:
-    """The text of a manifest."""
-    return json.dumps({"files": {name: asdict(digest) for name, digest in sorted(files.items())}}, indent=2) + "\n"
+def commit(aside: Path, target: Path, state: dict[str, Any]) -> None:
+    """Give written tensors their state, their manifest and, once the disk has all of it, their name."""
+    write_atomically(aside / STATE, json.dumps(state, indent=2) + "\n")
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        paths = sorted(aside.iterdir())
+        digests = {path.name: asdict(digest) for path, digest in zip(paths, threads.map(file_digest, paths), strict=True)}
+    write_atomically(aside / MANIFEST, json.dumps({"files": digests}, indent=2) + "\n")
+    aside.rename(target)
+    sync_directory(target.parent)
+
+
+def file_digest(path: Path) -> Digest:
+    """The size and sha256 of a file."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return Digest(file.tell(), sha256)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -132,22 +162,80 @@ def load(
     stabilizer: Stabilizer,
     world: World,
 ) -> None:
-    """Take back weights, optimizer and stabilizer state, in place; each rank reads its own rows."""
+    """Take back weights, optimizer and stabilizer state, in place; each rank reads what it holds."""
     _create_optimizer_state(optimizers)
     tensors = named_tensors(model, optimizers)
-    own = {f"stabilizer.{name}": name for name in read_state(checkpoint)["stabilizer_state"]}
     try:
-        reader = Reader(sorted(checkpoint.glob("*.safetensors")))
-        missing = sorted(name for name in (*tensors, *own) if name not in reader)
-        if missing:
-            raise ValueError(f"it lacks {missing[0]} and {len(missing) - 1} more")
-        for name, tensor in tensors.items():
-            reader.read_into(local(tensor), name, piece_of(tensor))
-        stabilizer.load_state_dict({name: reader.read(key).to(world.device) for key, name in own.items()})
-    except ValueError as error:
+        known = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise UserError(f"{checkpoint} is damaged ({error}); remove it to use the one before") from None
+    own = {f"stabilizer.{name}": name for name in read_state(checkpoint)["stabilizer_state"]}
+    missing = sorted((tensors.keys() | own.keys()) - known.keys())
+    if missing:
         raise UserError(
-            f"{checkpoint} does not fit this model ({error}); remove it to use the one before, or use another run_dir"
-        ) from None
+            f"{checkpoint} lacks {missing[0]} and {len(missing) - 1} more: files are missing, or it belongs to another "
+            "model; remove it to use the one before, or use another run_dir"
+        )
+    for key in own:
+        meta = known[key]
+        tensors[key] = torch.empty(meta.size, dtype=meta.properties.dtype, device=world.device)  # type: ignore[union-attr]
+    with _single_process_is_fine():
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.mesh is None)
+    stabilizer.load_state_dict({name: tensors[key] for key, name in own.items()})
+
+
+class TensorWriter:
+    """Writes the tensors of all ranks with torch.distributed.checkpoint, from the loop or beside it."""
+
+    def __init__(self, world: World, *, is_async: bool) -> None:
+        # Collectives in a thread need a group that the loop does not use.
+        self._group: HostGroup = world.host_group() if is_async else None
+        self._has_group = world.mesh is not None
+        self.is_async = is_async
+        # Pinned host memory is allocated once, and a GPU copies to it at full speed.
+        is_cuda = world.device.type == "cuda"
+        options = StagingOptions(
+            use_pinned_memory=is_cuda,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=is_cuda,
+        )
+        self._stager = DefaultStager(options) if is_async else None
+
+    def write(self, directory: Path, tensors: dict[str, Tensor]) -> Future[Any]:
+        """Start to write on all ranks together; when `is_async`, the tensors may change once this returns."""
+        storage = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+        future: Future[Any] = Future()
+        with _single_process_is_fine():
+            if self._stager is not None:
+                future = dcp.async_save(  # type: ignore[assignment]
+                    tensors,
+                    storage_writer=storage,
+                    async_stager=self._stager,
+                    process_group=self._group,
+                    no_dist=not self._has_group,
+                )
+            else:
+                try:
+                    future.set_result(dcp.save(tensors, storage_writer=storage, no_dist=not self._has_group))
+                except WRITING_ERRORS as error:
+                    future.set_exception(error)
+        return future
+
+
+def cause(error: BaseException) -> BaseException:
+    """What went wrong on the first of the ranks that torch.distributed.checkpoint tells about."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = error.failures[min(error.failures)][0]
+    return error
+
+
+@contextmanager
+def _single_process_is_fine() -> Iterator[None]:
+    """Without the warning that one process has no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def named_tensors(
@@ -162,11 +250,6 @@ def named_tensors(
     if stabilizer is not None:
         tensors |= {f"stabilizer.{name}": value for name, value in stabilizer.state_dict().items()}
     return tensors
-
-
-def piece_of(tensor: Tensor) -> Piece:
-    """The rows of a tensor that this rank holds."""
-    return Piece(*local_rows(tensor), tensor.shape[0]) if tensor.ndim else Piece(0, 1, 1)
 
 
 def kept(checkpoints: list[Path], *, keep: int, keep_every: int) -> Iterator[Path]:

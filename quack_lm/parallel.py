@@ -23,6 +23,8 @@ from quack_lm.errors import UserError
 
 MAX_TEXT = 1000  # bytes of a line that ranks tell each other
 
+HostGroup = dist.ProcessGroup | None  # None: a single process on plain tensors
+
 
 @dataclass(frozen=True)
 class World:
@@ -51,9 +53,9 @@ class World:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
-    def any(self, *flags: bool) -> list[bool]:
-        """Whether each flag is up on any rank; every rank gets the same answers, and no GPU is waited for."""
-        return self.max(torch.tensor(flags, dtype=torch.int32)).bool().tolist() if self.size > 1 else list(flags)
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each number over the ranks; every rank gets the same, and no GPU is waited for."""
+        return self.max(torch.tensor(numbers)).tolist() if self.size > 1 else list(numbers)
 
     def texts(self, text: str) -> list[str]:
         """Before: a short line per rank. After: the lines of all, in the order of the ranks, on every rank."""
@@ -73,6 +75,10 @@ class World:
         """Wait for every rank."""
         if self.mesh is not None:
             dist.barrier()
+
+    def host_group(self) -> HostGroup:
+        """A new group of all ranks for tensors on the host, whose collectives may run in a thread beside the others."""
+        return dist.new_group(backend="gloo") if self.mesh is not None else None
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read on the host means something."""
@@ -199,14 +205,6 @@ def local_rows(tensor: Tensor) -> tuple[int, int]:
     sizes = _rows_by_rank(tensor.shape[0], group.size())
     start = sum(sizes[: group.rank()])
     return start, start + sizes[group.rank()]
-
-
-def is_written_here(tensor: Tensor, world: World) -> bool:
-    """Whether this rank, and no other, has to save what it holds of a tensor: rank 0 saves what is on all."""
-    if not isinstance(tensor, DTensor):
-        return world.is_main
-    replica = tensor.device_mesh.get_local_rank(0) if tensor.device_mesh.ndim == 2 else 0
-    return replica == 0 and local(tensor).shape[0] > 0
 
 
 def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:

@@ -1,30 +1,23 @@
-"""Writes checkpoints beside the training: a copy to host memory in the loop, files in a thread of each rank.
+"""When and where checkpoints are written: beside the training, or within, and always whole or invisible.
 
-    save     ranks together: wait for the last one, copy, start writing          .step_00000500.partial/
-    advance  at a step boundary, once no rank writes: the digests travel to rank 0, whose thread commits
+    save     ranks together: wait for the last one, copy, start writing            .step_00000500.partial/
+    advance  at a step boundary, once no rank writes: rank 0 commits in a thread
     commit   state.json and manifest.json, all synced, then the rename; then older checkpoints go
-
-So a checkpoint is whole or invisible at any moment, and no collective runs in a thread.
 """
 
-import json
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quack_lm import checkpoint
-from quack_lm.checkpoint import MANIFEST, STATE, Digest, Piece
-from quack_lm.files import sync_directory, write_atomically
-from quack_lm.parallel import World, is_written_here, local
-from quack_lm.tensor_file import write_tensors
+from quack_lm.checkpoint import TensorWriter
+from quack_lm.parallel import World
 
 
 class Saver:
@@ -45,13 +38,12 @@ class Saver:
         self.world = world
         self.keep = keep
         self.keep_every = keep_every
-        self.is_async = is_async
         self.about = about or {}  # what every checkpoint of the run says beside its own state
         self.trouble: str | None = None
         self.total_s = 0.0  # from the call of `save` until the checkpoint is whole
-        self._thread: Thread | None = None
-        self._buffers: dict[str, Tensor] = {}
-        self._digest: Digest | None = None  # of this rank's file, once written
+        self._writer = TensorWriter(world, is_async=is_async)
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._work: Future[Any] | None = None  # first the tensors', then the commit's
         self._uncommitted: tuple[int, dict[str, Any]] | None = None
         self._began = 0.0
         # What lies beyond the step that the run continues from was refused: neither counted nor deleted.
@@ -59,8 +51,8 @@ class Saver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's thread is at work."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether this rank is at work beside the loop."""
+        return self._work is not None and not self._work.done()
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Begin the checkpoint of a step, on all ranks together; without `is_async`, also end it."""
@@ -70,35 +62,24 @@ class Saver:
         if self.world.is_main:
             self._guarded(lambda: self._prepare(aside))
         # Before: rank 0 has made the directory, or could not. After: every rank knows which.
-        if any(self.world.any(self.trouble is not None)):
+        if any(self.world.largest(self.trouble is not None)):
             return
-        # What all ranks share is in rank 0's file.
-        own = {name: tensor for name, tensor in tensors.items() if is_written_here(tensor, self.world)}
-        pieces = {name: checkpoint.piece_of(tensor) for name, tensor in own.items()}
-        copies = self._copy({name: local(tensor) for name, tensor in own.items()})
-        self._digest, self._uncommitted = None, (step, state)
-        self._start(lambda: self._write(aside, copies, pieces))
-        if not self.is_async:
+        self._work, self._uncommitted = self._writer.write(aside, tensors), (step, state)
+        if not self._writer.is_async:
             self.wait()
 
     def advance(self) -> None:
-        """On all ranks together, when none is writing: commit what has been written; done in rank 0's thread."""
+        """On all ranks together, when none is writing: commit what has been written, in a thread of rank 0."""
+        self._join()
         if self._uncommitted is None:
             return
         (step, state), self._uncommitted = self._uncommitted, None
-        # Before: each rank has its file's digest. After: every rank has all.
-        lines = self.world.texts(json.dumps(asdict(self._digest)) if self._digest else "")
-        digests = {_file_of(rank): Digest(**json.loads(line)) for rank, line in enumerate(lines) if line}
-        if self.world.is_main:
-            self._start(lambda: self._commit(step, state, digests))
+        # A rank that could not write has told all others in the last collective of the writing.
+        if self.world.is_main and self.trouble is None:
+            self._work = self._committer.submit(self._commit, step, state)
 
     def wait(self) -> None:
         """On all ranks together: until the last checkpoint is whole, or a rank is in trouble."""
-        self._join()
-        # Before: each rank has written, or failed to. After: every rank knows whether one failed.
-        if any(self.world.any(self.trouble is not None)):
-            self._uncommitted = None
-            return
         self.advance()
         self._join()
         self.world.barrier()
@@ -108,32 +89,12 @@ class Saver:
             shutil.rmtree(left)
         aside.mkdir(parents=True)
 
-    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """To host memory that is allocated once; pinned, so that a GPU copies at full speed."""
-        is_cuda = self.world.device.type == "cuda"
-        if not (is_cuda or self.is_async):
-            return tensors
-        for name, tensor in tensors.items():
-            if name not in self._buffers:
-                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_cuda)
-            self._buffers[name].copy_(tensor, non_blocking=is_cuda)
-        self.world.synchronize()
-        return {name: self._buffers[name] for name in tensors}
-
-    def _write(self, aside: Path, tensors: dict[str, Tensor], pieces: dict[str, Piece]) -> None:
-        if tensors:
-            self._digest = write_tensors(aside / _file_of(self.world.rank), tensors, pieces)
-
-    def _commit(self, step: int, state: dict[str, Any], digests: dict[str, Digest]) -> None:
-        aside, target = self._aside(step), self.directory / checkpoint.name_of(step)
-        write_atomically(aside / STATE, json.dumps({"step": step, **self.about, **state}, indent=2) + "\n")
-        digests[STATE] = checkpoint.file_digest(aside / STATE)
-        write_atomically(aside / MANIFEST, checkpoint.manifest_json(digests))
+    def _commit(self, step: int, state: dict[str, Any]) -> None:
+        target = self.directory / checkpoint.name_of(step)
         if target.exists():  # a damaged one: a valid one would have been continued
             _set_aside(target)
             self._refused.discard(target)
-        aside.rename(target)
-        sync_directory(self.directory)
+        checkpoint.commit(self._aside(step), target, {"step": step, **self.about, **state})
         self.total_s += time.perf_counter() - self._began
         self._prune()
 
@@ -150,30 +111,21 @@ class Saver:
     def _aside(self, step: int) -> Path:
         return self.directory / f".{checkpoint.name_of(step)}.partial"
 
-    def _start(self, work: Callable[[], None]) -> None:
-        # A daemon: whoever stops the program at once, by a second Ctrl-C, does not wait for a disk.
-        self._thread = Thread(target=self._guarded, args=(work,), daemon=True, name="checkpoint")
-        self._thread.start()
-
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        work, self._work = self._work, None
+        if work is not None:
+            self._guarded(work.result)
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _guarded(self, work: Callable[[], object]) -> None:
         try:
             work()
-        except OSError as error:
+        except checkpoint.WRITING_ERRORS as error:  # whatever it is: the ranks must agree on it before one of them ends
+            reason = checkpoint.cause(error)
+            what = getattr(reason, "strerror", None) or f"{type(reason).__name__}: {reason}"
             self.trouble = (
-                f"{self.directory}: no checkpoint could be written ({error.strerror or error}); "
+                f"{self.directory}: no checkpoint could be written ({what}); "
                 "mend that and run the same command again: it continues from the last whole one"
             )
-        except Exception as error:  # else it would end in a thread that nobody asks
-            self.trouble = f"{self.directory}: no checkpoint could be written ({type(error).__name__}: {error})"
-
-
-def _file_of(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
 
 
 def _set_aside(damaged: Path) -> None:

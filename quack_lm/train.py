@@ -92,6 +92,7 @@ class Run:
     peak_flops: float
     lock: IO[str] | None  # held open by the main process: one run at a time in a directory
     facts: dict[str, Any]  # what the summary and the checkpoints say beside the progress
+    stopped_by: str | None = None  # the signal that ended the loop
     trouble: str | None = None  # what this rank could not do, until all ranks meet and end together
 
     @property
@@ -111,7 +112,6 @@ def train(run: Run) -> str:
                 validate(run)
                 summarize(run, status)
         while progress.step < run.settings.steps and status == "running":
-            run.watchdog.feed()
             factor = run.schedule(progress.step)
             set_rates(run.optimizers, factor)
             is_probed = due(progress.step + 1, run.settings.probe_every, run.settings.steps) or progress.step == 0
@@ -134,8 +134,10 @@ def train(run: Run) -> str:
             if due(progress.step, run.settings.val_every, run.settings.steps):
                 with clock.paused("validation"):
                     validate(run)
-            if meet(run, is_asked_to_stop=signal_received() is not None):
-                status, reason = "interrupted", f"asked to stop by {signal_received() or 'a signal on another rank'}"
+            number = meet(run, signal_received())
+            if number and progress.step < run.settings.steps:
+                run.stopped_by = signal.Signals(number).name
+                status, reason = "interrupted", f"asked to stop by {run.stopped_by}"
             is_saved = status == "interrupted" or due(progress.step, run.settings.checkpoint_every, run.settings.steps)
             # A checkpoint is taken with the log written: nothing of the steps before it can be lost.
             if is_saved or due(progress.step, run.log.settings.log_every, run.settings.steps):
@@ -152,17 +154,18 @@ def due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
 
 
-def meet(run: Run, *, is_asked_to_stop: bool = False) -> bool:
-    """Once a step all ranks meet: whether one is asked to stop; UserError on all if one is in trouble."""
+def meet(run: Run, signal_number: int = 0) -> int:
+    """Once a step all ranks meet: the signal that one of them got, or 0; UserError on all if one is in trouble."""
     # In this order: a thread that has ended has said what went wrong before.
     is_writing = run.saver.is_writing
     run.trouble = run.trouble or run.saver.trouble or run.batches.trouble(run.progress.step)
-    stops, is_in_trouble, is_writing = run.world.any(is_asked_to_stop, run.trouble is not None, is_writing)
+    number, is_in_trouble, is_writing = run.world.largest(signal_number, run.trouble is not None, is_writing)
     if is_in_trouble:
         raise UserError(next(text for text in run.world.texts(run.trouble or "") if text))
     if not is_writing:
         run.saver.advance()
-    return stops
+    run.watchdog.feed()
+    return number
 
 
 @contextmanager
@@ -198,6 +201,7 @@ def validate(run: Run) -> None:
     total = torch.zeros(2, device=run.world.device, dtype=torch.float64)
     with evaluating(run.model):
         for tokens, weights_B in run.validation:
+            run.watchdog.feed()
             tokens, weights_B = run.world.load(tokens), run.world.load(weights_B)
             nats_BT = run.model(tokens[:, :-1], tokens[:, 1:]).unflatten(0, (len(tokens), -1))
             # Padding sequences have weight 0; where() and not a product: they may be NaN in a run that diverges.
@@ -252,7 +256,7 @@ def save(run: Run) -> None:
     """Checkpoint everything that the next step depends on."""
     with writing(run):
         run.log.sync()
-    meet(run)  # no checkpoint without the log of the steps before it
+    meet(run)  # no checkpoint without the log of the steps before it; and the watchdog waits anew
     state = {"stabilizer_state": sorted(run.stabilizer.state_dict()), "progress": run.progress.as_json(), **run.facts}
     if run.log.mirror is not None:
         state["wandb_id"] = run.log.mirror.id
@@ -310,10 +314,10 @@ def summarize(run: Run, status: str, *, reason: str | None = None, tokens_per_s:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], str | None]]:
+def stop_signals() -> Iterator[Callable[[], int]]:
     """Within, the first SIGINT, SIGTERM or SIGUSR1 only asks the loop to stop; a second SIGINT stops at once.
 
-    Gives the name of the first signal so far.
+    Gives the number of the first signal so far, or 0.
     """
     asked: list[int] = []
 
@@ -324,7 +328,7 @@ def stop_signals() -> Iterator[Callable[[], str | None]]:
 
     previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: signal.Signals(asked[0]).name if asked else None
+        yield lambda: asked[0] if asked else 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

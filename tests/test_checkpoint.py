@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from quack_lm import checkpoint
 from quack_lm.parallel import World
 from quack_lm.saver import Saver
-from quack_lm.tensor_file import Piece, Reader, write_tensors
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 STATE = {"stabilizer_state": [], "progress": {}, "manifest_sha256": "0" * 64}
 
 
@@ -58,11 +59,12 @@ def test_what_is_saved_is_read_back(is_async: bool, tmp_path: Path) -> None:
     write(saver(tmp_path, is_async=is_async), 3)
     (found,) = checkpoint.found(tmp_path)
     assert checkpoint.newest_valid(tmp_path) == found
-    reader = Reader([found / "rank_00000.safetensors"])
+    assert names(found) == ["manifest.json", SHARD, "state.json"]
+    saved = load_file(found / SHARD)
+    assert saved.keys() == tensors(3).keys()
     for name, expected in tensors(3).items():
-        assert torch.equal(reader.read(name), expected)
-        assert reader.read(name).dtype == expected.dtype
-    assert names(found) == ["manifest.json", "rank_00000.safetensors", "state.json"]
+        assert torch.equal(saved[name], expected)
+        assert saved[name].dtype == expected.dtype
 
 
 def test_a_tensor_changed_after_the_save_began_is_saved_as_it_was(tmp_path: Path) -> None:
@@ -70,25 +72,7 @@ def test_a_tensor_changed_after_the_save_began_is_saved_as_it_was(tmp_path: Path
     to.save(1, live, STATE)
     live["model.w"].fill_(9.0)
     to.wait()
-    assert Reader([tmp_path / "step_00000001/rank_00000.safetensors"]).read("model.w").max() == 1.0
-
-
-def test_rows_cut_one_way_are_read_cut_another_way(tmp_path: Path) -> None:
-    whole = torch.arange(14.0).view(7, 2)
-    paths = []
-    for start, stop in ((0, 2), (2, 4), (4, 6), (6, 7)):
-        paths.append(tmp_path / f"{start}.safetensors")
-        write_tensors(paths[-1], {"w": whole[start:stop]}, {"w": Piece(start, stop, 7)})
-    reader = Reader(paths)
-    assert torch.equal(reader.read("w"), whole)
-    for start, stop in ((0, 7), (0, 3), (3, 6), (6, 7), (1, 1)):
-        rows = torch.empty(stop - start, 2)
-        reader.read_into(rows, "w", Piece(start, stop, 7))
-        assert torch.equal(rows, whole[start:stop])
-    with pytest.raises(ValueError, match="not all there"):
-        Reader(paths[:-1]).read_into(torch.empty(7, 2), "w", Piece(0, 7, 7))
-    with pytest.raises(ValueError, match="another shape"):
-        reader.read_into(torch.empty(7, 3), "w", Piece(0, 7, 7))
+    assert load_file(tmp_path / "step_00000001" / SHARD)["model.w"].max() == 1.0
 
 
 def flip_a_bit(path: Path) -> None:
@@ -106,10 +90,10 @@ def make_foreign(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "cut tensors": ("rank_00000.safetensors", cut, "has .* bytes, not"),
-    "empty tensors": ("rank_00000.safetensors", lambda path: path.write_bytes(b""), "has 0 bytes, not"),
-    "a flipped bit": ("rank_00000.safetensors", flip_a_bit, "another sha256"),
-    "no tensors": ("rank_00000.safetensors", Path.unlink, "is missing"),
+    "cut tensors": (SHARD, cut, "has .* bytes, not"),
+    "empty tensors": (SHARD, lambda path: path.write_bytes(b""), "has 0 bytes, not"),
+    "a flipped bit": (SHARD, flip_a_bit, "another sha256"),
+    "no tensors": (SHARD, Path.unlink, "is missing"),
     "a flipped bit in the state": ("state.json", flip_a_bit, "another sha256"),
     "no state": ("state.json", Path.unlink, "is missing"),
     "no manifest": ("manifest.json", Path.unlink, "no manifest.json"),
@@ -154,8 +138,8 @@ def test_the_newest_and_every_so_many_are_kept(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_does_not_count_as_kept_and_is_not_deleted(tmp_path: Path) -> None:
     write(saver(tmp_path), 1, 2, 3, 6)
-    flip_a_bit(tmp_path / "step_00000006/rank_00000.safetensors")
-    cut(tmp_path / "step_00000002/rank_00000.safetensors")
+    flip_a_bit(tmp_path / "step_00000006" / SHARD)
+    cut(tmp_path / "step_00000002" / SHARD)
     newest = checkpoint.newest_valid(tmp_path)
     assert newest == tmp_path / "step_00000003"
     to = saver(tmp_path, keep=2, first_step=3)
@@ -169,7 +153,7 @@ def test_a_damaged_checkpoint_does_not_count_as_kept_and_is_not_deleted(tmp_path
 def test_what_a_killed_save_left_is_invisible_and_goes_with_the_next(tmp_path: Path) -> None:
     partial = tmp_path / ".step_00000009.partial"
     partial.mkdir(parents=True)
-    (partial / "rank_00000.safetensors").write_bytes(b"half")
+    (partial / SHARD).write_bytes(b"half")
     assert checkpoint.newest_valid(tmp_path) is None
     write(saver(tmp_path), 1)
     assert names(tmp_path) == ["step_00000001"]
@@ -207,8 +191,8 @@ def test_every_file_is_on_disk_before_the_checkpoint_has_its_name(
     monkeypatch.setattr(Path, "rename", rename)
     write(saver(tmp_path), 1)
     before = seen["before"]
-    assert {"rank_00000.safetensors", "state.json.tmp", "manifest.json.tmp"} <= set(before)
-    assert before.index("manifest.json.tmp") > before.index("rank_00000.safetensors")
+    assert {SHARD, "state.json.tmp", "manifest.json.tmp"} <= set(before)
+    assert before.index("manifest.json.tmp") > before.index(SHARD)
     assert synced[-1] == tmp_path
 
 

@@ -17,7 +17,7 @@ OWNERS = {
     "hydra": {"quack_lm/config.py"},
     "omegaconf": {"quack_lm/config.py"},
     "wandb": {"quack_lm/metrics.py"},
-    "torch.distributed": {"quack_lm/parallel.py"},
+    "torch.distributed": {"quack_lm/parallel.py", "quack_lm/checkpoint.py"},
     "datasets": {"quack_lm/corpus.py", "quack_lm/preparation.py", "quack_lm/tokenizer.py"},
     "tokenizers": {"quack_lm/corpus.py", "quack_lm/preparation.py", "quack_lm/tokenizer.py"},
     "transformers": {"quack_lm/corpus.py", "quack_lm/preparation.py", "quack_lm/tokenizer.py"},
@@ -56,9 +56,8 @@ LAYERS = {
     "probe": {"attention", "logit_paths", "parallel", "step"},
     "step": {"attention", "logit_paths", "parallel", "stabilizers"},
     "metrics": {"files", "parallel"},
-    "tensor_file": set(),
-    "checkpoint": {"errors", "parallel", "stabilizers", "tensor_file"},
-    "saver": {"checkpoint", "files", "parallel", "tensor_file"},
+    "checkpoint": {"errors", "files", "parallel", "stabilizers"},
+    "saver": {"checkpoint", "parallel"},
     "watchdog": set(),
 }
 

@@ -281,7 +281,8 @@ def test_a_damaged_checkpoint_is_skipped_and_the_run_still_ends_in_the_same_bits
     run_here(overrides, tmp_path / "straight")
     run_here([*overrides, "trainer.steps=4"], tmp_path / "run")
     older, newer = sorted((tmp_path / "run/checkpoints").iterdir())
-    (newer / "rank_00000.safetensors").write_bytes((newer / "rank_00000.safetensors").read_bytes()[:1000])
+    (tensors,) = newer.glob("*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:1000])
     if not is_older_whole:
         (older / "state.json").unlink()
     run_here(overrides, tmp_path / "run")
