@@ -7,11 +7,12 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 import yaml
@@ -44,9 +45,19 @@ from quack_lm.parallel import (
     start_world,
 )
 from quack_lm.probe import Probe
+from quack_lm.saver import Saver
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
 from quack_lm.train import Run, TrainerSettings
+from quack_lm.watchdog import Watchdog
+
+T = TypeVar("T")
+
+# Longer than the watchdog waits: it tells more about a hang than a collective that gives up.
+GRACE_S = 60.0
+
+CHECKPOINTS = "checkpoints"
+KEYS_NAMED = 5
 
 # What may change when a run is continued: how long and how it is executed and watched, not what it computes.
 CHANGEABLE = {
@@ -83,7 +94,7 @@ class Plan:
     data: TokenData
     device: str
     flops_per_token: float
-    resumes_from: Path | None
+    resumes_from: Path | None  # known to rank 0 alone
     finished: str | None  # the status with which this very run has ended already
 
 
@@ -160,10 +171,13 @@ def build(plan: Plan) -> Run:
         # One float32 process needs no wrapping; in bfloat16 it gets FSDP's precision rules like many would.
         is_wrapped=launched_world()[1] > 1 or settings.precision != "float32",
         replicas=settings.replicas,
-        timeout_s=settings.timeout_s,
+        timeout_s=settings.timeout_s + GRACE_S,
     )
-    lock = _take_run_dir(plan.run_dir) if world.is_main else None
-    state = checkpoint.read_state(plan.resumes_from) if plan.resumes_from else {}
+    lock = _by_main(world, plan.run_dir, lambda: _take_run_dir(plan.run_dir))
+    # Before: rank 0 has chosen a checkpoint. After: every rank has its name.
+    chosen = world.texts(plan.resumes_from.name if plan.resumes_from else "")[0]
+    resumes_from = plan.run_dir / CHECKPOINTS / chosen if chosen else None
+    state = checkpoint.read_state(resumes_from) if resumes_from else {}
 
     model = plan.model
     n_params = count_parameters(model)["total"]
@@ -172,11 +186,11 @@ def build(plan: Plan) -> Run:
             block.compile()
     shard(model, list(model.blocks), world, precision=settings.precision)
     initial = partial(model.initial_value, seed=config["seed"], device=world.device)
-    materialize(model, None if plan.resumes_from else initial, world.device)
+    materialize(model, None if resumes_from else initial, world.device)
     optimizers = plan.recipe.build(model)
     weights = LogitWeights(model.attentions)
-    if plan.resumes_from:
-        checkpoint.load(plan.resumes_from, model, optimizers, plan.stabilizer, world)
+    if resumes_from:
+        checkpoint.load(resumes_from, model, optimizers, plan.stabilizer, world)
     elif plan.stabilizer.needs_norms:
         plan.stabilizer.initialize(weights.paths, weights.norms(plan.stabilizer.needs_norms))
 
@@ -216,6 +230,15 @@ def build(plan: Plan) -> Run:
             weights=weights if settings.probe_parts else None,
         ),
         log=log,
+        saver=Saver(
+            *(plan.run_dir / CHECKPOINTS, world),
+            keep=settings.keep_checkpoints,
+            keep_every=settings.keep_every,
+            is_async=settings.async_checkpoints,
+            first_step=progress.step,
+            about={"config": identity(config)},
+        ),
+        watchdog=Watchdog(settings.timeout_s),
         progress=progress,
         unigram_entropy=plan.data.manifest.unigram_entropy,
         flops_per_token=plan.flops_per_token,
@@ -223,11 +246,10 @@ def build(plan: Plan) -> Run:
         facts=facts,
         lock=lock,
     )
-    log.rewind(progress.step if plan.resumes_from else -1)
-    if world.is_main:
-        _describe(plan, world, n_params)
-        if plan.logger.wandb != "disabled":
-            log.mirror = WandbMirror(plan.run_dir, plan.logger, config, state.get("wandb_id"))
+    _by_main(world, plan.run_dir, lambda: log.rewind(progress.step if resumes_from else -1))
+    _by_main(world, plan.run_dir, lambda: _describe(plan, world, n_params))
+    if world.is_main and plan.logger.wandb != "disabled":
+        log.mirror = WandbMirror(plan.run_dir, plan.logger, config, state.get("wandb_id"))
     log.start_progress(progress.step, f"{choice(config['attention'])}/{choice(config['stabilizer'])}")
     return run
 
@@ -273,29 +295,35 @@ def _check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSetti
             f"run_dir={run_dir}: {existing} is not a directory that can be written to; choose another run_dir"
         )
     if not (run_dir / "config.yaml").exists():
-        if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+        if (run_dir / "metrics.jsonl").exists() or (run_dir / CHECKPOINTS).exists():
             raise UserError(f"run_dir={run_dir} holds results without their config.yaml; choose another run_dir")
         return None, None
     try:
         before = identity(yaml.safe_load((run_dir / "config.yaml").read_text()))
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
         raise UserError(f"{run_dir / 'config.yaml'} cannot be read; choose another run_dir") from None
+    _check_same_run(f"run_dir={run_dir}", before, config)
+    if settings.resume == "never":
+        raise UserError(
+            f"run_dir={run_dir} already holds this run; trainer.resume=auto continues it, or choose another run_dir"
+        )
+    # One process reads every byte and chooses; the others take its choice once they have met.
+    found = checkpoint.newest_valid(run_dir / CHECKPOINTS) if launched_world()[0] == 0 else None
+    if found:
+        _check_same_run(str(found), checkpoint.read_state(found)["config"], config)
+    return found, _finished(run_dir, settings)
+
+
+def _check_same_run(where: str, before: dict[str, Any], config: dict[str, Any]) -> None:
+    """UserError naming the keys in which an earlier run, by its `identity`, was another one than this config's."""
     now = identity(config)
     # A schedule that bends towards the end is another one for another number of steps.
     free = CHANGEABLE - (set() if config["optimizer"]["schedule"] == "constant" else {"trainer.steps"})
     changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in free]
     if changed:
-        key = changed[0]
-        more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
-        raise UserError(
-            f"run_dir={run_dir} holds a run with {key}={before.get(key)}, not {now.get(key)}{more}; "
-            "choose another run_dir"
-        )
-    if settings.resume == "never":
-        raise UserError(
-            f"run_dir={run_dir} already holds this run; trainer.resume=auto continues it, or choose another run_dir"
-        )
-    return checkpoint.newest(run_dir / "checkpoints"), _finished(run_dir, settings)
+        differences = ", ".join(f"{key}={before.get(key)}, not {now.get(key)}" for key in changed[:KEYS_NAMED])
+        more = f" (and {len(changed) - KEYS_NAMED} more keys)" if len(changed) > KEYS_NAMED else ""
+        raise UserError(f"{where} holds a run with {differences}{more}; choose another run_dir")
 
 
 def _finished(run_dir: Path, settings: TrainerSettings) -> str | None:
@@ -307,6 +335,24 @@ def _finished(run_dir: Path, settings: TrainerSettings) -> str | None:
         return None
     is_done = summary.get("status") == "completed" and summary.get("step", 0) >= settings.steps
     return summary["status"] if is_done or summary.get("status") == "diverged" else None
+
+
+def _by_main(world: World, run_dir: Path, work: Callable[[], T]) -> T | None:
+    """What the main process makes of `work`; what stops it stops every rank, with the same line."""
+    made, trouble = None, ""
+    if world.is_main:
+        try:
+            made = work()
+        except UserError as error:
+            trouble = str(error)
+        except OSError as error:
+            trouble = (
+                f"run_dir={run_dir} cannot be written to ({error.strerror}); mend that and run the same command again"
+            )
+    trouble = world.texts(trouble)[0]
+    if trouble:
+        raise UserError(trouble)
+    return made
 
 
 def _take_run_dir(run_dir: Path) -> IO[str]:

@@ -1,12 +1,24 @@
-"""Checkpoints of sharded runs: torch.distributed.checkpoint in safetensors files, and one json file for the rest.
+"""What a checkpoint is: which directories are one, whole and ours, and how a run takes it back on any number of ranks.
 
-A checkpoint is written aside and renamed when it is whole, so a directory `step_*` with a `state.json` is complete.
-Nothing in it is a pickle: a checkpoint from a stranger can run no code. It loads on any number of ranks.
+    step_00000500/
+        shard-00001-model-*.safetensors ...   what each rank holds, as torch.distributed.checkpoint writes it
+        state.json                            the step, progress, config, data and W&B run
+        manifest.json                         size and sha256 of every other file
+
+A directory is a checkpoint only if its manifest matches it. Nothing in it is a pickle: a checkpoint from a stranger can
+run no code. No state of a random generator is in it, because no training step draws a number: the order of the data
+and the initial weights are functions of the seed. `saver.py` decides when and where checkpoints are written.
 """
 
+import hashlib
 import json
-import shutil
+import re
+import sys
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,65 +26,127 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from quack_lm.errors import UserError
-from quack_lm.files import write_json
-from quack_lm.parallel import World
+from quack_lm.files import sync_directory, write_atomically
+from quack_lm.parallel import HostGroup, World
 from quack_lm.stabilizers.base import Stabilizer
 
 STATE = "state.json"
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step_\d{8,}")
+HASHING_THREADS = 8
+# torch.distributed.checkpoint's own is no Exception.
+WRITING_ERRORS = (Exception, CheckpointException)
+STATE_KEYS = {"step", "stabilizer_state", "progress", "manifest_sha256", "config"}
 
 
-def save(
-    directory: Path,
-    step: int,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    stabilizer: Stabilizer,
-    state: dict[str, Any],
-    world: World,
-    *,
-    keep: int,
-) -> None:
-    """Write `directory/step_<step>`; the older ones beyond the newest `keep` go once it is complete."""
-    target = directory / f"step_{step:08d}"
-    aside = directory / f".{target.name}.partial"
-    if world.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    world.barrier()
-    tensors = _tensors(model, optimizers, stabilizer)
-    writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-    with warnings.catch_warnings():
-        # A single process without a group is what `no_dist` says.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(tensors, storage_writer=writer, no_dist=world.mesh is None)
-    if world.is_main:
-        write_json(aside / STATE, {"step": step, "stabilizer_state": sorted(stabilizer.state_dict()), **state})
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
-        for old in _complete(directory)[:-keep]:
-            shutil.rmtree(old)
-    world.barrier()
+def name_of(step: int) -> str:
+    """The directory of a step's checkpoint."""
+    return f"step_{step:08d}"
 
 
-def newest(directory: Path) -> Path | None:
-    """The last complete checkpoint."""
-    found = _complete(directory)
-    return found[-1] if found else None
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint's directory."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What identifies a file's contents."""
+
+    bytes: int
+    sha256: str
+
+
+def found(directory: Path) -> list[Path]:
+    """Every directory that is named like a checkpoint, by step; whether it is one, `damage` says."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return sorted((path for path in paths if NAME.fullmatch(path.name)), key=step_of)
+
+
+def newest_valid(directory: Path) -> Path | None:
+    """The last checkpoint whose manifest matches; each newer one that is not is reported in a line, and left alone."""
+    candidates = found(directory)
+    for path in reversed(candidates):
+        wrong = damage(path, verify_checksums=True)
+        if wrong is None:
+            return path
+        print(f"warning: {path} is not a whole checkpoint and is skipped: {wrong}", file=sys.stderr)
+    if candidates:
+        print(
+            f"WARNING: none of the {len(candidates)} checkpoints in {directory} is whole: "
+            "THE RUN STARTS AGAIN FROM STEP 0",
+            file=sys.stderr,
+        )
+    return None
+
+
+def damage(checkpoint: Path, *, verify_checksums: bool = False) -> str | None:
+    """What is wrong with a checkpoint, or None; without checksums, its files are still checked for their sizes."""
+    try:
+        listed = read_manifest(checkpoint)
+        sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != MANIFEST}
+        for name in sorted(listed.keys() | sizes.keys()):
+            if name not in sizes:
+                return f"{name} is missing"
+            if name not in listed:
+                return f"{name} is not in its {MANIFEST}"
+            if sizes[name] != listed[name].bytes:
+                return f"{name} has {sizes[name]} bytes, not {listed[name].bytes}"
+        if verify_checksums:
+            with ThreadPoolExecutor(HASHING_THREADS) as threads:
+                digests = threads.map(lambda name: file_digest(checkpoint / name), listed)
+                for (name, expected), digest in zip(listed.items(), digests, strict=True):
+                    if digest != expected:
+                        return f"{name} has another sha256 than its {MANIFEST} says"
+            if read_state(checkpoint)["step"] != step_of(checkpoint):
+                return f"{STATE} is of another step"
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Digest]:
+    """The files that a checkpoint consists of; ValueError or OSError where that cannot be read."""
+    if not (checkpoint / MANIFEST).is_file():
+        raise ValueError(f"it has no {MANIFEST}")
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        listed = {name: Digest(int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"its {MANIFEST} is not what a run writes") from None
+    if STATE not in listed or any(Path(name).name != name for name in listed):
+        raise ValueError(f"its {MANIFEST} is not what a run writes")
+    return listed
+
+
+def commit(aside: Path, target: Path, state: dict[str, Any]) -> None:
+    """Give written tensors their state, their manifest and, once the disk has all of it, their name."""
+    write_atomically(aside / STATE, json.dumps(state, indent=2) + "\n")
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        paths = sorted(aside.iterdir())
+        digests = {path.name: asdict(digest) for path, digest in zip(paths, threads.map(file_digest, paths), strict=True)}
+    write_atomically(aside / MANIFEST, json.dumps({"files": digests}, indent=2) + "\n")
+    aside.rename(target)
+    sync_directory(target.parent)
+
+
+def file_digest(path: Path) -> Digest:
+    """The size and sha256 of a file."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return Digest(file.tell(), sha256)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The json part of a checkpoint; UserError naming the file if it is unreadable."""
+    """The json part of a checkpoint; UserError naming the file if it is not one."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
-        if (
-            not isinstance(state, dict)
-            or not {"step", "stabilizer_state", "progress", "manifest_sha256"} <= state.keys()
-        ):
+        if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
             raise ValueError("it is not what a run writes")
         return state
     except (OSError, ValueError) as error:
@@ -88,9 +162,9 @@ def load(
     stabilizer: Stabilizer,
     world: World,
 ) -> None:
-    """Take back weights, optimizer and stabilizer state, in place."""
+    """Take back weights, optimizer and stabilizer state, in place; each rank reads what it holds."""
     _create_optimizer_state(optimizers)
-    tensors = _tensors(model, optimizers, None)
+    tensors = named_tensors(model, optimizers)
     try:
         known = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     except SafetensorError as error:
@@ -105,13 +179,68 @@ def load(
     for key in own:
         meta = known[key]
         tensors[key] = torch.empty(meta.size, dtype=meta.properties.dtype, device=world.device)  # type: ignore[union-attr]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with _single_process_is_fine():
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.mesh is None)
     stabilizer.load_state_dict({name: tensors[key] for key, name in own.items()})
 
 
-def _tensors(model: nn.Module, optimizers: list[Optimizer], stabilizer: Stabilizer | None) -> dict[str, Tensor]:
+class TensorWriter:
+    """Writes the tensors of all ranks with torch.distributed.checkpoint, from the loop or beside it."""
+
+    def __init__(self, world: World, *, is_async: bool) -> None:
+        # Collectives in a thread need a group that the loop does not use.
+        self._group: HostGroup = world.host_group() if is_async else None
+        self._has_group = world.mesh is not None
+        self.is_async = is_async
+        # Pinned host memory is allocated once, and a GPU copies to it at full speed.
+        is_cuda = world.device.type == "cuda"
+        options = StagingOptions(
+            use_pinned_memory=is_cuda,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=is_cuda,
+        )
+        self._stager = DefaultStager(options) if is_async else None
+
+    def write(self, directory: Path, tensors: dict[str, Tensor]) -> Future[Any]:
+        """Start to write on all ranks together; when `is_async`, the tensors may change once this returns."""
+        storage = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+        future: Future[Any] = Future()
+        with _single_process_is_fine():
+            if self._stager is not None:
+                future = dcp.async_save(  # type: ignore[assignment]
+                    tensors,
+                    storage_writer=storage,
+                    async_stager=self._stager,
+                    process_group=self._group,
+                    no_dist=not self._has_group,
+                )
+            else:
+                try:
+                    future.set_result(dcp.save(tensors, storage_writer=storage, no_dist=not self._has_group))
+                except WRITING_ERRORS as error:
+                    future.set_exception(error)
+        return future
+
+
+def cause(error: BaseException) -> BaseException:
+    """What went wrong on the first of the ranks that torch.distributed.checkpoint tells about."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = error.failures[min(error.failures)][0]
+    return error
+
+
+@contextmanager
+def _single_process_is_fine() -> Iterator[None]:
+    """Without the warning that one process has no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def named_tensors(
+    model: nn.Module, optimizers: list[Optimizer], stabilizer: Stabilizer | None = None
+) -> dict[str, Tensor]:
     """Everything that is a tensor, under one flat name each; the tensors are the live ones."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
@@ -121,6 +250,13 @@ def _tensors(model: nn.Module, optimizers: list[Optimizer], stabilizer: Stabiliz
     if stabilizer is not None:
         tensors |= {f"stabilizer.{name}": value for name, value in stabilizer.state_dict().items()}
     return tensors
+
+
+def kept(checkpoints: list[Path], *, keep: int, keep_every: int) -> Iterator[Path]:
+    """Of whole checkpoints, by step: the newest `keep`, and those of every `keep_every`th step (0: of none)."""
+    for path in checkpoints:
+        if path in checkpoints[-keep:] or (keep_every and step_of(path) % keep_every == 0):
+            yield path
 
 
 def _create_optimizer_state(optimizers: list[Optimizer]) -> None:
@@ -135,7 +271,3 @@ def _create_optimizer_state(optimizers: list[Optimizer]) -> None:
         optimizer.zero_grad()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-def _complete(directory: Path) -> list[Path]:
-    return sorted(path.parent for path in directory.glob(f"step_*/{STATE}"))

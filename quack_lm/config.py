@@ -46,7 +46,7 @@ SECTIONS = {
 SCALARS: dict[str, Any] = {"run_dir": str | None, "seed": pydantic.NonNegativeInt}
 
 # Two configs that differ only here describe the same run: the keys change where it writes, not what it computes.
-NOT_IDENTITY = ("run_dir", "logger", "trainer.resume")
+NOT_IDENTITY = ("run_dir", "logger", "trainer.resume", "trainer.keep_every", "trainer.async_checkpoints")
 
 
 def compose(overrides: Iterable[str] = (), *, file: Path | None = None) -> dict[str, Any]:

@@ -134,15 +134,21 @@ class TokenData:
             )
         shards = self.manifest.split(split).shards
         paths = [self.directory / shard.file for shard in shards]
-        return Windows([np.memmap(path, dtype=self.manifest.token_dtype, mode="r") for path in paths], seq_len)
+        # First what the file is, then its bytes: a change in between is seen.
+        marks = [_mark(path) for path in paths]
+        mapped = [np.memmap(path, dtype=self.manifest.token_dtype, mode="r") for path in paths]
+        return Windows(list(mapped), seq_len, marks=dict(zip(paths, marks, strict=True)))
 
 
 class Windows:
     """Windows of seq_len + 1 tokens over shards read as one row; a window may straddle shards."""
 
-    def __init__(self, shards: list[npt.NDArray[Any]], seq_len: int) -> None:
+    def __init__(
+        self, shards: list[npt.NDArray[Any]], seq_len: int, *, marks: dict[Path, tuple[int, ...]] | None = None
+    ) -> None:
         self.seq_len = seq_len
         self._shards = shards
+        self._marks = list((marks or {}).items())
         self._ends = np.cumsum([len(shard) for shard in shards])
 
     def __len__(self) -> int:
@@ -156,6 +162,21 @@ class Windows:
                 raise IndexError(f"window {index} of {len(self)}")
             self._fill(window, start=index * self.seq_len)
         return windows
+
+    def trouble(self, indices: npt.NDArray[np.integer]) -> str | None:
+        """What has happened to the files that these windows lie in, since they were opened and checked."""
+        starts = np.asarray(indices, dtype=np.int64) * self.seq_len
+        touched = np.searchsorted(self._ends, np.concatenate([starts, starts + self.seq_len]), side="right")
+        for number in np.unique(touched).tolist() if self._marks else ():
+            path, mark = self._marks[number]
+            try:
+                if _mark(path) == mark:
+                    continue
+                what = "has been changed"
+            except OSError as error:
+                what = f"cannot be read any more ({error.strerror})"
+            return f"data.dir: {path} {what} while the run was reading it; restore it and run the same command again"
+        return None
 
     def _fill(self, window: npt.NDArray[np.int64], start: int) -> None:
         filled = 0
@@ -199,6 +220,15 @@ class TrainBatches:
         first = step * self._global_batch_size + self._rank * self._rank_batch_size
         for start in range(first, first + self._rank_batch_size, self._micro_batch_size):
             yield torch.from_numpy(self._windows.read(self._window_numbers(start, self._micro_batch_size)))
+
+    def trouble(self, step: int) -> str | None:
+        """What is wrong with the files of the step just made and of the next: see `Windows.trouble`."""
+        first = max(0, step - 1) * self._global_batch_size
+        numbers = [
+            self._window_numbers(start + self._rank * self._rank_batch_size, self._rank_batch_size)
+            for start in range(first, (step + 1) * self._global_batch_size, self._global_batch_size)
+        ]
+        return self._windows.trouble(np.concatenate(numbers))
 
     def epoch(self, step: int) -> float:
         """Passes over the data that are complete when a step begins."""
@@ -244,6 +274,12 @@ class EvalBatches:
             rows = slice(start, start + self._micro_batch_size)
             tokens = self._windows.read(self._indices[rows])
             yield torch.from_numpy(tokens), torch.from_numpy(self._weights[rows].copy())
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    """What tells a file from another one, and from itself after it was written to."""
+    seen = path.stat()
+    return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
 
 
 def permutation(n: int, *, seed: int, epoch: int) -> npt.NDArray[np.integer]:

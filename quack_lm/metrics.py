@@ -7,6 +7,7 @@ steps, and written, one object per step.
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -39,7 +40,10 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoggerSettings:
-    """Where numbers go. `per_head` mirrors the tables over layers and heads to W&B too, one key each."""
+    """Where numbers go. `per_head` mirrors the tables over layers and heads to W&B too, one key each.
+
+    `wandb_timeout_s` bounds each wait for W&B, at the start and at the end; training itself never waits for it.
+    """
 
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     project: str = "quack_lm"
@@ -50,6 +54,7 @@ class LoggerSettings:
     log_every: PositiveInt = 10
     per_head: bool = False
     progress: bool = True
+    wandb_timeout_s: PositiveFloat = 60.0
 
 
 class Clock:
@@ -99,6 +104,7 @@ class RunLog:
         self.mirror: WandbMirror | None = None
         self._records: dict[int, dict[str, Value]] = {}
         self._summed: dict[int, Tensor] = {}
+        self.losses: list[float] = []  # of the steps that the last flush was about
         self._bar: tqdm | None = None
 
     def add(self, step: int, values: dict[str, Value]) -> None:
@@ -115,11 +121,14 @@ class RunLog:
         return len(self._summed)
 
     def flush(self) -> list[float]:
-        """Write everything kept, and return the training losses in order of step; every rank gets the same."""
-        losses: list[float] = []
+        """Write everything kept, and return the training losses in order of step; every rank gets the same.
+
+        They are in `losses` too, also where the main process could not write: the ranks must not part over that.
+        """
+        self.losses = losses = []
         if self._summed:
             # Before: each rank's shares of the losses since the last flush. After: the losses, on every rank.
-            losses = self.world.sum(torch.stack(list(self._summed.values()))).tolist()
+            self.losses = losses = self.world.sum(torch.stack(list(self._summed.values()))).tolist()
             for step, loss in zip(self._summed, losses, strict=True):
                 self.add(step, {"train/loss": loss})
         if self.world.is_main:
@@ -133,6 +142,12 @@ class RunLog:
             self._show()
         self._records, self._summed = {}, {}
         return losses
+
+    def sync(self) -> None:
+        """Wait until the disk has what was flushed."""
+        if self.world.is_main and self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step`, when a run continues from an older checkpoint."""
@@ -180,6 +195,9 @@ class WandbMirror:
         self.per_head = settings.per_head
         self.id: str | None = run_id
         self._run: Any = None
+        limit_s = settings.wandb_timeout_s
+        if settings.wandb == "online":
+            print(f"connecting to W&B (logger.wandb_timeout_s={limit_s:g} at most, then without it)", file=sys.stderr)
         with self._forgiven():
             import wandb
 
@@ -194,7 +212,9 @@ class WandbMirror:
                 config=config,
                 id=run_id,
                 resume="allow",
-                settings=wandb.Settings(console="off", init_timeout=60, login_timeout=30, finish_timeout=300),
+                settings=wandb.Settings(
+                    console="off", init_timeout=limit_s, login_timeout=limit_s, finish_timeout=limit_s
+                ),
             )
             self.id = self._run.id
 

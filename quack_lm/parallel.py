@@ -21,6 +21,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from quack_lm.errors import UserError
 
+MAX_TEXT = 1000  # bytes of a line that ranks tell each other
+
+HostGroup = dist.ProcessGroup | None  # None: a single process on plain tensors
+
 
 @dataclass(frozen=True)
 class World:
@@ -49,9 +53,18 @@ class World:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank; every rank gets the same answer, and no GPU is waited for."""
-        return bool(self.max(torch.tensor(float(flag))).item()) if self.size > 1 else flag
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each number over the ranks; every rank gets the same, and no GPU is waited for."""
+        return self.max(torch.tensor(numbers)).tolist() if self.size > 1 else list(numbers)
+
+    def texts(self, text: str) -> list[str]:
+        """Before: a short line per rank. After: the lines of all, in the order of the ranks, on every rank."""
+        lines = torch.zeros(self.size, MAX_TEXT, dtype=torch.int32)
+        own = text.encode()[:MAX_TEXT]
+        lines[self.rank, : len(own)] = torch.tensor(list(own), dtype=torch.int32)
+        if self.size > 1:
+            self.sum(lines)
+        return [bytes(line[line > 0].tolist()).decode(errors="replace") for line in lines]
 
     def load(self, tensor: Tensor) -> Tensor:
         """A host tensor on this rank's device, without waiting for what the device is doing."""
@@ -62,6 +75,10 @@ class World:
         """Wait for every rank."""
         if self.mesh is not None:
             dist.barrier()
+
+    def host_group(self) -> HostGroup:
+        """A new group of all ranks for tensors on the host, whose collectives may run in a thread beside the others."""
+        return dist.new_group(backend="gloo") if self.mesh is not None else None
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read on the host means something."""

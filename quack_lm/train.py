@@ -14,8 +14,9 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.optim import Optimizer
 
-from quack_lm import checkpoint
+from quack_lm.checkpoint import named_tensors
 from quack_lm.data import EvalBatches, TrainBatches
+from quack_lm.errors import UserError
 from quack_lm.files import write_json
 from quack_lm.metrics import Clock, RunLog
 from quack_lm.model import Transformer
@@ -23,8 +24,10 @@ from quack_lm.optim.recipe import set_rates
 from quack_lm.outcome import Progress, StabilityRules
 from quack_lm.parallel import World, clip_gradients, evaluating
 from quack_lm.probe import Probe
+from quack_lm.saver import Saver
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights, stabilized_step
+from quack_lm.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,11 @@ class TrainerSettings(StabilityRules):
 
     Batch sizes are in sequences. `replicas` > 1 shards within groups of ranks and replicates across them (HSDP).
     `recompute` trades a second forward for activation memory; `loss_chunk` bounds the tokens whose vocabulary logits
-    exist at once. `resume` is `auto` (continue from the newest checkpoint of run_dir) or `never`. `probe_parts` splits
-    the change of the logits into what the query weights, the key weights and everything before them did, for one more
-    forward per probe.
+    exist at once. `resume` is `auto` (continue from the newest whole checkpoint of run_dir) or `never`. The newest
+    `keep_checkpoints` are kept, and those of every `keep_every`th step (0: of none). `async_checkpoints` writes them
+    beside the training, from a copy in host memory. A run that does nothing for `timeout_s` ends with every rank's
+    stack on stderr. `probe_parts` splits the change of the logits into what the query weights, the key weights and
+    everything before them did, for one more forward per probe.
     """
 
     steps: PositiveInt
@@ -49,6 +54,8 @@ class TrainerSettings(StabilityRules):
     probe_sequences: PositiveInt
     checkpoint_every: NonNegativeInt
     keep_checkpoints: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
+    async_checkpoints: bool = True
     resume: Literal["auto", "never"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     replicas: PositiveInt = 1
@@ -77,12 +84,16 @@ class Run:
     validation: EvalBatches
     probe: Probe
     log: RunLog
+    saver: Saver
+    watchdog: Watchdog
     progress: Progress
     unigram_entropy: float
     flops_per_token: float
     peak_flops: float
     lock: IO[str] | None  # held open by the main process: one run at a time in a directory
     facts: dict[str, Any]  # what the summary and the checkpoints say beside the progress
+    stopped_by: str | None = None  # the signal that ended the loop
+    trouble: str | None = None  # what this rank could not do, until all ranks meet and end together
 
     @property
     def batch_tokens(self) -> int:
@@ -95,7 +106,7 @@ def train(run: Run) -> str:
     clock, progress = Clock(run.world, run.progress.outside_s), run.progress
     rates = [group["base_lr"] for optimizer in run.optimizers for group in optimizer.param_groups]
     status, reason = "running", None
-    with stop_signals() as signal_received:
+    with run.watchdog.watching(), stop_signals() as signal_received:
         if progress.step == 0:
             with clock.paused("validation"):
                 validate(run)
@@ -123,8 +134,10 @@ def train(run: Run) -> str:
             if due(progress.step, run.settings.val_every, run.settings.steps):
                 with clock.paused("validation"):
                     validate(run)
-            if run.world.any(signal_received() is not None):
-                status, reason = "interrupted", f"asked to stop by {signal_received() or 'a signal on another rank'}"
+            number = meet(run, signal_received())
+            if number and progress.step < run.settings.steps:
+                run.stopped_by = signal.Signals(number).name
+                status, reason = "interrupted", f"asked to stop by {run.stopped_by}"
             is_saved = status == "interrupted" or due(progress.step, run.settings.checkpoint_every, run.settings.steps)
             # A checkpoint is taken with the log written: nothing of the steps before it can be lost.
             if is_saved or due(progress.step, run.log.settings.log_every, run.settings.steps):
@@ -133,12 +146,39 @@ def train(run: Run) -> str:
             if is_saved and status != "diverged":
                 with clock.paused("checkpoint"):
                     save(run)
-    return finish(run, "completed" if status == "running" else status, reason)
+        return finish(run, "completed" if status == "running" else status, reason)
 
 
 def due(step: int, every: int, total: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens now."""
     return step == total or (every > 0 and step % every == 0)
+
+
+def meet(run: Run, signal_number: int = 0) -> int:
+    """Once a step all ranks meet: the signal that one of them got, or 0; UserError on all if one is in trouble."""
+    # In this order: a thread that has ended has said what went wrong before.
+    is_writing = run.saver.is_writing
+    run.trouble = run.trouble or run.saver.trouble or run.batches.trouble(run.progress.step)
+    number, is_in_trouble, is_writing = run.world.largest(signal_number, run.trouble is not None, is_writing)
+    if is_in_trouble:
+        raise UserError(next(text for text in run.world.texts(run.trouble or "") if text))
+    if not is_writing:
+        run.saver.advance()
+    run.watchdog.feed()
+    return number
+
+
+@contextmanager
+def writing(run: Run) -> Iterator[None]:
+    """What cannot be written down, on a full disk for instance, ends the run for all ranks at their next meeting."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or run.run_dir}: {error.strerror or error}"
+        run.trouble = run.trouble or (
+            f"run_dir={run.run_dir} cannot be written to ({what}); "
+            "mend that and run the same command again: it continues from the last whole checkpoint"
+        )
 
 
 def accumulate_gradients(run: Run) -> Tensor:
@@ -161,6 +201,7 @@ def validate(run: Run) -> None:
     total = torch.zeros(2, device=run.world.device, dtype=torch.float64)
     with evaluating(run.model):
         for tokens, weights_B in run.validation:
+            run.watchdog.feed()
             tokens, weights_B = run.world.load(tokens), run.world.load(weights_B)
             nats_BT = run.model(tokens[:, :-1], tokens[:, 1:]).unflatten(0, (len(tokens), -1))
             # Padding sequences have weight 0; where() and not a product: they may be NaN in a run that diverges.
@@ -202,7 +243,9 @@ def write_log(run: Run, clock: Clock) -> str | None:
             "data/epoch": run.batches.epoch(progress.step),
         },
     )
-    reason = progress.take_losses(run.log.flush(), run.settings)
+    with writing(run):
+        run.log.flush()
+    reason = progress.take_losses(run.log.losses, run.settings)
     if reason is None and progress.val_loss is not None and not math.isfinite(progress.val_loss):
         reason = f"validation loss {progress.val_loss} at step {progress.step}"
     summarize(run, "running", tokens_per_s=tokens_per_s)
@@ -211,28 +254,29 @@ def write_log(run: Run, clock: Clock) -> str | None:
 
 def save(run: Run) -> None:
     """Checkpoint everything that the next step depends on."""
-    state = {"progress": run.progress.as_json(), **run.facts}
+    with writing(run):
+        run.log.sync()
+    meet(run)  # no checkpoint without the log of the steps before it; and the watchdog waits anew
+    state = {"stabilizer_state": sorted(run.stabilizer.state_dict()), "progress": run.progress.as_json(), **run.facts}
     if run.log.mirror is not None:
         state["wandb_id"] = run.log.mirror.id
-    checkpoint.save(
-        run.run_dir / "checkpoints",
-        run.progress.step,
-        run.model,
-        run.optimizers,
-        run.stabilizer,
-        state,
-        run.world,
-        keep=run.settings.keep_checkpoints,
-    )
+    run.saver.save(run.progress.step, named_tensors(run.model, run.optimizers, run.stabilizer), state)
 
 
 def finish(run: Run, status: str, reason: str | None) -> str:
-    """Write the last summary."""
+    """See the last checkpoint whole, and write the last summary."""
+    run.watchdog.feed()
+    with Clock(run.world, run.progress.outside_s).paused("checkpoint"):
+        run.saver.wait()
     if status == "diverged" and run.progress.val_step != run.progress.step:
         validate(run)  # or the summary would show the loss of a healthier step
-    run.log.flush()
-    run.log.close(summarize(run, status, reason=reason))
-    run.world.barrier()
+    with writing(run):
+        run.log.flush()
+    last = summarize(run, status, reason=reason)
+    meet(run)
+    # What follows concerns no other rank, and W&B has time limits of its own.
+    run.watchdog.stop()
+    run.log.close(last)
     return status
 
 
@@ -259,19 +303,21 @@ def summarize(run: Run, status: str, *, reason: str | None = None, tokens_per_s:
         "tokens_per_s": tokens_per_s,
         "elapsed_s": progress.elapsed_s,
         "outside_s": progress.outside_s,
+        "checkpoint_s": run.saver.total_s,
         "probes": progress.probes,
         **run.facts,
     }
     if run.world.is_main:
-        write_json(run.run_dir / "summary.json", summary)
+        with writing(run):
+            write_json(run.run_dir / "summary.json", summary)
     return summary
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], str | None]]:
+def stop_signals() -> Iterator[Callable[[], int]]:
     """Within, the first SIGINT, SIGTERM or SIGUSR1 only asks the loop to stop; a second SIGINT stops at once.
 
-    Gives the name of the first signal so far.
+    Gives the number of the first signal so far, or 0.
     """
     asked: list[int] = []
 
@@ -282,7 +328,7 @@ def stop_signals() -> Iterator[Callable[[], str | None]]:
 
     previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: signal.Signals(asked[0]).name if asked else None
+        yield lambda: asked[0] if asked else 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

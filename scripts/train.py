@@ -17,6 +17,7 @@ command again continues an unfinished run. Exit codes: 0 completed, diverged or 
 settings; 1 a crash.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -55,6 +56,10 @@ def main(arguments: list[str]) -> int:
     run = build(plan)
     try:
         status = train(run)
+    except KeyboardInterrupt:
+        summarize(run, "interrupted", reason="stopped at once by a second SIGINT")
+        sys.stdout.flush()
+        os._exit(130)  # at once: without waiting for a checkpoint that is being written
     except BaseException as error:
         summarize(run, "failed", reason=f"{type(error).__name__}: {error}")
         raise

@@ -57,6 +57,8 @@ LAYERS = {
     "step": {"attention", "logit_paths", "parallel", "stabilizers"},
     "metrics": {"files", "parallel"},
     "checkpoint": {"errors", "files", "parallel", "stabilizers"},
+    "saver": {"checkpoint", "parallel"},
+    "watchdog": set(),
 }
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -274,23 +275,52 @@ def test_a_run_is_not_continued_on_another_data_set(tmp_path: Path, tiny_data: l
         check_run(compose([*overrides, f"run_dir={tmp_path / 'run'}"]))
 
 
-@pytest.mark.parametrize("damage", ["no state", "foreign state", "cut tensors", "no tensors", "no config"])
-def test_a_damaged_run_directory_is_refused_in_one_line(damage: str, tmp_path: Path, tiny_data: list[str]) -> None:
+@pytest.mark.parametrize("is_older_whole", [True, False])
+def test_a_damaged_checkpoint_is_skipped_and_the_run_still_ends_in_the_same_bits(
+    is_older_whole: bool, tmp_path: Path, tiny_data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [*tiny_data, "stabilizer=quack", "logger.log_every=1", "trainer.val_every=2", "trainer.probe_every=2"]
+    overrides += ["trainer.checkpoint_every=2"]
+    run_here(overrides, tmp_path / "straight")
+    run_here([*overrides, "trainer.steps=4"], tmp_path / "run")
+    older, newer = sorted((tmp_path / "run/checkpoints").iterdir())
+    (tensors,) = newer.glob("*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    if not is_older_whole:
+        (older / "state.json").unlink()
+    run_here(overrides, tmp_path / "run")
+    errors = capsys.readouterr().err
+    assert f"{newer} is not a whole checkpoint and is skipped" in errors
+    assert ("STARTS AGAIN FROM STEP 0" in errors) is not is_older_whole
+    assert records(tmp_path / "straight") == records(tmp_path / "run")
+    assert_same_tensors(tmp_path / "straight", tmp_path / "run")
+
+
+def test_results_without_their_config_are_refused(tmp_path: Path, tiny_data: list[str]) -> None:
     run_here([*tiny_data, "trainer.steps=2"], tmp_path / "run")
-    (newest,) = (tmp_path / "run/checkpoints").iterdir()
-    tensors = next(newest.glob("*.safetensors"))
-    if damage == "no state":
-        (newest / "state.json").write_text("{")
-    elif damage == "foreign state":
-        (newest / "state.json").write_text("[]")
-    elif damage == "cut tensors":
-        tensors.write_bytes(tensors.read_bytes()[:1000])
-    elif damage == "no tensors":
-        tensors.unlink()
-    else:
-        (tmp_path / "run/config.yaml").unlink()
+    (tmp_path / "run/config.yaml").unlink()
     with pytest.raises(UserError, match=str(tmp_path / "run")):
-        build(check_run(compose([*SMALL, *tiny_data, "trainer.steps=4", f"run_dir={tmp_path / 'run'}"])))
+        check_run(compose([*SMALL, *tiny_data, "trainer.steps=4", f"run_dir={tmp_path / 'run'}"]))
+
+
+def test_a_checkpoint_of_another_config_is_refused_with_the_keys(tmp_path: Path, tiny_data: list[str]) -> None:
+    run_here([*tiny_data, "trainer.steps=2"], tmp_path / "run")
+    run_here([*tiny_data, "trainer.steps=2", "seed=3", "optimizer.lr=0.2"], tmp_path / "other")
+    shutil.copytree(
+        tmp_path / "other/checkpoints/step_00000002", tmp_path / "run/checkpoints/step_00000002", dirs_exist_ok=True
+    )
+    config = compose([*SMALL, *tiny_data, "trainer.steps=4", f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match=r"step_00000002 holds a run with optimizer\.lr=0\.2, not 0\.1, seed=3, not 0"):
+        check_run(config)
+
+
+def test_no_step_draws_from_a_global_random_generator(tmp_path: Path, tiny_data: list[str]) -> None:
+    # Else its state would belong in a checkpoint.
+    run = build(check_run(compose([*SMALL, *tiny_data, "stabilizer=quack", f"run_dir={tmp_path / 'run'}"])))
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    train(run)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
 
 
 def test_a_second_run_in_a_directory_in_use_is_refused(tmp_path: Path, tiny_data: list[str]) -> None:

@@ -1,0 +1,137 @@
+"""When and where checkpoints are written: beside the training, or within, and always whole or invisible.
+
+    save     ranks together: wait for the last one, copy, start writing            .step_00000500.partial/
+    advance  at a step boundary, once no rank writes: rank 0 commits in a thread
+    commit   state.json and manifest.json, all synced, then the rename; then older checkpoints go
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quack_lm import checkpoint
+from quack_lm.checkpoint import TensorWriter
+from quack_lm.parallel import World
+
+
+class Saver:
+    """The checkpoints of one run. `trouble` is this rank's error, for the ranks to agree on; nothing raises here."""
+
+    def __init__(
+        self,
+        directory: Path,
+        world: World,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        is_async: bool = True,
+        first_step: int = 0,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self.directory = directory
+        self.world = world
+        self.keep = keep
+        self.keep_every = keep_every
+        self.about = about or {}  # what every checkpoint of the run says beside its own state
+        self.trouble: str | None = None
+        self.total_s = 0.0  # from the call of `save` until the checkpoint is whole
+        self._writer = TensorWriter(world, is_async=is_async)
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._work: Future[Any] | None = None  # first the tensors', then the commit's
+        self._uncommitted: tuple[int, dict[str, Any]] | None = None
+        self._began = 0.0
+        # What lies beyond the step that the run continues from was refused: neither counted nor deleted.
+        self._refused = {path for path in checkpoint.found(directory) if checkpoint.step_of(path) > first_step}
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is at work beside the loop."""
+        return self._work is not None and not self._work.done()
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Begin the checkpoint of a step, on all ranks together; without `is_async`, also end it."""
+        self.wait()
+        self._began = time.perf_counter()
+        aside = self._aside(step)
+        if self.world.is_main:
+            self._guarded(lambda: self._prepare(aside))
+        # Before: rank 0 has made the directory, or could not. After: every rank knows which.
+        if any(self.world.largest(self.trouble is not None)):
+            return
+        self._work, self._uncommitted = self._writer.write(aside, tensors), (step, state)
+        if not self._writer.is_async:
+            self.wait()
+
+    def advance(self) -> None:
+        """On all ranks together, when none is writing: commit what has been written, in a thread of rank 0."""
+        self._join()
+        if self._uncommitted is None:
+            return
+        (step, state), self._uncommitted = self._uncommitted, None
+        # A rank that could not write has told all others in the last collective of the writing.
+        if self.world.is_main and self.trouble is None:
+            self._work = self._committer.submit(self._commit, step, state)
+
+    def wait(self) -> None:
+        """On all ranks together: until the last checkpoint is whole, or a rank is in trouble."""
+        self.advance()
+        self._join()
+        self.world.barrier()
+
+    def _prepare(self, aside: Path) -> None:
+        for left in self.directory.glob(".step_*.partial"):  # by a run that was killed
+            shutil.rmtree(left)
+        aside.mkdir(parents=True)
+
+    def _commit(self, step: int, state: dict[str, Any]) -> None:
+        target = self.directory / checkpoint.name_of(step)
+        if target.exists():  # a damaged one: a valid one would have been continued
+            _set_aside(target)
+            self._refused.discard(target)
+        checkpoint.commit(self._aside(step), target, {"step": step, **self.about, **state})
+        self.total_s += time.perf_counter() - self._began
+        self._prune()
+
+    def _prune(self) -> None:
+        others = [path for path in checkpoint.found(self.directory) if path not in self._refused]
+        whole = [path for path in others if not checkpoint.damage(path)]
+        kept = set(checkpoint.kept(whole, keep=self.keep, keep_every=self.keep_every))
+        for old in whole:
+            if old not in kept:
+                # Renamed first: a crash in the middle must not leave half a checkpoint under its name.
+                gone = old.rename(self.directory / f".{old.name}.partial")
+                shutil.rmtree(gone)
+
+    def _aside(self, step: int) -> Path:
+        return self.directory / f".{checkpoint.name_of(step)}.partial"
+
+    def _join(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            self._guarded(work.result)
+
+    def _guarded(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except checkpoint.WRITING_ERRORS as error:  # whatever it is: the ranks must agree on it before one of them ends
+            reason = checkpoint.cause(error)
+            what = getattr(reason, "strerror", None) or f"{type(reason).__name__}: {reason}"
+            self.trouble = (
+                f"{self.directory}: no checkpoint could be written ({what}); "
+                "mend that and run the same command again: it continues from the last whole one"
+            )
+
+
+def _set_aside(damaged: Path) -> None:
+    """Out of the way of a new checkpoint of the same step, and still there for whoever wants to look."""
+    number = 1
+    while (place := damaged.with_name(f"damaged_{damaged.name}_{number}")).exists():
+        number += 1
+    damaged.rename(place)
+    print(f"warning: {damaged} is replaced by a whole checkpoint; the damaged one is {place.name}", file=sys.stderr)

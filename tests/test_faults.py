@@ -1,0 +1,432 @@
+"""Bad days, really made to happen: processes killed, disks full, ranks hung, data changed, W&B away.
+
+python -m pytest tests/test_faults.py                    # a few of each, minutes
+python -m pytest tests/test_faults.py -m slow -s         # 30 random moments of each kind of kill, with counts
+"""
+
+import contextlib
+import http.server
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_train import REPOSITORY, SMALL, assert_close_records, command, records, run_process, summary, wait_for_step
+
+FAULTS = [
+    "attention=mla",
+    "stabilizer=quack",
+    "trainer.steps=30",
+    "trainer.checkpoint_every=2",
+    "trainer.val_every=0",
+    "trainer.val_sequences=2",
+    "trainer.probe_every=0",
+    "logger.log_every=1",
+]
+KINDS = ("one rank", "all ranks", "the launcher")
+
+
+def start(overrides: list[str], run_dir: Path, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
+    """A run in a process group of its own, its output in run_dir.log."""
+    with Path(f"{run_dir}.log").open("a") as log:
+        return subprocess.Popen(
+            command(overrides, run_dir, ranks),
+            cwd=REPOSITORY,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def log_of(run_dir: Path) -> str:
+    return Path(f"{run_dir}.log").read_text()
+
+
+def ranks_of(run_dir: Path) -> list[int]:
+    """The ids of the processes that train in a directory, without their launcher, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (path / "cmdline").read_bytes().decode().split("\0")
+            if f"run_dir={run_dir}" in arguments and "torch.distributed.run" not in arguments:
+                environment = (path / "environ").read_bytes().decode(errors="replace").split("\0")
+                rank = next((int(line[5:]) for line in environment if line.startswith("RANK=")), 0)
+                found[rank] = int(path.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_until_gone(run_dir: Path, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while ranks_of(run_dir):
+        assert time.monotonic() < deadline, f"still there: {ranks_of(run_dir)}"
+        time.sleep(0.05)
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """The same bits in every file of tensors of the last checkpoint, and the same curves."""
+    paths = [sorted((run_dir / "checkpoints").glob("step_*"))[-1] for run_dir in (one, other)]
+    assert paths[0].name == paths[1].name
+    files = [sorted(path.name for path in last.glob("*.safetensors")) for last in paths]
+    assert files[0] == files[1]
+    for name in files[0]:
+        a, b = load_file(paths[0] / name), load_file(paths[1] / name)
+        assert a.keys() == b.keys()
+        assert all(a[key].equal(b[key]) for key in a)
+    assert records(one) == records(other)
+
+
+def kill(kind: str, process: subprocess.Popen[str], run_dir: Path, dice: random.Random) -> None:
+    pids = ranks_of(run_dir)
+    if kind == "the launcher":
+        process.kill()
+        process.wait()
+    else:
+        for pid in [dice.choice(pids)] if kind == "one rank" and pids else pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    # A launcher takes its ranks with it, or stays with them; what it leaves would go on training.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=60)
+    for pid in ranks_of(run_dir):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_until_gone(run_dir)
+
+
+def kill_and_continue(kind: str, moments: int, ranks: int, base: Path, data: list[str]) -> dict[str, int]:
+    """Kill a run again and again at random moments and continue it; counts of what the kills met."""
+    dice = random.Random(f"{kind} {ranks}")
+    overrides = [*data, *FAULTS]
+    straight = run_process(overrides, base / "straight", ranks)
+    assert straight.returncode == 0, straight.stderr
+    met = {"kills": 0, "inside a save": 0, "survived": 0, "runs": 0}
+    while met["kills"] < moments:
+        run_dir = base / f"run_{met['runs']}"
+        met["runs"] += 1
+        kills = 0
+        # A few kills a run, so that every part of it is met; then it may end.
+        for _ in range(min(3, moments - met["kills"])):
+            process = start(overrides, run_dir, ranks)
+            at = dice.randrange(30)
+            deadline = time.monotonic() + 200
+            while process.poll() is None and time.monotonic() < deadline:
+                path = run_dir / "metrics.jsonl"
+                if path.exists() and path.read_text().count('"train/loss"') > at:
+                    break
+                time.sleep(0.002)
+            time.sleep(dice.random() * 0.1)
+            if process.poll() is not None:
+                break
+            kill(kind, process, run_dir, dice)
+            kills += 1
+            met["inside a save"] += bool(list(run_dir.glob("checkpoints/.step_*.partial")))
+        done = run_process(overrides, run_dir, ranks)
+        assert done.returncode == 0, done.stderr
+        assert_same_end(base / "straight", run_dir)
+        met["kills"] += kills
+        met["survived"] += kills
+    return met
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("all ranks", 1), ("one rank", 2)])
+def test_a_killed_run_ends_in_the_same_bits(kind: str, ranks: int, tmp_path: Path, tiny_data: list[str]) -> None:
+    met = kill_and_continue(kind, 2 if ranks > 1 else 3, ranks, tmp_path, tiny_data)
+    assert met["survived"] == met["kills"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_at_thirty_random_moments_ends_in_the_same_bits(
+    kind: str, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    met = kill_and_continue(kind, 30, 2, tmp_path, tiny_data)
+    print(f"\nkill -9 of {kind}: {met}")
+    assert met["survived"] == met["kills"] >= 30
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_four_ranks_continues_on_fewer(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides = [*tiny_data, "attention=mla", "stabilizer=quack", "logger.log_every=1", "trainer.probe_every=2"]
+    overrides += ["trainer.micro_batch_size=1"]
+    straight = run_process(overrides, tmp_path / "straight")
+    assert straight.returncode == 0, straight.stderr
+    first = run_process([*overrides, "trainer.steps=4"], tmp_path / "four", 4)
+    assert first.returncode == 0, first.stderr
+    for ranks in (2, 1, 3):
+        shutil.copytree(tmp_path / "four", tmp_path / str(ranks))
+        done = run_process(overrides, tmp_path / str(ranks), ranks)
+        assert done.returncode == 0, done.stderr
+        assert_close_records(tmp_path / "straight", tmp_path / str(ranks), 2e-4)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MB, for root on Linux."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"NO SMALL DISK CAN BE MOUNTED HERE, A FULL DISK IS NOT TESTED: {mounted.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_ends_the_run_in_one_line_and_space_lets_it_go_on(
+    ranks: int, small_disk: Path, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    overrides, run_dir = [*tiny_data, *FAULTS, "trainer.steps=12"], small_disk / "run"
+    first = run_process([*overrides, "trainer.steps=4"], run_dir, ranks)
+    assert first.returncode == 0, first.stderr
+    free = shutil.disk_usage(small_disk).free
+    ballast = small_disk / "ballast"
+    # Room for some lines of metrics, for no checkpoint.
+    ballast.write_bytes(b"\0" * max(0, free - 30_000))
+    full = run_process(overrides, run_dir, ranks)
+    assert full.returncode == (2 if ranks == 1 else 1), full.stderr  # torchrun has one code for all failures
+    lines = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, full.stderr
+    assert str(run_dir) in lines[0]
+    assert "No space left" in lines[0]
+    assert (run_dir / "checkpoints/step_00000004/manifest.json").exists()
+    ballast.unlink()
+    done = run_process(overrides, run_dir, ranks)
+    assert done.returncode == 0, done.stderr
+    straight = run_process(overrides, tmp_path / "straight", ranks)
+    assert straight.returncode == 0, straight.stderr
+    assert_same_end(tmp_path / "straight", run_dir)
+
+
+def test_a_full_disk_under_the_metrics_ends_the_run_in_one_line(
+    small_disk: Path, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    # Checkpoints lie elsewhere, so that only the metrics and the summary meet the full disk.
+    overrides, run_dir = [*tiny_data, *FAULTS, "trainer.steps=100000"], small_disk / "run"
+    elsewhere = tmp_path / "checkpoints"
+    elsewhere.mkdir()
+    assert run_process([*overrides, "trainer.steps=2"], run_dir).returncode == 0
+    shutil.rmtree(elsewhere)
+    shutil.move(run_dir / "checkpoints", elsewhere)
+    (run_dir / "checkpoints").symlink_to(elsewhere)
+    process = subprocess.Popen(command(overrides, run_dir), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    wait_for_step(run_dir, 12, process)
+    with contextlib.suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as ballast:
+        while True:
+            ballast.write(b"\0" * 512)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert str(run_dir) in line
+    assert "No space left" in line
+    again = run_process(overrides, run_dir)
+    assert again.returncode == 2, again.stderr
+    assert again.stderr.count("error: ") == 1
+    (small_disk / "ballast").unlink()
+    end = f"trainer.steps={len(records(run_dir)) + 20}"
+    done = run_process([*overrides, end], run_dir)
+    assert done.returncode == 0, done.stderr
+    assert run_process([*overrides, end], tmp_path / "straight").returncode == 0
+    assert_same_end(tmp_path / "straight", run_dir)
+
+
+LONG = ["trainer.steps=100000", "trainer.timeout_s=8", "trainer.checkpoint_every=5"]
+
+
+def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(tmp_path: Path, tiny_data: list[str]) -> None:
+    # Opening a pipe that nobody reads waits for ever: the main rank stops there, the other in the next collective.
+    run_dir = tmp_path / "run"
+    process = start([*tiny_data, *FAULTS, *LONG], run_dir, 2)
+    wait_for_step(run_dir, 12, process)
+    (run_dir / "metrics.jsonl").rename(run_dir / "metrics.aside")
+    os.mkfifo(run_dir / "metrics.aside.pipe")
+    (run_dir / "metrics.aside.pipe").rename(run_dir / "metrics.jsonl")
+    before = time.monotonic()
+    assert process.wait(timeout=120) != 0
+    # The launcher gives the others up to 30 s after the first has gone.
+    assert time.monotonic() - before < 8 + 45
+    log = log_of(run_dir)
+    assert "Timeout" in log
+    assert re.search(r"metrics\.py\", line \d+ in flush", log)
+    assert re.search(r"parallel\.py\", line \d+(,)? in (max|sum|any)|Connection closed by peer", log)
+    (run_dir / "metrics.jsonl").unlink()
+    (run_dir / "metrics.aside").rename(run_dir / "metrics.jsonl")
+    wait_until_gone(run_dir)
+    done = run_process([*tiny_data, *FAULTS, *LONG, f"trainer.steps={summary(run_dir)['step'] + 20}"], run_dir, 2)
+    assert done.returncode == 0, done.stderr
+    assert summary(run_dir)["status"] == "completed"
+
+
+def test_a_stopped_rank_ends_the_run(tmp_path: Path, tiny_data: list[str]) -> None:
+    run_dir = tmp_path / "run"
+    process = start([*tiny_data, *FAULTS, *LONG], run_dir, 2)
+    wait_for_step(run_dir, 12, process)
+    os.kill(ranks_of(run_dir)[1], signal.SIGSTOP)
+    before = time.monotonic()
+    assert process.wait(timeout=120) != 0
+    assert time.monotonic() - before < 8 + 45
+    assert "Timeout" in log_of(run_dir)
+    wait_until_gone(run_dir)
+
+
+def test_a_nan_on_one_rank_is_a_divergence_on_all(tmp_path: Path, tiny_data: list[str]) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    overrides = [*SMALL, *tiny_data, *FAULTS, f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [*launcher, "tests/fault_worker.py", "5", *overrides],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 0: diverged" in done.stdout
+    assert "rank 1: diverged, NaN in 3 forwards seen" in done.stdout
+    seen = summary(tmp_path / "run")
+    assert seen["status"] == "diverged"
+    assert "nan at step 6" in seen["reason"]
+    # The step with the NaN was due for a checkpoint and did not become one.
+    assert (tmp_path / "run/checkpoints/step_00000004").exists()
+    assert not (tmp_path / "run/checkpoints/step_00000006").exists()
+
+
+@pytest.mark.parametrize("change", ["deleted", "rewritten", "cut"])
+def test_data_that_changes_under_a_run_ends_it_in_one_line(change: str, tmp_path: Path, tiny_data: list[str]) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data[1].removeprefix("data.dir="), data)
+    overrides, run_dir = ["data=stdlib", f"data.dir={data}", *FAULTS, "trainer.steps=100000"], tmp_path / "run"
+    process = start(overrides, run_dir)
+    wait_for_step(run_dir, 12, process)
+    aside = {}
+    for shard in data.glob("train_*.bin"):
+        aside[shard] = shard.read_bytes()
+        if change == "deleted":
+            shard.unlink()
+        elif change == "rewritten":
+            shard.write_bytes(aside[shard][::-1])
+        else:
+            os.truncate(shard, 10)
+    code = process.wait(timeout=100)
+    log = log_of(run_dir)
+    # Between two looks at the file a mapping may find its end gone: the kernel then ends the process, with a stack.
+    assert code == 2 or (change != "deleted" and code == -signal.SIGBUS and "Bus error" in log), log
+    if code == 2:
+        assert re.search(r"error: data\.dir: .*train_\S+ (has been changed|cannot be read)", log)
+    refused = run_process(overrides, run_dir)
+    assert refused.returncode == 2
+    assert "is damaged or foreign" in refused.stderr
+    for shard, content in aside.items():
+        shard.write_bytes(content)
+    step = summary(run_dir)["step"] + 10
+    assert run_process([*overrides, f"trainer.steps={step}"], run_dir).returncode == 0
+    straight = run_process([*overrides, f"trainer.steps={step}"], tmp_path / "straight")
+    assert straight.returncode == 0, straight.stderr
+    assert_same_end(tmp_path / "straight", run_dir)
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Says no, or nothing, to every request."""
+
+    is_silent = False
+
+    def _answer(self) -> None:
+        if self.is_silent:
+            time.sleep(600)
+        self.send_response(500)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST = do_PUT = _answer
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@contextlib.contextmanager
+def wandb_server(kind: str) -> Iterator[str]:
+    handler = type("Handler", (Answers,), {"is_silent": kind == "hangs"})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.block_on_close = False
+    if kind == "is closed":
+        server.server_close()
+    else:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        if kind != "is closed":
+            server.shutdown()
+            server.server_close()
+
+
+@pytest.mark.parametrize("kind", ["is closed", "hangs", "returns errors"])
+def test_a_run_ends_whole_and_soon_when_wandb(kind: str, tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides = [*tiny_data, "logger.wandb=online", "logger.wandb_timeout_s=5", "trainer.steps=4"]
+    with wandb_server(kind) as url:
+        before = time.monotonic()
+        process = start(overrides, tmp_path / "run", WANDB_BASE_URL=url, WANDB_API_KEY="0" * 40)
+        assert process.wait(timeout=150) == 0, log_of(tmp_path / "run")
+        print(f"\nW&B {kind}: {time.monotonic() - before:.0f} s")
+    assert "W&B failed and is off for the rest of this run" in log_of(tmp_path / "run")
+    assert "connecting to W&B" in log_of(tmp_path / "run")
+    assert summary(tmp_path / "run")["status"] == "completed"
+    assert [line["step"] for line in records(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+def test_a_second_interrupt_stops_at_once_and_both_leave_a_run_that_continues(
+    tmp_path: Path, tiny_data: list[str]
+) -> None:
+    overrides, run_dir = [*tiny_data, *FAULTS, "trainer.steps=100000"], tmp_path / "run"
+    process = start(overrides, run_dir)
+    wait_for_step(run_dir, 8, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    first = summary(run_dir)
+    assert first["status"] == "interrupted"
+    process = start(overrides, run_dir)
+    wait_for_step(run_dir, first["step"] + 4, process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    # The second may come before the first was seen, or after the run has ended on it.
+    assert process.wait(timeout=60) in (0, 130)
+    assert summary(run_dir)["status"] == "interrupted"
+    end = [f"trainer.steps={first['step'] + 30}"]
+    assert run_process([*overrides, *end], run_dir).returncode == 0
+    assert run_process([*overrides, *end], tmp_path / "straight").returncode == 0
+    assert_same_end(tmp_path / "straight", run_dir)
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides, run_dir = [*tiny_data, *FAULTS, "trainer.steps=100000"], tmp_path / "run"
+    first = start(overrides, run_dir)
+    wait_for_step(run_dir, 3, first)
+    second = run_process(overrides, run_dir)
+    assert second.returncode == 2
+    assert "in use by another process" in second.stderr
+    assert first.poll() is None
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=60) == 0
+
+
+def test_no_duration_is_taken_from_a_clock_that_people_can_set() -> None:
+    for path in (*REPOSITORY.glob("quack_lm/**/*.py"), *REPOSITORY.glob("scripts/*.py")):
+        assert not re.search(r"\btime\.time\(|datetime\.(now|utcnow)\(", path.read_text()), path
