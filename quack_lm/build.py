@@ -122,7 +122,7 @@ def check_run(config: dict[str, Any]) -> Plan:
     check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
     reference = make_model(config, backend="eager")
     corpus: Corpus = instantiate(config["data"])
-    data = _open_data(corpus, config["model"]["vocab_size"])
+    data = open_data(corpus, config["model"]["vocab_size"])
     for split in ("train", "val", "probe"):
         data.windows(split, settings.seq_len)
     run_dir = Path(config["run_dir"] or default_run_dir(config))
@@ -241,7 +241,8 @@ def _check_batch(settings: TrainerSettings, world_size: int) -> None:
         )
 
 
-def _open_data(corpus: Corpus, vocab_size: int) -> TokenData:
+def open_data(corpus: Corpus, vocab_size: int) -> TokenData:
+    """The prepared data of a corpus; UserError where it is not there, damaged, or another than the config says."""
     # One process per machine reads every byte; the others trust it.
     verify = corpus.verify_checksums and launched_world()[2] == 0
     data = TokenData.open(Path(corpus.dir), verify_checksums=verify)

@@ -83,6 +83,7 @@ class Run:
     peak_flops: float
     lock: IO[str] | None  # held open by the main process: one run at a time in a directory
     facts: dict[str, Any]  # what the summary and the checkpoints say beside the progress
+    stopped_by: str | None = None  # the signal that ended the loop
 
     @property
     def batch_tokens(self) -> int:
@@ -123,8 +124,11 @@ def train(run: Run) -> str:
             if due(progress.step, run.settings.val_every, run.settings.steps):
                 with clock.paused("validation"):
                     validate(run)
-            if run.world.any(signal_received() is not None):
-                status, reason = "interrupted", f"asked to stop by {signal_received() or 'a signal on another rank'}"
+            # Before: each rank has its own signal, or none. After: all agree on one.
+            number = run.world.largest(signal_received())
+            if number and progress.step < run.settings.steps:
+                run.stopped_by = signal.Signals(number).name
+                status, reason = "interrupted", f"asked to stop by {run.stopped_by}"
             is_saved = status == "interrupted" or due(progress.step, run.settings.checkpoint_every, run.settings.steps)
             # A checkpoint is taken with the log written: nothing of the steps before it can be lost.
             if is_saved or due(progress.step, run.log.settings.log_every, run.settings.steps):
@@ -268,10 +272,10 @@ def summarize(run: Run, status: str, *, reason: str | None = None, tokens_per_s:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], str | None]]:
+def stop_signals() -> Iterator[Callable[[], int]]:
     """Within, the first SIGINT, SIGTERM or SIGUSR1 only asks the loop to stop; a second SIGINT stops at once.
 
-    Gives the name of the first signal so far.
+    Gives the number of the first signal so far, or 0.
     """
     asked: list[int] = []
 
@@ -282,7 +286,7 @@ def stop_signals() -> Iterator[Callable[[], str | None]]:
 
     previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: signal.Signals(asked[0]).name if asked else None
+        yield lambda: asked[0] if asked else 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
