@@ -108,8 +108,8 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         if "RANK" not in os.environ:  # tasks of srun, which says who they are but not where to meet
-            os.environ["MASTER_ADDR"], port = slurm.rendezvous()
-            os.environ["MASTER_PORT"] = str(port)
+            address, port = slurm.rendezvous()
+            os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     if replicas > 1:
         mesh = init_device_mesh(device, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
