@@ -28,9 +28,9 @@ SWEEP = ROOT / "scripts" / "sweep.py"
 CLUSTER = ROOT / "tests" / "slurm_cluster.sh"
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 
-# Steps of some milliseconds, and nothing between them, for runs that a test interrupts.
 # The GPUs of these nodes are only counted.
 CPU = "trainer.device=cpu"
+# Steps of some milliseconds, and nothing between them, for runs that a test interrupts.
 PLAIN = ["trainer.val_every=0", "trainer.probe_every=0", "logger.log_every=1"]
 ENDLESS = [*PLAIN, "trainer.steps=100000", "trainer.checkpoint_every=20"]
 
