@@ -129,15 +129,15 @@ def check_run(config: dict[str, Any]) -> Plan:
     _, world_size, _ = launched_world()
     device = default_device() if settings.device == "auto" else settings.device
     check_world(device=device, replicas=settings.replicas)
-    _check_batch(settings, world_size)
+    check_batch(settings, world_size)
     check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
     reference = make_model(config, backend="eager")
     corpus: Corpus = instantiate(config["data"])
-    data = _open_data(corpus, config["model"]["vocab_size"])
+    data = open_data(corpus, config["model"]["vocab_size"])
     for split in ("train", "val", "probe"):
         data.windows(split, settings.seq_len)
     run_dir = Path(config["run_dir"] or default_run_dir(config))
-    resumes_from, finished = _check_run_dir(run_dir, config, settings)
+    resumes_from, finished = check_run_dir(run_dir, config, settings)
     if resumes_from and checkpoint.read_state(resumes_from)["manifest_sha256"] != data.manifest_sha256:
         raise UserError(
             f"data.dir={corpus.dir} is not the data set that run_dir={run_dir} was trained on; choose another run_dir"
@@ -254,7 +254,8 @@ def build(plan: Plan) -> Run:
     return run
 
 
-def _check_batch(settings: TrainerSettings, world_size: int) -> None:
+def check_batch(settings: TrainerSettings, world_size: int) -> None:
+    """Raise UserError where the batch cannot be shared out among the processes."""
     whole, micro = settings.global_batch_size, settings.micro_batch_size
     if whole % (world_size * micro):
         raise UserError(
@@ -263,7 +264,8 @@ def _check_batch(settings: TrainerSettings, world_size: int) -> None:
         )
 
 
-def _open_data(corpus: Corpus, vocab_size: int) -> TokenData:
+def open_data(corpus: Corpus, vocab_size: int) -> TokenData:
+    """The prepared data of a corpus; UserError where it is not there, damaged, or another than the config says."""
     # One process per machine reads every byte; the others trust it.
     verify = corpus.verify_checksums and launched_world()[2] == 0
     data = TokenData.open(Path(corpus.dir), verify_checksums=verify)
@@ -284,7 +286,7 @@ def _open_data(corpus: Corpus, vocab_size: int) -> TokenData:
     return data
 
 
-def _check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettings) -> tuple[Path | None, str | None]:
+def check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettings) -> tuple[Path | None, str | None]:
     """(the checkpoint to continue from, the status with which this run has ended already), or None for each."""
     try:
         existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())

@@ -17,6 +17,6 @@ def exit_on_user_error() -> Iterator[None]:
         yield
     except UserError as error:
         # Of all the processes on a machine, one speaks.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

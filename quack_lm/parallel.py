@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from quack_lm import slurm
 from quack_lm.errors import UserError
 
 MAX_TEXT = 1000  # bytes of a line that ranks tell each other
@@ -92,8 +93,17 @@ class World:
 
 
 def launched_world() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for a plain process."""
+    """(rank, world size, local rank) as torchrun or srun set them; (0, 1, 0) for a plain process."""
+    if "RANK" not in os.environ and (step := slurm.current_step()):
+        return step.rank, step.size, step.local_rank
     return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # type: ignore[return-value]
+
+
+def ranks_on_this_machine() -> int:
+    """How many of the launched processes share this machine."""
+    if "RANK" not in os.environ and (step := slurm.current_step()):
+        return step.local_size
+    return int(os.environ.get("LOCAL_WORLD_SIZE", int(os.environ.get("LOCAL_RANK", 0)) + 1))
 
 
 def default_device() -> str:
@@ -111,11 +121,13 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
         return World(rank, size, local_rank, place)
     # Gloo beside NCCL: checkpoints and small objects travel between hosts without touching a GPU.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    store = dist.HashStore() if size == 1 and "MASTER_ADDR" not in os.environ else None
-    if store is None:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    if size == 1 and ("RANK" not in os.environ or "MASTER_ADDR" not in os.environ):
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        if "RANK" not in os.environ:  # tasks of srun, which says who they are but not where to meet
+            address, port = slurm.rendezvous()
+            os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     if replicas > 1:
         mesh = init_device_mesh(device, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
     else:
@@ -125,14 +137,14 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
 
 def check_world(*, device: str, replicas: int) -> None:
     """Raise UserError where the launched processes and the config do not fit."""
-    _, size, local_rank = launched_world()
+    _, size, _ = launched_world()
     if size % replicas:
         raise UserError(f"trainer.replicas={replicas} must divide the number of processes, {size}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "trainer.device=cuda: torch sees no GPU here; use trainer.device=cpu or install a CUDA build of torch"
         )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    here = ranks_on_this_machine()
     if device == "cuda" and here > torch.cuda.device_count():
         raise UserError(
             f"{here} processes on a machine with {torch.cuda.device_count()} GPUs: start one process per GPU"

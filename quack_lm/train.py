@@ -134,6 +134,7 @@ def train(run: Run) -> str:
             if due(progress.step, run.settings.val_every, run.settings.steps):
                 with clock.paused("validation"):
                     validate(run)
+            # Before: each rank has its own signal, or none. After: all agree on one.
             number = meet(run, signal_received())
             if number and progress.step < run.settings.steps:
                 run.stopped_by = signal.Signals(number).name

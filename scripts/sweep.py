@@ -1,29 +1,37 @@
 """Train every run of a sweep file and compare them.
 
-    python scripts/sweep.py [plan|run|resume|status|collect] sweep=NAME [scale=SCALE] [key=value ...]
+    python scripts/sweep.py [plan|run|resume|submit|status|cancel|collect] sweep=NAME [scale=SCALE] [key=value ...]
 
 plan     compose and check every run, write plan.json, print the runs and what they cost; trains nothing
 run      plan, then train what is unfinished, jobs at a time, and print the comparison table (the default)
 resume   the same as run
-status   print how far each run of a sweep directory is
+submit   plan, then queue what is unfinished and not queued yet as job arrays on a slurm cluster (slurm/sweep.sbatch)
+status   print how far each run of a sweep directory is, and what slurm does about it where jobs were submitted
+cancel   cancel the queued and running jobs of this sweep; its runs save first, and submit continues them
 collect  write results.parquet, results.csv and curves.parquet: all that scripts/report.py needs, in a few files, beside
          the runs or in out=DIR
 
 sweep    a file of configs/sweep/ by name, or a path that ends in .yaml
 scale    one of the file's scales, for example proxy or 1b, where it has some
-dir      where the runs go, runs/<sweep>-<scale> unless given; alone it is enough for status and collect
+dir      where the runs go, runs/<sweep>-<scale> unless given; alone it is enough for status, cancel and collect
 reuse    another sweep's directory: the runs that this sweep shares with it and that have finished are copied from there
-jobs     processes at a time, each on its own cores, or GPU; as many as fit unless given
-threads  cores and torch threads of each process, 1 unless given
+jobs     for run: processes at a time, each on its own cores, or GPU; as many as fit unless given
+threads  for run: cores and torch threads of each process, 1 unless given
+nodes, gpus, tasks, cpus, time   for submit: what each run gets. Nodes (1); GPUs and ranks per node (a rank per GPU, or
+         1); cores per rank; the limit after which a run saves and queues again, as sbatch takes it: 4:00:00
+concurrency   for submit: runs at a time, 8 unless given
 mfu, tflops   for plan: the share of a device's peak that is reached, and that peak; without them hours are estimated
          from the runs that have finished
 others   overrides for every run, for example trainer.steps=20 data.dir=data/other
 
 Ctrl-C lets the runs save and end; the same command continues them. A run is known by the hash of its resolved config:
 completed and diverged runs are never repeated, also after the sweep file has grown. The exit code is 0 when every run
-completed, diverged or was stopped by the file's rule, 1 when some failed, 2 for a mistake in the command or a file.
+completed, diverged or was stopped by the file's rule, 1 when some failed, 2 for a mistake in the command or a file, or
+a cluster that does not answer. In a job, slurm/sweep.sbatch calls `task file=... index=...` to train one run of a file.
 """
 
+import json
+import re
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -32,11 +40,15 @@ from typing import Any
 
 from quack_lm.errors import UserError, exit_on_user_error
 from quack_lm.report import collected, progress, runs
-from quack_lm.sweep import cost, file, local
+from quack_lm.sweep import cluster, cost, file, local
 from quack_lm.sweep.cell import LOG_FILE, Cell, reuse
 from quack_lm.sweep.plan import PLAN_FILE, Plan, make_cells, read_plan, write_plan
 
-VERBS = ("plan", "run", "resume", "status", "collect")
+VERBS = ("plan", "run", "resume", "submit", "status", "cancel", "collect", "task")
+# Keys that one verb alone takes: elsewhere they would have no effect, silently.
+COUNTS: dict[str, tuple[str, ...]] = {"jobs": ("plan", "run", "resume"), "threads": ("plan", "run", "resume")}
+COUNTS |= dict.fromkeys(("nodes", "gpus", "tasks", "cpus", "concurrency"), ("submit",))
+TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}"
 
 
 @dataclass
@@ -49,11 +61,26 @@ class Command:
     directory: Path | None = None
     out: Path | None = None
     reuse: list[Path] = field(default_factory=list)
-    jobs: int | None = None
-    threads: int = 1
+    counts: dict[str, int] = field(default_factory=dict)
+    time: str | None = None
+    file: Path | None = None
+    index: int = 0
     mfu: float | None = None
     tflops: float | None = None
     overrides: list[str] = field(default_factory=list)
+
+    @property
+    def jobs(self) -> int | None:
+        return self.counts.get("jobs")
+
+    @property
+    def threads(self) -> int:
+        return self.counts.get("threads", 1)
+
+    @property
+    def resources(self) -> cluster.Resources:
+        given = {key: self.counts[key] for key in ("nodes", "gpus", "tasks", "cpus") if key in self.counts}
+        return cluster.Resources(time=self.time, **given)
 
 
 def parse(arguments: list[str]) -> Command:
@@ -76,8 +103,18 @@ def parse(arguments: list[str]) -> Command:
             if not (Path(value) / PLAN_FILE).is_file():
                 raise UserError(f"reuse={value} is no sweep directory: it has no {PLAN_FILE}")
             command.reuse.append(Path(value))
-        elif key in ("jobs", "threads"):
-            setattr(command, key, _whole(key, value))
+        elif key in COUNTS:
+            if command.verb not in COUNTS[key]:
+                raise UserError(f"{argument} has no meaning for {command.verb}, only for {', '.join(COUNTS[key])}")
+            command.counts[key] = _whole(key, value)
+        elif key == "time" and command.verb == "submit":
+            if not re.fullmatch(TIME, value):
+                raise UserError(f"time={value} must be a time limit as sbatch takes it, for example 4:00:00 or 1-12:00")
+            command.time = value
+        elif key == "file" and command.verb == "task":
+            command.file = Path(value)
+        elif key == "index" and command.verb == "task":
+            command.index = _index(value)
         elif key in ("mfu", "tflops"):
             setattr(command, key, _positive(key, value))
         else:
@@ -97,6 +134,12 @@ def _whole(key: str, value: str) -> int:
     return int(value)
 
 
+def _index(value: str) -> int:
+    if not value.isdecimal():
+        raise UserError(f"index={value} must be a whole number, SLURM_ARRAY_TASK_ID in a job array")
+    return int(value)
+
+
 def _positive(key: str, value: str) -> float:
     try:
         number = float(value)
@@ -108,18 +151,17 @@ def _positive(key: str, value: str) -> float:
 
 
 def make_plan(command: Command, directory: Path) -> Plan:
+    """Expand and check the sweep; writes nothing."""
     if command.sweep is None:
         raise UserError("sweep=... is missing: the name of a file in configs/sweep/, for example sweep=quickstart")
     loaded = file.load(command.sweep, command.scale)
-    plan = Plan(
+    return Plan(
         sweep=loaded.name,
         question=loaded.question,
         command=shlex.join(["python", "scripts/sweep.py", *sys.argv[1:]]),
         cells=make_cells(loaded, directory, command.overrides),
         stop=loaded.stop,
     )
-    write_plan(directory, plan)
-    return plan
 
 
 def print_plan(plan: Plan, command: Command) -> None:
@@ -148,9 +190,46 @@ def _flops_per_token(config: dict[str, Any]) -> float:
     return flops_per_token(make_model(config, backend="eager"), config["trainer"]["seq_len"])
 
 
-def train(plan: Plan, command: Command, directory: Path) -> int:
+def submit(plan: Plan, command: Command, directory: Path) -> None:
+    _check_data(plan)
+    take_over(plan, command)
+    jobs = cluster.submit(directory, plan, command.resources, concurrency=command.counts.get("concurrency", 8))
+    for job in jobs:
+        print(f"submitted job {job.job}: {job.n_cells} runs")
+    left = len(plan.cells) - sum(job.n_cells for job in jobs)
+    print(f"{len(plan.cells)} runs: {left} finished, running or queued before, {len(plan.cells) - left} submitted now")
+    print(f"python scripts/sweep.py status {shlex.quote(f'dir={directory}')}")
+
+
+def _check_data(plan: Plan) -> None:
+    """That each data set of the sweep is there, before a queue is waited in; the jobs read its bytes."""
+    from quack_lm.build import open_data  # late: status and collect need no torch
+    from quack_lm.config import instantiate
+
+    for data, size in {(json.dumps(c.config["data"]), c.config["model"]["vocab_size"]) for c in plan.cells}:
+        open_data(instantiate({**json.loads(data), "verify_checksums": False}), size)
+
+
+def show_status(plan: Plan, directory: Path) -> None:
+    """What the run directories say, and slurm; the former also where the latter does not answer."""
+    if not cluster.was_submitted(directory):
+        print(progress.status_table(plan.cells))
+        return
+    try:
+        tasks = cluster.tasks_of(directory)
+    except UserError:
+        print(progress.status_table(plan.cells))
+        raise
+    print(progress.status_table(plan.cells, tasks))
+
+
+def take_over(plan: Plan, command: Command) -> None:
     for other in command.reuse:
         print(f"{len(reuse(plan.cells, other))} runs reused from {other}")
+
+
+def train(plan: Plan, command: Command, directory: Path) -> int:
+    take_over(plan, command)
     outcome = local.run(plan.cells, stop=plan.stop, jobs=command.jobs, threads=command.threads)
     print(runs.as_text(collected.load(directory)))
     if outcome.signal:
@@ -169,18 +248,31 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     command = parse(arguments)
+    if command.verb == "task":
+        if command.file is None:
+            raise UserError("file=... is missing: a file that submit wrote, with index=... for the run in it")
+        cluster.run_task(command.file, command.index)
     directory = command.directory
     if directory is None:
-        raise UserError("say which sweep: sweep=quickstart, or dir=... for status and collect; see --help")
+        raise UserError("say which sweep: sweep=quickstart, or dir=... for status, cancel and collect; see --help")
     if command.verb == "status":
-        print(progress.status_table(read_plan(directory).cells))
+        show_status(read_plan(directory), directory)
+    elif command.verb == "cancel":
+        jobs = cluster.cancel(directory) if read_plan(directory) else []
+        print(f"canceled {', '.join(f'job {job}' for job in jobs)}" if jobs else "no job of this sweep is in the queue")
     elif command.verb == "collect":
         for path in collected.write(directory, command.out):
             print(path)
-    elif command.verb == "plan":
-        print_plan(make_plan(command, directory), command)
     else:
-        return train(make_plan(command, directory), command, directory)
+        plan = make_plan(command, directory)
+        if command.verb == "submit":
+            submit(plan, command, directory)
+            return 0
+        write_plan(directory, plan)
+        if command.verb == "plan":
+            print_plan(plan, command)
+        else:
+            return train(plan, command, directory)
     return 0
 
 

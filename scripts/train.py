@@ -13,8 +13,8 @@ and every key inside a group can be set alone. Other flags:
     -h, --help      this text
 
 The run directory gets config.yaml, environment.json, metrics.jsonl, summary.json and checkpoints/. Calling the same
-command again continues an unfinished run. Exit codes: 0 completed, diverged or interrupted; 2 a mistake in the
-settings; 1 a crash.
+command again continues an unfinished run. On a slurm cluster, slurm/train.sbatch starts it. Exit codes: 0 completed,
+diverged or interrupted; 2 a mistake in the settings; 1 a crash.
 """
 
 import os
@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> int:
     # Imported late: --help and a mistake in the settings need not wait for it.
     from quack_lm.build import build, check_run, make_model
     from quack_lm.model import count_parameters
+    from quack_lm.slurm import requeue_if_time_is_up
     from quack_lm.train import summarize, train
 
     if is_check:
@@ -66,6 +67,7 @@ def main(arguments: list[str]) -> int:
     run.world.close()
     if run.world.is_main:
         print(f"{status} at step {run.progress.step}: validation loss {run.progress.val_loss:.4f}, {plan.run_dir}")
+        requeue_if_time_is_up(run.stopped_by if status == "interrupted" else None)
     return 0
 
 

@@ -506,12 +506,15 @@ def test_help_and_mistakes_on_the_command_line():
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
 
-    assert "plan|run|resume|status|collect" in call("--help").stdout
+    assert "plan|run|resume|submit|status|cancel|collect" in call("--help").stdout
     for arguments, message in [
         (["rnu", "sweep=quickstart"], "unknown verb rnu"),
         (["run"], "say which sweep"),
         (["sweep=quickstart", "jobs=0"], "jobs=0"),
         (["run", "sweep=quickstart", "--fast"], "--fast"),
+        (["run", "sweep=quickstart", "nodes=2"], "nodes=2 has no meaning for run, only for submit"),
+        (["task", "index=0"], "file=... is missing"),
+        (["task", "file=/nowhere/submitted/0001.json"], "0001.json"),
     ]:
         done = call(*arguments)
         assert done.returncode == 2

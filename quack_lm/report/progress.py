@@ -1,19 +1,35 @@
 """How far the runs of a sweep have come, from the ends of their files."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from quack_lm.outcome import kind_of_end
-from quack_lm.report.table import Table, duration, loss, per_second
+from quack_lm.report.table import NO_NUMBER, Table, duration, loss, per_second
+from quack_lm.slurm import Task
 from quack_lm.sweep.cell import Cell
 
 
-def status_table(cells: Sequence[Cell]) -> str:
-    """One row per run with its step, loss, speed and time left, and the number of each status."""
+def status_table(cells: Sequence[Cell], tasks: Mapping[str, Task] | None = None) -> str:
+    """One row per run with its step, loss, speed and time left, and the number of each status.
+
+    `tasks`, where jobs were submitted, are slurm's newest for each run by its name.
+    """
+    header: tuple[str, ...] = ("run", "status", "step", "of", "loss", "tok/s", "time left")
     rows = [_row(cell) for cell in cells]
-    table = Table(header=("run", "status", "step", "of", "loss", "tok/s", "time left"), rows=rows, numeric=range(2, 7))
     counts = Counter(row[1] for row in rows)
-    return f"{table.as_text()}\n\n{len(rows)} runs: {', '.join(f'{n} {status}' for status, n in counts.items())}"
+    total = f"{len(rows)} runs: {', '.join(f'{n} {status}' for status, n in counts.items())}"
+    if tasks is not None:
+        header = (*header, "job", "slurm")
+        rows = [(*row, *_job(tasks.get(cell.name))) for row, cell in zip(rows, cells, strict=True)]
+        states = Counter(task.state.lower() for task in tasks.values() if task.is_active)
+        total += f"; in slurm: {', '.join(f'{n} {state}' for state, n in states.items()) or 'nothing queued'}"
+    return f"{Table(header=header, rows=rows, numeric=range(2, 7)).as_text()}\n\n{total}"
+
+
+def _job(task: Task | None) -> tuple[str, str]:
+    if task is None:
+        return NO_NUMBER, NO_NUMBER
+    return str(task), task.state.lower() + (f" ({task.reason})" if task.state == "PENDING" else "")
 
 
 def _row(cell: Cell) -> tuple[str, ...]:

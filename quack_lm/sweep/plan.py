@@ -40,22 +40,22 @@ def make_cells(sweep: Sweep, directory: Path, overrides: Sequence[str] = ()) -> 
     return list(cells.values())
 
 
-def write_plan(directory: Path, plan: Plan) -> None:
-    """Write plan.json whole or not at all."""
+def write_plan(directory: Path, plan: Plan, file: str = PLAN_FILE) -> None:
+    """Write plan.json, or another file of the sweep directory, whole or not at all."""
     cells = [
         {"name": c.name, "fingerprint": c.fingerprint, "overrides": c.overrides, "config": c.config} for c in plan.cells
     ]
     head = {"sweep": plan.sweep, "question": plan.question, "command": plan.command}
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / PLAN_FILE, {**head, "stop": asdict(plan.stop) if plan.stop else None, "cells": cells})
+    (directory / file).parent.mkdir(parents=True, exist_ok=True)
+    write_json(directory / file, {**head, "stop": asdict(plan.stop) if plan.stop else None, "cells": cells})
 
 
-def read_plan(directory: Path) -> Plan:
+def read_plan(directory: Path, file: str = PLAN_FILE) -> Plan:
     """The plan of a sweep directory, wherever the directory lies now."""
-    path = directory / PLAN_FILE
+    path = directory / file
     if not path.is_file():
         raise UserError(
-            f"{directory}: no {PLAN_FILE} here; python scripts/sweep.py plan sweep=... dir={directory} writes it"
+            f"{directory}: no {file} here; python scripts/sweep.py plan sweep=... dir={directory} writes it"
         )
     document = json.loads(path.read_text())
     cells = [

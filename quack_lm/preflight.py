@@ -1,0 +1,213 @@
+"""Checks before a long run: each rank looks at its own machine, and one table says what all of them found.
+
+    config, batch, GPUs, packages, clocks -> data -> run directory, disk space -> the ranks reach each other
+
+Nothing is created in the run directory. What can only be wrong inside a job (GPUs, other nodes) is checked there.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from quack_lm.errors import UserError
+from quack_lm.parallel import World
+
+PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "wandb", "safetensors")
+# More than the hand-out of results through the group takes; ntp keeps clocks of a cluster within milliseconds.
+MAX_CLOCK_SKEW_S = 2.0
+ALL_REDUCE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+# Weights in float32 and at most two moments of the optimizer for each.
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `is_ok` None is a remark."""
+
+    check: str
+    is_ok: bool | None
+    found: str
+
+
+def attempt(check: str, look: Callable[[], str]) -> Row:
+    """What looking found, or the mistake that it met."""
+    try:
+        return Row(check, True, look())
+    except UserError as error:
+        return Row(check, False, " ".join(str(error).split()))
+
+
+# ------------------------------------------------------------------------------------------------ one rank alone
+
+
+def facts_of_this_rank(world: World) -> dict[str, Any]:
+    """What has to be the same on every rank, and who this one is."""
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "rank": world.rank,
+        "host": platform.node(),
+        "gpus": [f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus],
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def check_disk(run_dir: Path, *, n_params: int, kept: int) -> str:
+    """That the checkpoints which are kept fit, and the one that is written before the oldest goes."""
+    needed = CHECKPOINT_BYTES_PER_PARAMETER * n_params * (kept + 1)
+    there = sum(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*") if path.is_file())
+    free = shutil.disk_usage(_nearest(run_dir)).free + there
+    text = f"{_size(free)} free for {kept} + 1 checkpoints of up to {_size(needed / (kept + 1))}"
+    if free < needed:
+        raise UserError(
+            f"{text}: {_size(needed - free)} missing where run_dir={run_dir} lies; choose another run_dir, or fewer "
+            f"trainer.keep_checkpoints than {kept}"
+        )
+    return text
+
+
+def check_write_access(run_dir: Path) -> str:
+    """Writes a file without a name, which is gone when closed; the permission bits alone do not tell on NFS."""
+    place = _nearest(run_dir)
+    try:
+        with tempfile.TemporaryFile(dir=place if place != run_dir else run_dir.absolute().parent) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: {place} cannot be written to: {error.strerror}; choose another") from None
+    if not os.access(place, os.W_OK):
+        raise UserError(f"run_dir={run_dir} cannot be written to; choose another")
+    return f"{place} can be written to"
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.3g} GB"
+
+
+# ------------------------------------------------------------------------------------------------ all ranks
+
+
+def gather(value: Any, world: World) -> list[Any]:
+    """Before: one value per rank, made of what JSON has. After: all of them in order of rank, on every rank."""
+    if world.size == 1:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world.size)]
+    dist.all_gather(sizes, torch.tensor([len(text)]))
+    longest = int(max(sizes))
+    padded = torch.cat([text, torch.zeros(longest - len(text), dtype=torch.uint8)])
+    everyone = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world.size)]
+    dist.all_gather(everyone, padded)
+    return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(everyone, sizes, strict=True)]
+
+
+def compare(facts: Sequence[dict[str, Any]], *, device: str) -> list[Row]:
+    """Whether the ranks have the same software and GPUs."""
+    first = facts[0]
+    rows = [_packages(facts), Row("ranks", None, f"{len(facts)} on {', '.join(_by_host(facts))}")]
+    odd = next((other for other in facts if other["gpus"] != first["gpus"]), None)
+    if odd:
+        found = f"rank {odd['rank']} on {odd['host']} has {odd['gpus'] or 'none'}, rank 0 has {first['gpus'] or 'none'}"
+        rows.append(Row("GPUs", device != "cuda", found))
+    elif first["gpus"]:
+        rows.append(Row("GPUs", True, f"{len(first['gpus'])} x {first['gpus'][0]} on every node"))
+    else:
+        rows.append(Row("GPUs", False if device == "cuda" else None, "none here: this would train on the CPU"))
+    return rows
+
+
+def _packages(facts: Sequence[dict[str, Any]]) -> Row:
+    first = facts[0]["versions"]
+    missing = sorted({name for fact in facts for name, version in fact["versions"].items() if version == "missing"})
+    if missing:
+        return Row("packages", False, f"{', '.join(missing)} missing: install the project, pip install -e .")
+    for fact in facts[1:]:
+        for name, version in fact["versions"].items():
+            if version != first[name]:
+                where = f"{name} is {version} on {fact['host']} but {first[name]} on {facts[0]['host']}"
+                return Row("packages", False, f"{where}; use one environment for all nodes")
+    return Row("packages", True, ", ".join(f"{name} {first[name]}" for name in ("python", "torch", "numpy")))
+
+
+def _by_host(facts: Sequence[dict[str, Any]]) -> list[str]:
+    hosts: dict[str, list[str]] = {}
+    for fact in facts:
+        hosts.setdefault(fact["host"], []).append(str(fact["rank"]))
+    return [f"{host} ({', '.join(ranks)})" for host, ranks in hosts.items()]
+
+
+def check_clocks(world: World) -> Row:
+    """The spread of the ranks' clocks, read right after a barrier."""
+    world.barrier()
+    clocks = gather(time.time(), world)
+    skew = max(clocks) - min(clocks)
+    advice = "" if skew <= MAX_CLOCK_SKEW_S else f"; more than {MAX_CLOCK_SKEW_S:g} s: is ntp running on every node?"
+    return Row("clocks", skew <= MAX_CLOCK_SKEW_S, f"within {skew:.2g} s{advice}")
+
+
+def check_all_reduce(world: World, *, device: str, timeout_s: float) -> Row:
+    """That a sum over the ranks is right, and the bandwidth that it reaches on the bus, as NCCL's own tests count."""
+    backend = "nccl" if device == "cuda" else "gloo"
+    try:
+        # A group of its own: that of the world is gloo, so that a broken GPU cannot keep the table from being made.
+        group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s))
+        place = torch.device(device, world.local_rank) if device == "cuda" else torch.device(device)
+        if device == "cuda":
+            torch.cuda.set_device(place)
+        n_bytes, best = ALL_REDUCE_BYTES[device], math.inf
+        for _ in range(4):
+            values = torch.full((n_bytes // 4,), float(world.rank + 1), device=place)
+            _wait(place)
+            start = time.perf_counter()
+            dist.all_reduce(values, group=group)
+            _wait(place)
+            best = min(best, time.perf_counter() - start)
+        is_right = bool((values == world.size * (world.size + 1) / 2).all())
+    except RuntimeError as error:
+        return Row("all-reduce", False, f"{backend}: {str(error).splitlines()[0]}")
+    bandwidth = 2 * (world.size - 1) / world.size * n_bytes / best / 1e9
+    found = f"{backend}, {bandwidth:.3g} GB/s for {n_bytes >> 20} MiB" if is_right else f"{backend}: a wrong sum"
+    return Row("all-reduce", is_right, found)
+
+
+def _wait(place: torch.device) -> None:
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+
+
+def merge(rows_by_rank: Sequence[Sequence[Row]], hosts: Sequence[str]) -> list[Row]:
+    """One row per check: that of the first rank where all agree that it is fine, else the first complaint."""
+    merged = []
+    for rows in zip(*rows_by_rank, strict=True):
+        bad = next((rank for rank, row in enumerate(rows) if row.is_ok is False), None)
+        if bad is None:
+            merged.append(rows[0])
+        else:
+            where = f"rank {bad} on {hosts[bad]}: " if len(rows) > 1 else ""
+            merged.append(Row(rows[bad].check, False, where + rows[bad].found))
+    return merged

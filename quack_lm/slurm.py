@@ -1,0 +1,185 @@
+"""What slurm says of this process, and what is asked of slurm: the only file that knows its variables and commands.
+
+`srun` starts one task per rank and tells each its place in the environment, so no other launcher is needed: signals
+reach every rank and exit codes pass through. Commands are argument lists, never shell strings, and have a time limit:
+clients of a dead controller hang.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quack_lm.errors import UserError
+
+# A dead controller keeps clients for about 9 s before they give up by themselves; a busy one answers late.
+TIMEOUT_S = 30.0
+# Set by our batch scripts: this job wants to go on after its time limit.
+REQUEUE = "QUACK_REQUEUE"
+# `#SBATCH --signal` sends it before the time limit. SIGTERM is not answered with a requeue: after a preemption slurm
+# requeues by itself, and after scancel nobody wants it.
+TIME_IS_UP = "SIGUSR1"
+# In these states a job will do nothing any more; in all others it may.
+ENDED = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("PREEMPTED", "REVOKED", "TIMEOUT"),
+}
+
+
+# ------------------------------------------------------------------------------------------------ inside a job
+
+
+@dataclass(frozen=True)
+class Step:
+    """This task among those that one srun started."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def current_step(environment: Mapping[str, str] = os.environ) -> Step | None:
+    """This process as a task of srun; None elsewhere.
+
+    A batch script and a shell of salloc are told of the whole job's tasks too, but start none of them: only a step has
+    a number.
+    """
+    if "SLURM_STEP_ID" not in environment:
+        return None
+    try:
+        rank, local_rank, node = (int(environment[f"SLURM_{key}"]) for key in ("PROCID", "LOCALID", "NODEID"))
+        size = int(environment["SLURM_STEP_NUM_TASKS"])
+        return Step(rank, size, local_rank, tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node])
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"slurm's variables of this step are incomplete ({type(error).__name__}: {error}): start the ranks with "
+            "srun, or unset SLURM_STEP_ID for a process of its own"
+        ) from None
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """`2(x3),1` -> [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise ValueError(f"cannot read {text!r} as tasks per node")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """(host, port) where the ranks of this step meet: MASTER_ADDR and MASTER_PORT where given, else the step's first
+    node and a port that follows from the job's number."""
+    host = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    # Below the ports that systems hand out to clients; each task of an array has a number of its own.
+    number = int(environment.get("SLURM_JOB_ID", 0)) + int(environment.get("SLURM_STEP_ID", 0))
+    try:
+        return host, int(environment.get("MASTER_PORT") or 10_000 + number % 20_000)
+    except ValueError:
+        raise UserError(f"MASTER_PORT={environment['MASTER_PORT']} must be a number; or leave it unset") from None
+
+
+def _first_host(nodes: str) -> str:
+    try:
+        return call(["scontrol", "show", "hostnames", nodes]).split()[0]
+    except (UserError, IndexError) as error:
+        raise UserError(
+            f"no host name follows from SLURM_STEP_NODELIST={nodes!r} ({error}); set MASTER_ADDR to the first node's"
+        ) from None
+
+
+def requeue_if_time_is_up(stopped_by: str | None, environment: Mapping[str, str] = os.environ) -> None:
+    """Queue this very job again, when it asked for that and its time limit ended the run; says so, or why it cannot."""
+    if stopped_by != TIME_IS_UP or environment.get(REQUEUE) != "1" or "SLURM_JOB_ID" not in environment:
+        return
+    job = environment["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    print(f"time is up: requeueing job {job}, which continues from this checkpoint", flush=True)
+    try:
+        call(["scontrol", "requeue", job])
+    except UserError as error:
+        print(f"error: job {job} is not requeued ({error}); submit it again to continue", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ outside of it
+
+
+def call(command: Sequence[str], *, name: str | None = None, timeout_s: float = TIMEOUT_S) -> str:
+    """What one of slurm's commands prints; UserError where there is no slurm, or it refuses or does not answer.
+
+    `name` is the command that a script in its place ends up as.
+    """
+    name = name or command[0]
+    if shutil.which(name) is None:
+        raise UserError(f"{name} not found: this needs a machine of a slurm cluster; sweep.py run needs none")
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{name} did not answer within {timeout_s:g} s: the controller of slurm is down or busy; look at "
+            "scontrol ping, and try again"
+        ) from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        unreachable = "; is slurmctld up? look at scontrol ping, and try again"
+        is_down = re.search(r"contact slurm controller|connect failure|configuration source|timed out", said)
+        raise UserError(f"{name}: {said}{unreachable if is_down else ''}")
+    return done.stdout
+
+
+def max_array_size() -> int:
+    """The number of tasks that one job array may have."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", call(["scontrol", "show", "config"]), flags=re.MULTILINE)
+    return int(match[1]) if match else 1001
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a job array as slurm shows it."""
+
+    job: int
+    index: int
+    state: str
+    reason: str
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it is queued, running, or about to be again."""
+        return self.state not in ENDED
+
+    def __str__(self) -> str:
+        return f"{self.job}_{self.index}"
+
+
+def job_name(file: Path) -> str:
+    """The name of the job array that trains the cells of this file: no other file has it, wherever it lies."""
+    return f"quack-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}"
+
+
+def array_tasks(names: Sequence[str]) -> dict[str, list[Task]]:
+    """The tasks that slurm still remembers of the arrays with these job names."""
+    if not names:
+        return {}
+    tasks: dict[str, list[Task]] = {}
+    wanted = [f"--name={','.join(names)}", "--format=%j|%F|%K|%T|%r"]
+    for line in call(["squeue", "--noheader", "--array", "--states=all", *wanted]).splitlines():
+        name, job, index, state, reason = (part.strip() for part in line.split("|", 4))
+        if index.isdecimal():
+            tasks.setdefault(name, []).append(Task(int(job), int(index), state, reason))
+    return tasks
+
+
+def cancel(jobs: Sequence[int]) -> None:
+    """Cancel these jobs with all tasks of their arrays."""
+    if jobs:
+        call(["scancel", *map(str, sorted(set(jobs)))])

@@ -1,0 +1,109 @@
+"""Look before a long run: takes the arguments of scripts/train.py, trains nothing, prints one table and one verdict.
+
+    python scripts/preflight.py attention=mla stabilizer=quack data.dir=/data/cosmopedia_v2      # on the login node
+    srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python scripts/preflight.py ...         # inside a job
+    torchrun --nproc-per-node 8 scripts/preflight.py ...
+
+Checked are the config, the data against their checksums, that the run directory can be written to and holds no other
+run, space for the checkpoints, and package versions; with several processes also that all find the same GPUs, data
+and packages, that they reach each other and how fast, and their clocks. Nothing is created in the run directory.
+Exit codes: 0 ready; 2 something is wrong.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from quack_lm.config import compose
+from quack_lm.errors import UserError, exit_on_user_error
+
+# Long enough for a node whose file system is slow to load Python from.
+JOIN_TIMEOUT_S = 180.0
+
+
+def main(arguments: list[str]) -> int:
+    """Check, print, and say how it went."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    if flag := next((argument for argument in arguments if argument.startswith("-")), None):
+        raise UserError(f"unknown flag {flag}; settings are key=value, and --help explains")
+    config = compose(arguments)
+
+    # Imported late: --help and a mistake in the settings need not wait for it.
+    from quack_lm.parallel import default_device, launched_world, start_world
+    from quack_lm.preflight import Row, check_all_reduce, check_clocks, compare, facts_of_this_rank, gather, merge
+    from quack_lm.report.table import Table
+
+    wanted = config["trainer"]["device"]
+    device = default_device() if wanted == "auto" else wanted
+    try:
+        # On the CPU whatever the run uses: a GPU that does not work must not keep the ranks from telling.
+        world = start_world(device="cpu", is_wrapped=launched_world()[1] > 1, timeout_s=JOIN_TIMEOUT_S)
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"the processes did not reach each other, check MASTER_ADDR and the network: {first}") from None
+    mine = own_rows(config, device)
+    facts = gather(facts_of_this_rank(world), world)
+    everyone = gather([[row.check, row.is_ok, row.found] for row in mine], world)
+    rows = merge([[Row(*row) for row in rows] for rows in everyone], [fact["host"] for fact in facts])
+    rows += compare(facts, device=device)
+    if world.size > 1:
+        rows.append(check_clocks(world))
+        if not any(row.check == "GPUs" and row.is_ok is False for row in rows):
+            rows.append(check_all_reduce(world, device=device, timeout_s=JOIN_TIMEOUT_S))
+    is_ready = not gather(any(row.is_ok is False for row in rows), world).count(True)
+    if world.is_main:
+        words = {True: "ok", False: "WRONG", None: "-"}
+        print(Table(header=("check", "", "found"), rows=[(r.check, words[r.is_ok], r.found) for r in rows]).as_text())
+        print("\nready to train" if is_ready else "\nNOT READY: mend what is marked WRONG")
+    world.close()
+    return 0 if is_ready else 2
+
+
+def own_rows(config: dict[str, Any], device: str) -> list[Any]:
+    """The checks that a rank makes alone, the same ones in the same order on each."""
+    from quack_lm.attention.scores import check_backend
+    from quack_lm.build import check_batch, check_run_dir, default_run_dir, make_model, open_data
+    from quack_lm.config import instantiate
+    from quack_lm.model import count_parameters
+    from quack_lm.parallel import check_world, launched_world
+    from quack_lm.preflight import attempt, check_disk, check_write_access
+
+    settings = instantiate(config["trainer"])
+    run_dir = Path(config["run_dir"] or default_run_dir(config))
+    counts: dict[str, int] = {}
+
+    def model() -> str:
+        counts.update(count_parameters(make_model(config, backend="eager")))
+        if device == "cuda" or settings.device == "cpu":  # else a login node, where the GPU that it may need is not
+            check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
+        return f"{counts['total']:,} parameters"
+
+    def processes() -> str:
+        check_world(device=device, replicas=settings.replicas)
+        check_batch(settings, launched_world()[1])
+        return f"{launched_world()[1]} on {device}, {settings.global_batch_size} sequences a step"
+
+    def data() -> str:
+        opened = open_data(instantiate(config["data"]), config["model"]["vocab_size"])
+        for split in ("train", "val", "probe"):
+            opened.windows(split, settings.seq_len)
+        return f"{config['data']['dir']}, {opened.manifest.split('train').tokens:,} training tokens"
+
+    def directory() -> str:
+        resumes_from, finished = check_run_dir(run_dir, config, settings)
+        state = f"finished already: {finished}" if finished else f"continues from {resumes_from}"
+        return f"{run_dir}: {state if finished or resumes_from else 'a new run'}"
+
+    def disk() -> str:
+        return check_disk(run_dir, n_params=counts.get("total", 0), kept=settings.keep_checkpoints)
+
+    looks = {"model": model, "processes": processes, "data": data, "run directory": directory}
+    looks |= {"write access": lambda: check_write_access(run_dir), "disk space": disk}
+    return [attempt(check, look) for check, look in looks.items()]
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        sys.exit(main(sys.argv[1:]))

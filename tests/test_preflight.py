@@ -1,0 +1,88 @@
+"""The look before a long run: on a login node, and from inside a job of two ranks."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import REPOSITORY, SMALL
+
+from quack_lm.errors import UserError
+from quack_lm.preflight import Row, check_disk, check_write_access, compare, merge
+
+
+def preflight(overrides: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*launcher, "scripts/preflight.py", *SMALL, *overrides]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+
+
+def test_a_login_node_says_ready_and_leaves_nothing_behind(tmp_path: Path, tiny_data: list[str]) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    done = preflight([*tiny_data, f"run_dir={tmp_path / 'run'}"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("ready to train\n")
+    for check in ("model", "processes", "data", "run directory", "write access", "disk space", "packages", "GPUs"):
+        assert f"\n{check} " in done.stdout
+    assert "a new run" in done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_ranks_measure_their_all_reduce_and_clocks(tmp_path: Path, tiny_data: list[str]) -> None:
+    done = preflight([*tiny_data, f"run_dir={tmp_path / 'run'}"], ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "GB/s for 4 MiB" in done.stdout
+    assert "within" in done.stdout
+    assert "(0, 1)" in done.stdout
+    # One table, whatever the number of ranks.
+    assert done.stdout.count("ready to train") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_that_is_wrong_is_in_the_table(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    done = preflight(["data.dir=/nowhere", f"run_dir={tmp_path / 'run'}", "trainer.micro_batch_size=7"])
+    assert done.returncode == 2
+    assert done.stdout.count("WRONG  ") == 3, done.stdout
+    for said in ("/nowhere", "without their config.yaml", "trainer.global_batch_size=12 must be a multiple"):
+        assert said in done.stdout
+    assert done.stdout.endswith("NOT READY: mend what is marked WRONG\n")
+
+
+def test_a_mistake_in_the_settings_is_one_line() -> None:
+    done = preflight(["optimizer.lrr=1"])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "did you mean optimizer.lr" in done.stderr
+
+
+def test_space_is_needed_for_one_checkpoint_more_than_is_kept(tmp_path: Path) -> None:
+    assert "for 2 + 1 checkpoints of up to 0.012 GB" in check_disk(tmp_path / "run", n_params=1_000_000, kept=2)
+    with pytest.raises(UserError, match=r"missing where run_dir=.*trainer\.keep_checkpoints than 2"):
+        check_disk(tmp_path / "run", n_params=10**15, kept=2)
+
+
+def test_a_directory_that_is_no_place_to_write_is_refused() -> None:
+    with pytest.raises(UserError, match="run_dir=/proc/mine"):
+        check_write_access(Path("/proc/mine"))
+
+
+def test_unequal_ranks_are_named() -> None:
+    one = {"rank": 0, "host": "a", "gpus": ["H100 80 GiB"] * 2, "versions": {"python": "3", "torch": "2", "numpy": "2"}}
+    same = {**one, "rank": 1}
+    assert all(row.is_ok is not False for row in compare([one, same], device="cuda"))
+    other = {**one, "rank": 1, "host": "b", "gpus": [], "versions": {**one["versions"], "torch": "1"}}
+    bad = [row.found for row in compare([one, other], device="cuda") if row.is_ok is False]
+    assert bad == [
+        "torch is 1 on b but 2 on a; use one environment for all nodes",
+        "rank 1 on b has none, rank 0 has ['H100 80 GiB', 'H100 80 GiB']",
+    ]
+
+
+def test_the_first_complaint_about_a_check_is_shown_with_its_rank() -> None:
+    fine, bad = Row("data", True, "there"), Row("data", False, "gone")
+    assert merge([[fine], [fine]], ["a", "b"]) == [fine]
+    assert merge([[fine], [bad]], ["a", "b"]) == [Row("data", False, "rank 1 on b: gone")]
+    assert merge([[bad]], ["a"]) == [bad]

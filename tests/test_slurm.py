@@ -1,0 +1,505 @@
+"""Real jobs on a real slurm: two nodes, counted GPUs and preemption, all on this machine (tests/slurm_cluster.sh)."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train import SMALL, run_here, summary
+
+from quack_lm import slurm
+from quack_lm.errors import UserError
+from quack_lm.sweep import cluster as jobs
+from quack_lm.sweep.file import override_value
+from quack_lm.sweep.plan import read_plan
+
+ROOT = Path(__file__).resolve().parents[1]
+SWEEP = ROOT / "scripts" / "sweep.py"
+CLUSTER = ROOT / "tests" / "slurm_cluster.sh"
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+
+# The GPUs of these nodes are only counted.
+CPU = "trainer.device=cpu"
+# Steps of some milliseconds, and nothing between them, for runs that a test interrupts.
+PLAIN = ["trainer.val_every=0", "trainer.probe_every=0", "logger.log_every=1"]
+ENDLESS = [*PLAIN, "trainer.steps=100000", "trainer.checkpoint_every=20"]
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody listens at."""
+    for first in range(20_000 + os.getpid() % 5000, 32_000, count):
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise AssertionError("no free ports")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The state directory of a running cluster."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        why = f"{', '.join(missing)} not found" if missing else "starting slurm needs root"
+        message = f"NOT TESTED: slurm ({why}); `bash {CLUSTER.relative_to(ROOT)} install` as root installs it"
+        warnings.warn(message, stacklevel=1)
+        pytest.skip(message)
+    state = tmp_path_factory.mktemp("slurm")
+    start = subprocess.run(["bash", CLUSTER, "start", state, str(free_ports(3))], capture_output=True, text=True)
+    try:
+        assert start.returncode == 0, start.stderr
+        yield state
+    finally:
+        subprocess.run(["bash", CLUSTER, "stop", state], check=True, timeout=120)
+
+
+class Site:
+    """A login node: commands with the cluster's environment, from a working directory of the test's own."""
+
+    def __init__(self, state: Path, folder: Path) -> None:
+        self.state, self.folder = state, folder
+        self.environment = {**os.environ, "SLURM_CONF": str(state / "slurm.conf")}
+        # The nodes' names are made up, and all on this machine.
+        self.environment |= {"MASTER_ADDR": "127.0.0.1", "QUACK_SITE": str(folder / "site.sh"), "OMP_NUM_THREADS": "1"}
+        self.write_site()
+
+    def write_site(self, *flags: str) -> None:
+        lines = [f"SBATCH_FLAGS=({shlex.join(flags)})", f"PYTHON=({shlex.quote(sys.executable)})"]
+        (self.folder / "site.sh").write_text("\n".join(lines) + "\n")
+
+    def call(self, *command: object, check: bool = True) -> str:
+        done = self.run(*command)
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def run(self, *command: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(part) for part in command],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    def train(self, run_dir: Path, overrides: list[str], *flags: str) -> str:
+        """Submit slurm/train.sbatch; the job's number."""
+        submit = ["bash", ROOT / "slurm/submit.sh", "--parsable", *flags, ROOT / "slurm/train.sbatch"]
+        return self.call(*submit, *SMALL, CPU, *overrides, f"run_dir={run_dir}")
+
+    def sweep(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, SWEEP, verb, *arguments)
+
+    def show(self, job: str) -> dict[str, str]:
+        words = self.call("scontrol", "show", "job", "-o", job).split("\n")[0].split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def log(self, job: str) -> str:
+        path = self.folder / f"slurm-{job}.out"
+        return path.read_text() if path.exists() else "nothing"
+
+    def wait_for_end(self, job: str, seconds: float = 200) -> str:
+        """The state in which the job has ended; a wait after a requeue is cut short."""
+
+        def ended() -> bool:
+            seen = self.show(job)
+            if seen["JobState"] == "PENDING" and seen["Reason"] == "BeginTime":
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+            return seen["JobState"] in slurm.ENDED
+
+        until(ended, lambda: f"job {job} is {self.show(job)['JobState']}\n{self.log(job)}", seconds)
+        return self.show(job)["JobState"]
+
+
+@pytest.fixture
+def site(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    site = Site(cluster, folder)
+    # For what a test asks of slurm in this process.
+    monkeypatch.setenv("SLURM_CONF", site.environment["SLURM_CONF"])
+    return site
+
+
+def until(condition: Callable[[], Any], what: Callable[[], str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.2)
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def wait_for_steps(site: Site, job: str, run_dir: Path, count: int) -> None:
+    until(lambda: len(steps_of(run_dir)) > count, lambda: f"{site.show(job)}\n{site.log(job)}")
+
+
+def assert_every_step_once(run_dir: Path) -> None:
+    seen = summary(run_dir)
+    assert steps_of(run_dir) == list(range(seen["step"] + 1))
+
+
+# ------------------------------------------------------------------------------------------------ one run
+
+
+def test_a_job_of_two_ranks_on_two_nodes_trains_like_torchrun_would(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    overrides = [*tiny_data, "stabilizer=quack"]
+    job = site.train(tmp_path / "run", overrides, "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
+    assert site.wait_for_end(job) == "COMPLETED", site.log(job)
+    seen = summary(tmp_path / "run")
+    assert (seen["status"], seen["world_size"], seen["step"]) == ("completed", 2, 8)
+    assert site.show(job)["NumNodes"] == "2"
+    # Only the first rank speaks.
+    assert site.log(job).count("completed at step 8") == 1
+    run_here(overrides, tmp_path / "alone")
+    assert summary(tmp_path / "alone")["val_loss"] == pytest.approx(seen["val_loss"], abs=2e-4)
+
+
+def test_a_mistake_in_the_settings_fails_the_job_with_one_line(site: Site, tmp_path: Path) -> None:
+    job = site.train(tmp_path / "run", ["data.dir=/nowhere"])
+    assert site.wait_for_end(job) == "FAILED"
+    assert site.show(job)["ExitCode"] == "2:0"
+    assert site.show(job)["Restarts"] == "0"
+    (line,) = [line for line in site.log(job).splitlines() if line.startswith("error: ")]
+    assert "/nowhere" in line
+    assert "Traceback" not in site.log(job)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preempted_run_saves_and_is_requeued_once_to_the_same_end(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    run_dir, overrides = tmp_path / "run", [*tiny_data, "stabilizer=quack", *PLAIN, "trainer.steps=1200"]
+    overrides += ["logger.wandb=offline"]
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--exclusive"]
+    job = site.train(run_dir, overrides, *flags)
+    wait_for_steps(site, job, run_dir, 20)
+    urgent = site.call("sbatch", "--parsable", "--partition=urgent", *flags, "--wrap", "sleep 1")
+    assert site.wait_for_end(urgent) == "COMPLETED"
+    until(lambda: site.show(job)["JobState"] == "PENDING", lambda: f"{site.show(job)}\n{site.log(job)}")
+    stopped = summary(run_dir)
+    assert (stopped["status"], stopped["reason"]) == ("interrupted", "asked to stop by SIGTERM")
+    assert site.wait_for_end(job) == "COMPLETED"
+    # Slurm requeued it, and nobody else.
+    assert site.show(job)["Restarts"] == "1"
+    assert "requeueing" not in site.log(job)
+    assert site.log(job).count("start 1") == site.log(job).count("start 2") == 1
+    assert summary(run_dir)["status"] == "completed"
+    assert_every_step_once(run_dir)
+    # One run on W&B, in two pieces that a sync joins by its id.
+    pieces = sorted((run_dir / "wandb").glob("offline-run-*"))
+    assert len(pieces) == 2
+    assert len({piece.name.rpartition("-")[2] for piece in pieces}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_time_limit_saves_and_requeues_until_the_run_is_complete(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    run_dir, overrides = tmp_path / "run", [*tiny_data, "stabilizer=quack", *PLAIN, "trainer.steps=8000"]
+    # Slurm looks at the clock every 30 s, so the signal comes between 29 and 59 s after the start.
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--time=1", "--signal=USR1@1"]
+    job = site.train(run_dir, overrides, *flags)
+    until(lambda: "time is up: requeueing" in site.log(job), lambda: site.log(job), 150)
+    until(lambda: site.show(job)["Restarts"] == "1", lambda: f"{site.show(job)}\n{site.log(job)}")
+    stopped = summary(run_dir)
+    assert (stopped["status"], stopped["reason"]) == ("interrupted", "asked to stop by SIGUSR1")
+    assert 0 < stopped["step"] < 8000
+    # The rest at one go.
+    site.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    assert site.wait_for_end(job, 280) == "COMPLETED"
+    assert summary(run_dir)["status"] == "completed"
+    assert_every_step_once(run_dir)
+
+
+def test_a_canceled_job_saves_and_stays_canceled_and_the_same_command_continues(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    job = site.train(run_dir, [*tiny_data, *ENDLESS])
+    wait_for_steps(site, job, run_dir, 5)
+    site.call("scancel", job)
+    assert site.wait_for_end(job) == "CANCELLED"
+    until(lambda: summary(run_dir)["status"] == "interrupted", lambda: site.log(job))
+    stopped = summary(run_dir)["step"]
+    assert site.show(job)["Restarts"] == "0"
+    job = site.train(run_dir, [*tiny_data, *ENDLESS, f"trainer.steps={stopped + 5}"])
+    assert site.wait_for_end(job) == "COMPLETED", site.log(job)
+    assert summary(run_dir)["step"] == stopped + 5
+    assert_every_step_once(run_dir)
+
+
+def test_a_run_goes_on_on_another_node_when_its_own_dies(site: Site, tmp_path: Path, tiny_data: list[str]) -> None:
+    run_dir = tmp_path / "run"
+    job = site.train(run_dir, [*tiny_data, *ENDLESS, "trainer.steps=1500"])
+    wait_for_steps(site, job, run_dir, 25)
+    node = site.show(job)["NodeList"]
+    kill_node(site, node, job)
+    site.call("scontrol", "update", f"NodeName={node}", "State=down", "Reason=test")
+    try:
+        until(lambda: site.show(job)["Restarts"] == "1", lambda: f"{site.show(job)}\n{site.log(job)}")
+        assert site.wait_for_end(job) == "COMPLETED", site.log(job)
+        assert site.show(job)["NodeList"] != node
+    finally:
+        site.call("slurmd", "-N", node, "-f", site.environment["SLURM_CONF"])
+        site.call("scontrol", "update", f"NodeName={node}", "State=resume")
+    assert summary(run_dir)["status"] == "completed"
+    assert_every_step_once(run_dir)
+
+
+def kill_node(site: Site, node: str, job: str) -> None:
+    """What a power cut leaves of a node and of the one job that ran there: nothing."""
+    daemon = int((site.state / f"{node}.pid").read_text())
+    steps = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(f"slurmstepd: [{job}.".encode()):
+                steps.append(int(path.parent.name))
+        except OSError:
+            continue  # it ended meanwhile
+    assert steps
+    for pid in [daemon, *(pid for step in steps for pid in (step, *descendants(step)))]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # srun, for one, ends with its step
+
+
+def descendants(pid: int) -> list[int]:
+    children = [
+        int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
+    ]
+    return [process for child in children for process in (child, *descendants(child))]
+
+
+def test_only_a_task_of_srun_is_a_rank(site: Site) -> None:
+    code = "from quack_lm.slurm import current_step as s; print('found', s())"
+    script = site.folder / "job.sh"
+    python = shlex.join([sys.executable, "-c", code])
+    script.write_text(f"#!/bin/bash\necho bare; {python}; echo srun; srun --label {python}; srun -n1 -N1 {python}\n")
+    job = site.call("sbatch", "--parsable", "--wait", "--nodes=2", "--ntasks-per-node=2", "--exclusive", script)
+    bare, ranks = site.log(job).split("srun\n")
+    assert "found None" in bare
+    found = sorted(line for line in ranks.splitlines() if ":" in line)
+    places = [(0, 0), (1, 1), (2, 0), (3, 1)]
+    assert found == [
+        f"{rank}: found Step(rank={rank}, size=4, local_rank={local}, local_size=2)" for rank, local in places
+    ]
+    assert "found Step(rank=0, size=1, local_rank=0, local_size=1)" in ranks
+    shell = site.call("salloc", "--nodes=2", sys.executable, "-c", code)
+    assert "found None" in shell
+
+
+# ------------------------------------------------------------------------------------------------ a sweep
+
+GRID = "# Why?\nbase: [experiment=tiny]\ngrid: {attention: [mha, mla], stabilizer: [none, quack, qk_norm]}\n"
+
+
+@pytest.fixture
+def small_sweep(site: Site, tmp_path: Path, tiny_data: list[str]) -> Callable[..., list[str]]:
+    """Writes a sweep file; the arguments for it. Its directory has a name that a shell would stumble over."""
+
+    def write(text: str = GRID, *more: str) -> list[str]:
+        (tmp_path / "mine.yaml").write_text(text)
+        overrides = [one for one in SMALL if not one.startswith("experiment=")]
+        name = override_value('it\'s $(touch pwned); "a b"\nc')
+        return [
+            *(f"sweep={tmp_path / 'mine.yaml'}", f"dir={directory(tmp_path)}", *tiny_data, *overrides, CPU),
+            *(f"logger.name={name}", *more),
+        ]
+
+    return write
+
+
+def directory(folder: Path) -> Path:
+    return folder / 'it\'s 50% $(touch pwned); "a b"\n`c` | d'
+
+
+@pytest.mark.timeout(400)
+def test_a_sweep_is_submitted_split_and_completed_and_a_second_call_submits_nothing(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    # A cluster with MaxArraySize=4 takes six runs as two arrays.
+    arguments = small_sweep()
+    done = site.sweep("submit", *arguments, "concurrency=2", "time=10:00")
+    assert done.returncode == 0, done.stderr
+    assert "4 runs\n" in done.stdout
+    assert "2 runs\n" in done.stdout
+    again = site.sweep("submit", *arguments)
+    assert "6 finished, running or queued before, 0 submitted now" in again.stdout, again.stderr
+    status = site.sweep("status", f"dir={directory(tmp_path)}").stdout
+    assert "pending" in status
+    assert "pending" in status.rpartition("in slurm:")[2]
+    # The plan grows while tasks wait, and in front of them: each task still trains what it was submitted for.
+    grown = small_sweep(GRID.replace("stabilizer: [", "stabilizer: [fixed, "))
+    more = site.sweep("submit", *grown, "concurrency=2")
+    assert "submitted job" in more.stdout, more.stderr
+    assert "8 runs: 6 finished, running or queued before, 2 submitted now" in more.stdout
+    cells = read_plan(directory(tmp_path)).cells
+    what = lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout  # noqa: E731
+    until(lambda: all(cell.is_finished() for cell in cells), what, 250)
+    assert len(cells) == 8
+    for cell in cells:
+        assert cell.status() == "completed"
+        assert steps_of(cell.run_dir)[-1] == 8
+        assert cell.summary()["step"] == 8
+    until(lambda: "nothing queued" in what(), what)
+    assert "completed" in what().rpartition("nothing queued")[0]
+    nothing = site.sweep("submit", *grown)
+    assert "8 finished, running or queued before, 0 submitted now" in nothing.stdout
+    # A stray file would show that a shell has read a name.
+    assert not list(tmp_path.rglob("pwned"))
+    assert not (ROOT / "pwned").exists()
+
+
+def test_a_canceled_sweep_saves_and_goes_on_when_submitted_again_on_two_ranks(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    one = "# Why?\nbase: [experiment=tiny]\ngrid: {stabilizer: [quack]}\n"
+    long = [item for item in ENDLESS if not item.startswith("trainer.steps")]
+    arguments = small_sweep(one, *long, "trainer.steps=600")
+    bystander = site.call("sbatch", "--parsable", "--wrap", "sleep 300")
+    site.sweep("submit", *arguments)
+    (cell,) = read_plan(directory(tmp_path)).cells
+    until(lambda: len(steps_of(cell.run_dir)) > 5, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
+    assert cell.status() == "running"
+    (task,) = jobs.tasks_of(directory(tmp_path)).values()
+    assert task.state == "RUNNING"
+    canceled = site.sweep("cancel", f"dir={directory(tmp_path)}")
+    assert f"canceled job {task.job}" in canceled.stdout, canceled.stderr
+    assert site.wait_for_end(str(task.job)) == "CANCELLED"
+    assert site.show(bystander)["JobState"] == "RUNNING"
+    site.call("scancel", bystander)
+    assert cell.status() == "interrupted"
+    assert 5 < cell.summary()["step"] < 600
+    done = site.sweep("submit", *arguments, "nodes=2")
+    assert "1 submitted now" in done.stdout, done.stderr
+    until(cell.is_finished, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
+    assert cell.summary()["world_size"] == 2
+    assert_every_step_once(cell.run_dir)
+
+
+def test_mistakes_are_found_before_anything_is_written_or_queued(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    before = site.call("squeue", "-h", "-a")
+    for more, message in [
+        (["nodes=5", "tasks=1"], "trainer.global_batch_size=12 must be a multiple of ranks"),
+        (["gpus=6"], "sbatch: "),
+        (["nodes=3", "time=1:00"], "sbatch: "),
+        (["time=soon"], "time=soon"),
+        (["data.dir=/nowhere"], "/nowhere"),
+        (["concurrency=0"], "concurrency=0"),
+        (["jobs=2"], "jobs=2 has no meaning for submit"),
+    ]:
+        done = site.sweep("submit", *small_sweep(), *more)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), (more, done.stderr)
+        assert message in done.stderr
+        assert not directory(tmp_path).exists()
+    assert site.call("squeue", "-h", "-a") == before
+    site.write_site("--partition=nosuch")
+    done = site.sweep("submit", *small_sweep())
+    assert done.returncode == 2
+    assert "partition" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ no slurm
+
+
+def test_without_slurm_or_its_controller_one_line_says_so(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    conf = Path(site.environment["SLURM_CONF"])
+    deaf = tmp_path / "deaf.conf"
+    port = next(line for line in conf.read_text().splitlines() if line.startswith("SlurmctldPort"))
+    deaf.write_text(conf.read_text().replace(port, f"SlurmctldPort={free_ports(1)}\nMessageTimeout=5"))
+    shutil.copy(conf.with_name("gres.conf"), deaf.with_name("gres.conf"))
+    site.environment["SLURM_CONF"] = str(deaf)
+    done = site.sweep("submit", *small_sweep())
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "scontrol ping" in done.stderr
+    assert not directory(tmp_path).exists()
+    site.environment["PATH"] = "/nonexistent"
+    done = site.sweep("submit", *small_sweep())
+    assert done.returncode == 2
+    assert "scontrol not found" in done.stderr
+
+
+def test_status_shows_the_run_directories_when_slurm_does_not_answer(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    assert site.sweep("plan", *small_sweep()).returncode == 0
+    target = directory(tmp_path)
+    (target / jobs.FOLDER).mkdir()
+    shutil.copy(target / "plan.json", target / jobs.FOLDER / "0001.json")
+    site.environment["PATH"] = "/nonexistent"
+    done = site.sweep("status", f"dir={target}")
+    assert done.returncode == 2
+    assert "6 runs: 6 pending" in done.stdout
+    assert "squeue not found" in done.stderr
+
+
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+}
+
+
+def test_a_step_knows_its_place_from_the_environment() -> None:
+    assert slurm.current_step(STEP) == slurm.Step(rank=4, size=5, local_rank=0, local_size=1)
+    assert slurm.current_step({key: STEP[key] for key in STEP if key != "SLURM_STEP_ID"}) is None
+    with pytest.raises(UserError, match="SLURM_PROCID"):
+        slurm.current_step({key: STEP[key] for key in STEP if key != "SLURM_PROCID"})
+
+
+def test_the_ranks_meet_where_they_are_told_or_at_the_first_node_and_a_port_of_the_job() -> None:
+    job = {"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "1"}
+    assert slurm.rendezvous({**job, "MASTER_ADDR": "here"}) == ("here", 10_000 + 123457 % 20_000)
+    assert slurm.rendezvous({**job, "MASTER_ADDR": "here", "MASTER_PORT": "77"}) == ("here", 77)
+    with pytest.raises(UserError, match="MASTER_PORT=x"):
+        slurm.rendezvous({**job, "MASTER_ADDR": "here", "MASTER_PORT": "x"})
+
+
+def test_the_first_node_is_expanded_by_slurm(site: Site) -> None:
+    assert slurm.rendezvous({"SLURM_STEP_NODELIST": "gpu[07-09,12],z1"})[0] == "gpu07"
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        slurm.rendezvous({"SLURM_STEP_NODELIST": "gpu[07-"})
+
+
+def test_only_a_job_that_asked_for_it_is_requeued_and_only_when_its_time_was_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    job = {"SLURM_JOB_ID": "7", slurm.REQUEUE: "1"}
+    for stopped_by, environment in [("SIGTERM", job), (None, job), ("SIGUSR1", {"SLURM_JOB_ID": "7"})]:
+        slurm.requeue_if_time_is_up(stopped_by, environment)
+    assert capsys.readouterr() == ("", "")
+    array = {**job, "SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "3"}
+    slurm.requeue_if_time_is_up(signal.SIGUSR1.name, array)
+    seen = capsys.readouterr()
+    assert "requeueing job 6_3" in seen.out
+    assert "job 6_3 is not requeued (scontrol not found" in seen.err
