@@ -19,7 +19,7 @@ import yaml
 from quack_lm import checkpoint
 from quack_lm.attention.base import Attention
 from quack_lm.attention.scores import check_backend
-from quack_lm.config import choice, fingerprint, identity, instantiate
+from quack_lm.config import choice, fingerprint, identity, instantiate, read_yaml
 from quack_lm.corpus import Corpus
 from quack_lm.data import EvalBatches, TokenData, TrainBatches
 from quack_lm.errors import UserError
@@ -85,6 +85,7 @@ class Plan:
     flops_per_token: float
     resumes_from: Path | None
     finished: str | None  # the status with which this very run has ended already
+    is_main: bool
 
 
 def make_model(config: dict[str, Any], *, eot_id: int | None = None, backend: str | None = None) -> Transformer:
@@ -115,7 +116,7 @@ def make_model(config: dict[str, Any], *, eot_id: int | None = None, backend: st
 def check_run(config: dict[str, Any]) -> Plan:
     """Check everything that a config promises against the data, the machine and the run directory; write nothing."""
     settings: TrainerSettings = instantiate(config["trainer"])
-    _, world_size, _ = launched_world()
+    rank, world_size, _ = launched_world()
     device = default_device() if settings.device == "auto" else settings.device
     check_world(device=device, replicas=settings.replicas)
     _check_batch(settings, world_size)
@@ -144,7 +145,19 @@ def check_run(config: dict[str, Any]) -> Plan:
         flops_per_token=flops_per_token(reference, settings.seq_len),
         resumes_from=resumes_from,
         finished=finished,
+        is_main=rank == 0,
     )
+
+
+def doubts(plan: Plan) -> list[str]:
+    """What is allowed and probably not meant."""
+    warmup = plan.recipe.warmup_steps
+    if plan.settings.steps < warmup:
+        return [
+            f"trainer.steps={plan.settings.steps} ends before optimizer.warmup_steps={warmup} do: the rate never "
+            "reaches optimizer.lr"
+        ]
+    return []
 
 
 def default_run_dir(config: dict[str, Any]) -> Path:
@@ -180,7 +193,13 @@ def build(plan: Plan) -> Run:
     elif plan.stabilizer.needs_norms:
         plan.stabilizer.initialize(weights.paths, weights.norms(plan.stabilizer.needs_norms))
 
-    progress = Progress.from_json(state.get("progress", {}))
+    try:
+        progress = Progress.from_json(state.get("progress", {}))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{plan.resumes_from}: the progress in its state.json cannot be read ({error}); remove it to use the one "
+            "before"
+        ) from None
     batch_tokens = settings.global_batch_size * settings.seq_len
     log = RunLog(plan.run_dir, plan.logger, world, batch_tokens=batch_tokens, total_steps=settings.steps)
     split = {"micro_batch_size": settings.micro_batch_size, "rank": world.rank, "world_size": world.size}
@@ -276,10 +295,11 @@ def _check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSetti
         if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
             raise UserError(f"run_dir={run_dir} holds results without their config.yaml; choose another run_dir")
         return None, None
+    mend = f"run_dir={run_dir}: choose another run_dir, for its config.yaml cannot be read"
     try:
-        before = identity(yaml.safe_load((run_dir / "config.yaml").read_text()))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        raise UserError(f"{run_dir / 'config.yaml'} cannot be read; choose another run_dir") from None
+        before = identity(read_yaml(run_dir / "config.yaml", mend))
+    except (AttributeError, RecursionError):
+        raise UserError(f"{mend}: it does not have the sections of a run") from None
     now = identity(config)
     # A schedule that bends towards the end is another one for another number of steps.
     free = CHANGEABLE - (set() if config["optimizer"]["schedule"] == "constant" else {"trainer.steps"})
@@ -301,9 +321,9 @@ def _check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSetti
 def _finished(run_dir: Path, settings: TrainerSettings) -> str | None:
     try:
         summary = json.loads((run_dir / "summary.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(summary, dict):
+    if not isinstance(summary, dict) or not isinstance(summary.get("step", 0), int):
         return None
     is_done = summary.get("status") == "completed" and summary.get("step", 0) >= settings.steps
     return summary["status"] if is_done or summary.get("status") == "diverged" else None
@@ -313,7 +333,8 @@ def _take_run_dir(run_dir: Path) -> IO[str]:
     """Lock the run directory for as long as the returned file is open."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
+        # Appending: a run that is refused leaves not even a new time on the file.
+        lock = (run_dir / ".lock").open("a")
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}; choose another run_dir") from None
     try:

@@ -75,7 +75,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ):
             raise ValueError("it is not what a run writes")
         return state
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{checkpoint / STATE} cannot be read ({error}); remove {checkpoint} to use the one before"
         ) from None

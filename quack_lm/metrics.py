@@ -194,7 +194,10 @@ class WandbMirror:
                 config=config,
                 id=run_id,
                 resume="allow",
-                settings=wandb.Settings(console="off", init_timeout=60, login_timeout=30, finish_timeout=300),
+                # The run directory names the commit; W&B would copy the remote's URL, and tokens stand in URLs.
+                settings=wandb.Settings(
+                    console="off", disable_git=True, init_timeout=60, login_timeout=30, finish_timeout=300
+                ),
             )
             self.id = self._run.id
 

@@ -76,7 +76,18 @@ class World:
 
 def launched_world() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for a plain process."""
-    return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # type: ignore[return-value]
+    rank, size, local_rank = (_launched(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if rank >= size:
+        raise UserError(f"RANK={rank} must be below WORLD_SIZE={size}: start with torchrun, or unset both")
+    return rank, size, local_rank
+
+
+def _launched(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    least = 1 if name.endswith("SIZE") else 0
+    if not text.isdecimal() or len(text) > 9 or int(text) < least:
+        raise UserError(f"{name}={text!r} in the environment is not a whole number of at least {least}: unset it")
+    return int(text)
 
 
 def default_device() -> str:
@@ -109,13 +120,16 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
 def check_world(*, device: str, replicas: int) -> None:
     """Raise UserError where the launched processes and the config do not fit."""
     _, size, local_rank = launched_world()
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and name not in os.environ:
+            raise UserError(f"WORLD_SIZE={size} is set in the environment and {name} is not: start with torchrun")
     if size % replicas:
         raise UserError(f"trainer.replicas={replicas} must divide the number of processes, {size}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "trainer.device=cuda: torch sees no GPU here; use trainer.device=cpu or install a CUDA build of torch"
         )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    here = _launched("LOCAL_WORLD_SIZE", local_rank + 1)
     if device == "cuda" and here > torch.cuda.device_count():
         raise UserError(
             f"{here} processes on a machine with {torch.cuda.device_count()} GPUs: start one process per GPU"

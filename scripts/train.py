@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     config = compose(overrides, file=file)
 
     # Imported late: --help and a mistake in the settings need not wait for it.
-    from quack_lm.build import build, check_run, make_model
+    from quack_lm.build import build, check_run, doubts, make_model
     from quack_lm.model import count_parameters
     from quack_lm.train import summarize, train
 
@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> int:
         print(yaml.safe_dump(config, sort_keys=False))
         print("\n".join(f"{n:>15,}  {component}" for component, n in counts.items()))
     plan = check_run(config)
+    if plan.is_main:
+        print(*(f"warning: {doubt}\n" for doubt in doubts(plan)), sep="", end="", file=sys.stderr)
     if is_check:
         print(f"ready to train in {plan.run_dir}")
         return 0
