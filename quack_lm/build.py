@@ -85,7 +85,6 @@ class Plan:
     flops_per_token: float
     resumes_from: Path | None
     finished: str | None  # the status with which this very run has ended already
-    is_main: bool
 
 
 def make_model(config: dict[str, Any], *, eot_id: int | None = None, backend: str | None = None) -> Transformer:
@@ -116,7 +115,7 @@ def make_model(config: dict[str, Any], *, eot_id: int | None = None, backend: st
 def check_run(config: dict[str, Any]) -> Plan:
     """Check everything that a config promises against the data, the machine and the run directory; write nothing."""
     settings: TrainerSettings = instantiate(config["trainer"])
-    rank, world_size, _ = launched_world()
+    _, world_size, _ = launched_world()
     device = default_device() if settings.device == "auto" else settings.device
     check_world(device=device, replicas=settings.replicas)
     _check_batch(settings, world_size)
@@ -145,7 +144,6 @@ def check_run(config: dict[str, Any]) -> Plan:
         flops_per_token=flops_per_token(reference, settings.seq_len),
         resumes_from=resumes_from,
         finished=finished,
-        is_main=rank == 0,
     )
 
 

@@ -102,6 +102,9 @@ def load(
             f"{checkpoint} lacks {missing[0]} and {len(missing) - 1} more: files are missing, or it belongs to another "
             "model; remove it to use the one before, or use another run_dir"
         )
+    for name, tensor in tensors.items():
+        if tensor.ndim and known[name].size != tensor.shape:  # type: ignore[union-attr]
+            raise UserError(f"{checkpoint} has another shape of {name}; remove it, or use another run_dir")
     for key in own:
         meta = known[key]
         tensors[key] = torch.empty(meta.size, dtype=meta.properties.dtype, device=world.device)  # type: ignore[union-attr]

@@ -223,7 +223,7 @@ def _parse(overrides: list[str]) -> list[Override]:
 def _parse_one(text: str) -> Override:
     try:
         override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except (HydraException, ValueError) as error:  # ValueError: a number with more digits than Python reads
         raise UserError(
             f"cannot read {text!r}: write key=value, and quote a value with special characters, "
             f"like run_dir='\"a=b\"' ({_one_line(error)})"

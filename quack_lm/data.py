@@ -265,8 +265,8 @@ def permutation(n: int, *, seed: int, epoch: int) -> npt.NDArray[np.integer]:
 def read_manifest(directory: Path) -> tuple[Manifest, str]:
     """The checked manifest of a data set and the sha256 of its file."""
     path = directory / MANIFEST
-    _refuse_link_out(directory, path)
     try:
+        _refuse_link_out(directory, path)
         raw = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"data.dir: no data set in {directory} ({path} is missing): {_mend(directory)}") from None

@@ -46,15 +46,16 @@ def main(arguments: list[str]) -> int:
         print(yaml.safe_dump(config, sort_keys=False))
         print("\n".join(f"{n:>15,}  {component}" for component, n in counts.items()))
     plan = check_run(config)
-    if plan.is_main:
-        print(*(f"warning: {doubt}\n" for doubt in doubts(plan)), sep="", end="", file=sys.stderr)
+    warnings = [f"warning: {doubt}\n" for doubt in doubts(plan)]
     if is_check:
+        sys.stderr.writelines(warnings)
         print(f"ready to train in {plan.run_dir}")
         return 0
     if plan.finished:
         print(f"{plan.run_dir} is finished already: {plan.finished}")
         return 0
     run = build(plan)
+    sys.stderr.writelines(warnings if run.world.is_main else [])
     try:
         status = train(run)
     except BaseException as error:
