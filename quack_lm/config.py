@@ -353,6 +353,8 @@ def _check_fields(prefix: str, values: dict[str, Any], schema: type[pydantic.Bas
 def _refuse_unstorable(key: str, value: Any) -> None:
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{key}={value!r} has a NUL character; remove it")
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{key}={value!r} is not UTF-8 text; no file could hold it")
     if isinstance(value, str) and re.search(r"://[^/@\s]*:[^/@\s]*@", value):
         # The value is not repeated: it would stand in a log.
         raise UserError(f"{key} has a password in its URL, which every run would write down; take user:password@ out")

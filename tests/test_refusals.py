@@ -291,6 +291,7 @@ TRAIN: dict[str, Bad] = {
     "overflowing_float": one("optimizer.lr=1e999", r"optimizer\.lr=inf: .*finite"),
     "tau_not_a_number": Bad(["stabilizer=quack", "stabilizer.tau=nan"], r"stabilizer\.tau=nan: .*finite"),
     "gradient_clip_not_a_number": one("optimizer.max_grad_norm=nan", r"optimizer\.max_grad_norm=nan: .*finite"),
+    "text_that_is_no_utf8": one("logger.name='a\udcffb'", r"logger\.name='a.udcffb' is not UTF-8"),
     "list_of_lists": one("logger.tags=" + "[" * 300 + "]" * 300, r"logger\.tags|nested too deeply"),
     "reference_to_a_section": one("logger.name='${model}'", r"logger\.name='\$\{model\}' refers to several values"),
     "reference_to_a_list": Bad(

@@ -220,7 +220,7 @@ def hostile_sweep(tmp_path: Path) -> Path:
     from quack_lm.sweep.file import override_value
 
     axis = {text: [f"data.dir={override_value(text)}"] for text in HOSTILE}
-    text = f"# {HOSTILE[-2]} {HOSTILE[-1]}\nbase: [experiment=tiny]\ngrid: {{where: {json.dumps(axis)}}}\n"
+    text = f"# {HOSTILE[-2]} {HOSTILE[-1]}\nbase: [experiment=tiny]\ngrid: {{where: {json.dumps(axis, ensure_ascii=False)}}}\n"
     path = tmp_path / "$(touch pwned) `touch pwned` <script>'.yaml"
     path.write_text(text)
     return path
