@@ -20,7 +20,7 @@ import yaml
 from quack_lm import checkpoint
 from quack_lm.attention.base import Attention
 from quack_lm.attention.scores import check_backend
-from quack_lm.config import choice, fingerprint, identity, instantiate
+from quack_lm.config import choice, fingerprint, identity, instantiate, read_yaml
 from quack_lm.corpus import Corpus
 from quack_lm.data import EvalBatches, TokenData, TrainBatches
 from quack_lm.errors import UserError
@@ -158,6 +158,17 @@ def check_run(config: dict[str, Any]) -> Plan:
     )
 
 
+def doubts(plan: Plan) -> list[str]:
+    """What is allowed and probably not meant."""
+    warmup = plan.recipe.warmup_steps
+    if plan.settings.steps < warmup:
+        return [
+            f"trainer.steps={plan.settings.steps} ends before optimizer.warmup_steps={warmup} do: the rate never "
+            "reaches optimizer.lr"
+        ]
+    return []
+
+
 def default_run_dir(config: dict[str, Any]) -> Path:
     """runs/<attention>-<stabilizer>-<fingerprint>: the same for the same run, so that calling again continues it."""
     return Path("runs", f"{choice(config['attention'])}-{choice(config['stabilizer'])}-{fingerprint(config)}")
@@ -194,7 +205,13 @@ def build(plan: Plan) -> Run:
     elif plan.stabilizer.needs_norms:
         plan.stabilizer.initialize(weights.paths, weights.norms(plan.stabilizer.needs_norms))
 
-    progress = Progress.from_json(state.get("progress", {}))
+    try:
+        progress = Progress.from_json(state.get("progress", {}))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{plan.resumes_from}: the progress in its state.json cannot be read ({error}); remove it to use the one "
+            "before"
+        ) from None
     batch_tokens = settings.global_batch_size * settings.seq_len
     log = RunLog(plan.run_dir, plan.logger, world, batch_tokens=batch_tokens, total_steps=settings.steps)
     split = {"micro_batch_size": settings.micro_batch_size, "rank": world.rank, "world_size": world.size}
@@ -300,10 +317,11 @@ def check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettin
         if (run_dir / "metrics.jsonl").exists() or (run_dir / CHECKPOINTS).exists():
             raise UserError(f"run_dir={run_dir} holds results without their config.yaml; choose another run_dir")
         return None, None
+    mend = f"run_dir={run_dir}: choose another run_dir, for its config.yaml cannot be read"
     try:
-        before = identity(yaml.safe_load((run_dir / "config.yaml").read_text()))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        raise UserError(f"{run_dir / 'config.yaml'} cannot be read; choose another run_dir") from None
+        before = identity(read_yaml(run_dir / "config.yaml", mend))
+    except (AttributeError, RecursionError):
+        raise UserError(f"{mend}: it does not have the sections of a run") from None
     _check_same_run(f"run_dir={run_dir}", before, config)
     if settings.resume == "never":
         raise UserError(
@@ -331,9 +349,9 @@ def _check_same_run(where: str, before: dict[str, Any], config: dict[str, Any]) 
 def _finished(run_dir: Path, settings: TrainerSettings) -> str | None:
     try:
         summary = json.loads((run_dir / "summary.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(summary, dict):
+    if not isinstance(summary, dict) or not isinstance(summary.get("step", 0), int):
         return None
     is_done = summary.get("status") == "completed" and summary.get("step", 0) >= settings.steps
     return summary["status"] if is_done or summary.get("status") == "diverged" else None
@@ -361,7 +379,8 @@ def _take_run_dir(run_dir: Path) -> IO[str]:
     """Lock the run directory for as long as the returned file is open."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
+        # Appending: a run that is refused leaves not even a new time on the file.
+        lock = (run_dir / ".lock").open("a")
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}; choose another run_dir") from None
     try:

@@ -41,7 +41,7 @@ NAME = re.compile(r"step_\d{8,}")
 HASHING_THREADS = 8
 # torch.distributed.checkpoint's own is no Exception.
 WRITING_ERRORS = (Exception, CheckpointException)
-STATE_KEYS = {"step", "stabilizer_state", "progress", "manifest_sha256", "config"}
+STATE_KEYS = {"step": int, "stabilizer_state": list, "progress": dict, "manifest_sha256": str, "config": dict}
 
 
 def name_of(step: int) -> str:
@@ -69,18 +69,24 @@ def found(directory: Path) -> list[Path]:
 
 
 def newest_valid(directory: Path) -> Path | None:
-    """The last checkpoint whose manifest matches; each newer one that is not is reported in a line, and left alone."""
-    candidates = found(directory)
-    for path in reversed(candidates):
-        wrong = damage(path, verify_checksums=True)
-        if wrong is None:
+    """The last checkpoint whose manifest matches; each newer one that is not is reported in a line, and left alone.
+
+    None where there is no checkpoint; UserError where there are some and none is whole: beginning again would throw
+    away what the run has logged.
+    """
+    wrong: dict[Path, str] = {}
+    for path in reversed(found(directory)):
+        reason = damage(path, verify_checksums=True)
+        if reason is None:
+            for other, why in wrong.items():
+                print(f"warning: {other} is not a whole checkpoint and is skipped: {why}", file=sys.stderr)
             return path
-        print(f"warning: {path} is not a whole checkpoint and is skipped: {wrong}", file=sys.stderr)
-    if candidates:
-        print(
-            f"WARNING: none of the {len(candidates)} checkpoints in {directory} is whole: "
-            "THE RUN STARTS AGAIN FROM STEP 0",
-            file=sys.stderr,
+        wrong[path] = reason
+    if wrong:
+        newest, why = next(iter(wrong.items()))
+        raise UserError(
+            f"none of the {len(wrong)} checkpoints in {directory} is whole, for example {newest}: {why}; restore one, "
+            "or choose another run_dir to start again from step 0"
         )
     return None
 
@@ -105,7 +111,7 @@ def damage(checkpoint: Path, *, verify_checksums: bool = False) -> str | None:
                         return f"{name} has another sha256 than its {MANIFEST} says"
             if read_state(checkpoint)["step"] != step_of(checkpoint):
                 return f"{STATE} is of another step"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         return " ".join(str(error).split())
     return None
 
@@ -117,7 +123,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Digest]:
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
         listed = {name: Digest(int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"its {MANIFEST} is not what a run writes") from None
     if STATE not in listed or any(Path(name).name != name for name in listed):
         raise ValueError(f"its {MANIFEST} is not what a run writes")
@@ -129,8 +135,9 @@ def commit(aside: Path, target: Path, state: dict[str, Any]) -> None:
     write_atomically(aside / STATE, json.dumps(state, indent=2) + "\n")
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
         paths = sorted(aside.iterdir())
-        digests = {path.name: asdict(digest) for path, digest in zip(paths, threads.map(file_digest, paths), strict=True)}
-    write_atomically(aside / MANIFEST, json.dumps({"files": digests}, indent=2) + "\n")
+        digests = zip(paths, threads.map(file_digest, paths), strict=True)
+        files = {path.name: asdict(digest) for path, digest in digests}
+    write_atomically(aside / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
     aside.rename(target)
     sync_directory(target.parent)
 
@@ -146,10 +153,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """The json part of a checkpoint; UserError naming the file if it is not one."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
-        if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
+        if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in STATE_KEYS.items()):
             raise ValueError("it is not what a run writes")
         return state
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{checkpoint / STATE} cannot be read ({error}); remove {checkpoint} to use the one before"
         ) from None
@@ -176,6 +183,9 @@ def load(
             f"{checkpoint} lacks {missing[0]} and {len(missing) - 1} more: files are missing, or it belongs to another "
             "model; remove it to use the one before, or use another run_dir"
         )
+    for name, tensor in tensors.items():
+        if tensor.ndim and known[name].size != tensor.shape:  # type: ignore[union-attr]
+            raise UserError(f"{checkpoint} has another shape of {name}; remove it, or use another run_dir")
     for key in own:
         meta = known[key]
         tensors[key] = torch.empty(meta.size, dtype=meta.properties.dtype, device=world.device)  # type: ignore[union-attr]

@@ -11,10 +11,11 @@ import difflib
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ SECTIONS = {
 }
 SCALARS: dict[str, Any] = {"run_dir": str | None, "seed": pydantic.NonNegativeInt}
 
+DEEPEST_YAML = 50
+
 # Two configs that differ only here describe the same run: the keys change where it writes, not what it computes.
 NOT_IDENTITY = ("run_dir", "logger", "trainer.resume", "trainer.keep_every", "trainer.async_checkpoints")
 
@@ -55,8 +58,8 @@ def compose(overrides: Iterable[str] = (), *, file: Path | None = None) -> dict[
     `overrides` follow Hydra's grammar (`optimizer.lr=3e-3`, `attention=mla`). `file` is the `config.yaml` of an earlier
     run, which then takes the place of `configs/`. Raises UserError naming the key and the mend.
     """
-    raw = _compose_file(file, list(overrides)) if file else _compose_groups(list(overrides))
     try:
+        raw = _compose_file(file, list(overrides)) if file else _compose_groups(list(overrides))
         return check(_resolve(raw, raw, ()))
     except RecursionError:
         raise UserError("the config is nested too deeply, or refers to itself too often") from None
@@ -74,6 +77,9 @@ def check(config: dict[Any, Any]) -> dict[str, Any]:
         target = _target_class(name, section)
         values = {k: v for k, v in section.items() if k != "_target_"}
         checked[name] = {"_target_": section["_target_"], **_check_fields(f"{name}.", values, _schema(target))}
+    for key, value in flatten(checked).items():
+        for item in value if isinstance(value, list) else [value]:
+            _refuse_unstorable(key, item)
     return checked
 
 
@@ -119,6 +125,58 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def read_yaml(path: Path, what: str) -> Any:
+    """The values of a yaml file that may come from a stranger; UserError, beginning with `what`, if it cannot be read.
+
+    Aliases are refused: a few lines of them stand for more values than fit into memory.
+    """
+    return _read_yaml(path, what, lambda text: _UniqueKeys(text).get_single_data())
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain values only; of a key that is given twice, the first would be lost silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value}", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(path: Path, what: str, load: Callable[[str], Any]) -> Any:
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{what}: it is no ordinary file")
+        text = path.read_text(encoding="utf-8")
+        _refuse_traps(text, what)
+        return load(text)
+    except OSError as error:
+        raise UserError(f"{what}: {(error.strerror or str(error)).lower()}") from None
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise UserError(f"{what}: not a readable yaml file: {error.problem}{line}") from None
+    except RecursionError:
+        raise UserError(f"{what}: not a readable yaml file: it is nested too deeply") from None
+    except UserError:
+        raise
+    # ValueError: what is no UTF-8, and dates and numbers that Python cannot hold.
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{what}: not a readable yaml file: {_one_line(error)}") from None
+
+
+def _refuse_traps(text: str, what: str) -> None:
+    depth = 0
+    # Read event by event: the time that yaml takes grows with the square of the depth.
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_YAML:
+            raise UserError(f"{what}: not a readable yaml file: it is nested too deeply")
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"{what}: yaml aliases are not allowed; write values out")
+
+
 # ------------------------------------------------------------------------------------------------ Hydra
 
 
@@ -134,17 +192,7 @@ def _compose_groups(overrides: list[str]) -> dict[Any, Any]:
 
 
 def _compose_file(file: Path, overrides: list[str]) -> dict[Any, Any]:
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(file.read_text(), yaml.SafeLoader)):
-            raise UserError(f"--config {file}: yaml aliases are not allowed; write values out")
-        loaded = OmegaConf.load(file)
-    except OSError as error:
-        raise UserError(f"--config {file}: {(error.strerror or str(error)).lower()}") from None
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
-        raise UserError(f"--config {file}: not a readable yaml file: {error.problem}{line}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file}: not a readable yaml file: {_one_line(error)}") from None
+    loaded = _read_yaml(file, f"--config {file}", lambda text: OmegaConf.load(io.StringIO(text)))
     if not isinstance(loaded, DictConfig):
         raise UserError(f"--config {file}: expected the sections of a run's config.yaml")
     config = _plain(loaded)
@@ -175,7 +223,7 @@ def _parse(overrides: list[str]) -> list[Override]:
 def _parse_one(text: str) -> Override:
     try:
         override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except (HydraException, ValueError) as error:  # ValueError: a number with more digits than Python reads
         raise UserError(
             f"cannot read {text!r}: write key=value, and quote a value with special characters, "
             f"like run_dir='\"a=b\"' ({_one_line(error)})"
@@ -232,6 +280,9 @@ def _resolve(value: Any, config: dict[Any, Any], trail: tuple[str, ...], key: st
         if not isinstance(found, dict) or name not in found:
             raise UserError(f"{key}={value!r}: there is no setting {path}")
         found = found[name]
+    if isinstance(found, dict | list):
+        # Lists that refer to lists that refer to lists double with every line.
+        raise UserError(f"{key}={value!r} refers to several values; refer to a single one, or write them out")
     return _resolve(found, config, (*trail, path), key)
 
 
@@ -297,6 +348,18 @@ def _check_fields(prefix: str, values: dict[str, Any], schema: type[pydantic.Bas
             same = [e for e in (first, *more) if e["loc"][0] == first["loc"][0]]
             message = f"{key}={values[str(first['loc'][0])]!r}: {' or '.join(dict.fromkeys(e['msg'] for e in same))}"
         raise UserError(message) from None
+
+
+def _refuse_unstorable(key: str, value: Any) -> None:
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{key}={value!r} has a NUL character; remove it")
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{key}={value!r} is not UTF-8 text; no file could hold it")
+    if isinstance(value, str) and re.search(r"://[^/@\s]*:[^/@\s]*@", value):
+        # The value is not repeated: it would stand in a log.
+        raise UserError(f"{key} has a password in its URL, which every run would write down; take user:password@ out")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{key}={value} is beyond 64 bits; give a smaller number")
 
 
 def _refuse_unknown(prefix: str, values: dict[Any, Any], known: list[str]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
 from quack_lm.data import (
     SplitName,
@@ -47,7 +47,7 @@ class Corpus(ABC):
     probe_fraction: Fraction
     shard_tokens: PositiveInt
     # 0 or 1: encode in this process (with threads); more: in so many processes.
-    workers: NonNegativeInt
+    workers: Annotated[int, Field(ge=0, le=1024)]
     eot_token: str = "<|endoftext|>"
     # A tokenizer of this size learns nothing more from text beyond this.
     tokenizer_characters: PositiveInt = 1_000_000_000

@@ -10,6 +10,7 @@ so the step number alone says what comes next, whatever the world size or the mi
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ HASHING_THREADS = 8
 
 # A manifest may come from somebody else: its names stay inside the directory.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-][A-Za-z0-9_.\-]*$")]
+Count = Annotated[int, Field(gt=0, lt=2**63)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SplitName = Literal["train", "val", "probe"]
 SPLITS: tuple[SplitName, ...] = ("train", "val", "probe")
@@ -44,15 +46,15 @@ class Shard(_Strict):
     """One file of raw little-endian token ids."""
 
     file: FileName
-    tokens: PositiveInt
+    tokens: Count
     sha256: Sha256
 
 
 class Split(_Strict):
     """The shards of one split, in order."""
 
-    tokens: PositiveInt
-    documents: PositiveInt
+    tokens: Count
+    documents: Count
     shards: list[Shard]
 
     @model_validator(mode="after")
@@ -68,6 +70,13 @@ class Splits(_Strict):
     train: Split
     val: Split
     probe: Split
+
+    @model_validator(mode="after")
+    def _files_are_distinct(self) -> Self:
+        names = [shard.file for split in (self.train, self.val, self.probe) for shard in split.shards]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{min(twice)} is listed twice")
+        return self
 
 
 class TokenizerFiles(_Strict):
@@ -293,6 +302,7 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
     """The checked manifest of a data set and the sha256 of its file."""
     path = directory / MANIFEST
     try:
+        _refuse_link_out(directory, path)
         raw = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"data.dir: no data set in {directory} ({path} is missing): {_mend(directory)}") from None
@@ -322,6 +332,7 @@ def _check_tokenizer(directory: Path, manifest: Manifest) -> None:
             raise _damaged(directory, folder / name, "the file is missing")
         if name not in expected:
             raise _damaged(directory, folder / name, "the manifest does not know this file")
+        _refuse_link_out(directory, folder / name)
         if not (folder / name).is_file() or file_sha256(folder / name) != expected[name]:
             raise _damaged(directory, folder / name, "its sha256 is not that of the manifest")
 
@@ -331,6 +342,7 @@ def _check_shards(directory: Path, manifest: Manifest, *, verify_checksums: bool
     for shard in shards:
         path = directory / shard.file
         size = shard.tokens * manifest.token_dtype.itemsize
+        _refuse_link_out(directory, path)
         if not path.is_file():
             raise _damaged(directory, path, "the shard is missing")
         if path.stat().st_size != size:
@@ -345,6 +357,14 @@ def _check_shards(directory: Path, manifest: Manifest, *, verify_checksums: bool
             tokens = np.memmap(directory / shard.file, dtype=manifest.token_dtype, mode="r")
             if tokens.max() >= manifest.vocab_size:
                 raise _damaged(directory, directory / shard.file, "it has tokens beyond the vocabulary")
+
+
+def _refuse_link_out(directory: Path, path: Path) -> None:
+    """A data set from a stranger reads no file but its own; the directory itself may be reached through a link."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+        raise _damaged(directory, path, "it is a link to a file outside of the data set")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise _damaged(directory, path, "it is no ordinary file")
 
 
 def _damaged(directory: Path, path: Path, what: str) -> UserError:

@@ -16,7 +16,13 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        # Of all the processes on a machine, one speaks.
-        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # Of all the processes on a machine, one speaks; one whose rank cannot be read, too, for that may be the error.
+        rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        if not rank.isdecimal() or int(rank) == 0:
+            print(f"error: {_one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _one_line(text: str) -> str:
+    """The text on one line, and without what a foreign file could use to steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))

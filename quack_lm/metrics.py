@@ -212,8 +212,13 @@ class WandbMirror:
                 config=config,
                 id=run_id,
                 resume="allow",
+                # The run directory names the commit; W&B would copy the remote's URL, and tokens stand in URLs.
                 settings=wandb.Settings(
-                    console="off", init_timeout=limit_s, login_timeout=limit_s, finish_timeout=limit_s
+                    console="off",
+                    disable_git=True,
+                    init_timeout=limit_s,
+                    login_timeout=limit_s,
+                    finish_timeout=limit_s,
                 ),
             )
             self.id = self._run.id

@@ -8,10 +8,11 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +30,8 @@ class ModelSizes:
 
     vocab_size: PositiveInt
     d_model: PositiveInt
-    n_layers: PositiveInt
+    # Each is built before anything can run out of memory: a slip of the finger must not take hours.
+    n_layers: Annotated[int, Field(gt=0, le=1000)]
     n_heads: PositiveInt
     d_ff: PositiveInt
     q_latent_dim: PositiveInt

@@ -96,14 +96,25 @@ def launched_world() -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun or srun set them; (0, 1, 0) for a plain process."""
     if "RANK" not in os.environ and (step := slurm.current_step()):
         return step.rank, step.size, step.local_rank
-    return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # type: ignore[return-value]
+    rank, size, local_rank = (_launched(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if rank >= size:
+        raise UserError(f"RANK={rank} must be below WORLD_SIZE={size}: start with torchrun, or unset both")
+    return rank, size, local_rank
+
+
+def _launched(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    least = 1 if name.endswith("SIZE") else 0
+    if not text.isdecimal() or len(text) > 9 or int(text) < least:
+        raise UserError(f"{name}={text!r} in the environment is not a whole number of at least {least}: unset it")
+    return int(text)
 
 
 def ranks_on_this_machine() -> int:
     """How many of the launched processes share this machine."""
     if "RANK" not in os.environ and (step := slurm.current_step()):
         return step.local_size
-    return int(os.environ.get("LOCAL_WORLD_SIZE", int(os.environ.get("LOCAL_RANK", 0)) + 1))
+    return _launched("LOCAL_WORLD_SIZE", _launched("LOCAL_RANK", 0) + 1)
 
 
 def default_device() -> str:
@@ -138,6 +149,9 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
 def check_world(*, device: str, replicas: int) -> None:
     """Raise UserError where the launched processes and the config do not fit."""
     _, size, _ = launched_world()
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and name not in os.environ:
+            raise UserError(f"WORLD_SIZE={size} is set in the environment and {name} is not: start with torchrun")
     if size % replicas:
         raise UserError(f"trainer.replicas={replicas} must divide the number of processes, {size}")
     if device == "cuda" and not torch.cuda.is_available():

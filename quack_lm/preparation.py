@@ -46,7 +46,7 @@ from quack_lm.data import (
 )
 from quack_lm.errors import UserError
 from quack_lm.files import sync_directory, write_atomically
-from quack_lm.tokenizer import dtype_name, encode_batches, make_encoder, make_tokenizer
+from quack_lm.tokenizer import BAR_DELAY_S, dtype_name, encode_batches, make_encoder, make_tokenizer
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -166,6 +166,11 @@ def _identity(corpus: Corpus) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ preparation
 
 PROGRESS = "progress.json"
+# What can be wrong with a place to write in, beside a full or failing disk.
+USERS_ERRNOS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EEXIST),
+}
 OUR_FILES = re.compile(r"(train|val|probe)_\d{5,}\.bin|(progress|manifest)\.json(\.tmp)?|tokenizer")
 
 
@@ -176,13 +181,13 @@ def prepare(corpus: Corpus, *, progress: bool = True, commit_every_s: float = 30
         if _is_complete(corpus, target):
             print(f"{target} is prepared already, with the same settings")
             return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target):
+        corpus.input_files()  # refuses what is not there before anything is made
+        with _made_parents(target), _lock(target):
             # Another process may have finished between the two looks.
             if not _is_complete(corpus, target):
                 _prepare(corpus, target, progress=progress, commit_every_s=commit_every_s)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in USERS_ERRNOS:
             raise UserError(
                 f"data.dir={corpus.dir}: cannot write {error.filename or target}: {error.strerror}"
             ) from error
@@ -192,15 +197,44 @@ def prepare(corpus: Corpus, *, progress: bool = True, commit_every_s: float = 30
 
 def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: float) -> None:
     partial = target.with_name(target.name + ".partial")
+    is_new = not partial.exists()
     partial.mkdir(exist_ok=True)
     _refuse_foreign(partial, OUR_FILES.fullmatch)
-    if not _is_finished(corpus, partial):
-        committed = _resume(corpus, partial) or _start_over(corpus, partial, progress=progress)
-        _write_shards(corpus, partial, committed, progress=progress, commit_every_s=commit_every_s)
+    try:
+        if not _is_finished(corpus, partial):
+            committed = _resume(corpus, partial) or _start_over(corpus, partial, progress=progress)
+            _write_shards(corpus, partial, committed, progress=progress, commit_every_s=commit_every_s)
+    except UserError:
+        # A refused corpus leaves nothing, but hours of work stay: the hub may be back tomorrow.
+        if is_new and not _has_documents(partial):
+            shutil.rmtree(partial)
+        raise
     (partial / PROGRESS).unlink(missing_ok=True)
     sync_directory(partial)
     partial.rename(target)
     sync_directory(target.parent)
+
+
+def _has_documents(partial: Path) -> bool:
+    committed = Progress.read(partial / PROGRESS)
+    return committed is not None and committed.documents > 0
+
+
+@contextlib.contextmanager
+def _made_parents(target: Path) -> Iterator[None]:
+    """Make the directories above; those that a refusal leaves empty go again."""
+    missing = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.dir={target}: {target.parent} cannot be made: {error.strerror}") from None
+    try:
+        yield
+    except UserError:
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
 
 
 def _is_complete(corpus: Corpus, target: Path) -> bool:
@@ -294,13 +328,15 @@ def _write_shards(corpus: Corpus, partial: Path, committed: Progress, *, progres
         stream.load_state_dict(committed.stream)
     batches = _batches(corpus, stream, committed.documents)
     committed_at = time.monotonic()
-    bar = tqdm(desc="preparing", unit=" documents", initial=committed.documents, disable=not progress)
+    bar = tqdm(
+        desc="preparing", unit=" documents", initial=committed.documents, disable=not progress, delay=BAR_DELAY_S
+    )
     with bar, contextlib.closing(encode_batches(encoder, batches, corpus.workers)) as encoded:
         for (documents, state), tokens_of in encoded:
             for split, writer in writers.items():
                 writer.write(*tokens_of[split])
+            bar.set_postfix_str(_token_rate(writers, committed, bar), refresh=False)
             bar.update(documents - bar.n)
-            bar.set_postfix_str(_token_rate(writers, committed, bar))
             if time.monotonic() - committed_at >= commit_every_s:
                 _commit(partial, Progress(committed.identity, documents, state, _written(writers)), writers)
                 committed_at = time.monotonic()

@@ -1,8 +1,8 @@
 """When and where checkpoints are written: beside the training, or within, and always whole or invisible.
 
-    save     ranks together: wait for the last one, copy, start writing            .step_00000500.partial/
-    advance  at a step boundary, once no rank writes: rank 0 commits in a thread
-    commit   state.json and manifest.json, all synced, then the rename; then older checkpoints go
+save     ranks together: wait for the last one, copy, start writing            .step_00000500.partial/
+advance  at a step boundary, once no rank writes: rank 0 commits in a thread
+commit   state.json and manifest.json, all synced, then the rename; then older checkpoints go
 """
 
 import shutil

@@ -27,6 +27,7 @@ from quack_lm.errors import UserError
 T = TypeVar("T")
 Tokenizer = Any  # a transformers tokenizer, or the `tokenizers.Tokenizer` inside it
 
+BAR_DELAY_S = 2.0  # what is refused at once is refused in one line
 BYTES = 256  # the least vocabulary of a byte-level tokenizer, less its special tokens
 
 
@@ -85,7 +86,7 @@ def _train_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    with tqdm(desc="training the tokenizer", unit=" documents", disable=not progress) as bar:
+    with tqdm(desc="training the tokenizer", unit=" documents", disable=not progress, delay=BAR_DELAY_S) as bar:
         texts = _train_texts(corpus, bar)
         first = next(texts, None)
         if first is None:

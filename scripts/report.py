@@ -6,20 +6,26 @@ Works on a sweep that is still running: what is missing is listed.
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from quack_lm import report
-from quack_lm.errors import exit_on_user_error
+from quack_lm.errors import UserError, exit_on_user_error
+from quack_lm.sweep.cell import shell_line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep_dir", type=Path, help="a directory that scripts/sweep.py made")
     parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="where to write; SWEEP_DIR/report unless given")
     options = parser.parse_args()
-    command = shlex.join(["python", "scripts/report.py", *sys.argv[1:]])
+    command = shell_line(["python", "scripts/report.py", *sys.argv[1:]])
     path = report.write(options.sweep_dir, options.out or options.sweep_dir / "report", command=command)
     print(f"report: {path}")
 

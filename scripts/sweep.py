@@ -31,6 +31,7 @@ a cluster that does not answer. In a job, slurm/sweep.sbatch calls `task file=..
 """
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -41,7 +42,7 @@ from typing import Any
 from quack_lm.errors import UserError, exit_on_user_error
 from quack_lm.report import collected, progress, runs
 from quack_lm.sweep import cluster, cost, file, local
-from quack_lm.sweep.cell import LOG_FILE, Cell, reuse
+from quack_lm.sweep.cell import LOG_FILE, Cell, reuse, shell_line
 from quack_lm.sweep.plan import PLAN_FILE, Plan, make_cells, read_plan, write_plan
 
 VERBS = ("plan", "run", "resume", "submit", "status", "cancel", "collect", "task")
@@ -129,8 +130,8 @@ def parse(arguments: list[str]) -> Command:
 
 
 def _whole(key: str, value: str) -> int:
-    if not value.isdecimal() or int(value) == 0:
-        raise UserError(f"{key}={value} must be a whole number of at least 1")
+    if not value.isdecimal() or len(value) > 4 or int(value) == 0:
+        raise UserError(f"{key}={value} must be a whole number from 1 to 9999")
     return int(value)
 
 
@@ -145,7 +146,7 @@ def _positive(key: str, value: str) -> float:
         number = float(value)
     except ValueError:
         number = 0.0
-    if number <= 0:
+    if not 0 < number < math.inf:
         raise UserError(f"{key}={value} must be a number above 0")
     return number
 
@@ -158,7 +159,7 @@ def make_plan(command: Command, directory: Path) -> Plan:
     return Plan(
         sweep=loaded.name,
         question=loaded.question,
-        command=shlex.join(["python", "scripts/sweep.py", *sys.argv[1:]]),
+        command=shell_line(["python", "scripts/sweep.py", *sys.argv[1:]]),
         cells=make_cells(loaded, directory, command.overrides),
         stop=loaded.stop,
     )

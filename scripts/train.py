@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     config = compose(overrides, file=file)
 
     # Imported late: --help and a mistake in the settings need not wait for it.
-    from quack_lm.build import build, check_run, make_model
+    from quack_lm.build import build, check_run, doubts, make_model
     from quack_lm.model import count_parameters
     from quack_lm.slurm import requeue_if_time_is_up
     from quack_lm.train import summarize, train
@@ -48,13 +48,16 @@ def main(arguments: list[str]) -> int:
         print(yaml.safe_dump(config, sort_keys=False))
         print("\n".join(f"{n:>15,}  {component}" for component, n in counts.items()))
     plan = check_run(config)
+    warnings = [f"warning: {doubt}\n" for doubt in doubts(plan)]
     if is_check:
+        sys.stderr.writelines(warnings)
         print(f"ready to train in {plan.run_dir}")
         return 0
     if plan.finished:
         print(f"{plan.run_dir} is finished already: {plan.finished}")
         return 0
     run = build(plan)
+    sys.stderr.writelines(warnings if run.world.is_main else [])
     try:
         status = train(run)
     except KeyboardInterrupt:

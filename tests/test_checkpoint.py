@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quack_lm import checkpoint
+from quack_lm.errors import UserError
 from quack_lm.parallel import World
 from quack_lm.saver import Saver
 
@@ -120,8 +121,8 @@ def test_a_damaged_checkpoint_is_named_and_skipped_and_left_alone(
     assert re.search(message, line)
     assert names(tmp_path / "step_00000002") == left
     shutil.rmtree(tmp_path / "step_00000001")
-    assert checkpoint.newest_valid(tmp_path) is None
-    assert "STARTS AGAIN FROM STEP 0" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"none of the 1 checkpoints in {tmp_path} is whole.*({message})"):
+        checkpoint.newest_valid(tmp_path)
 
 
 def test_a_checkpoint_under_another_ones_name_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -336,6 +336,7 @@ def refusal(corpus: Corpus) -> str:
     with pytest.raises(UserError) as caught:
         prepare(corpus, progress=False)
     assert not Path(corpus.dir).exists()
+    assert not Path(corpus.dir + ".partial").exists()
     return str(caught.value)
 
 

@@ -27,8 +27,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.fixture
-def data_set(tmp_path: Path) -> Path:
+def write_data_set(tmp_path: Path) -> Path:
     """A small valid data set, written by hand: train in two shards of 10 and 5 tokens, val and probe of 6."""
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
@@ -52,6 +51,17 @@ def data_set(tmp_path: Path) -> Path:
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Path:
+    return write_data_set(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set whose manifest a test may replace, as often as it likes."""
+    return write_data_set(tmp_path_factory.mktemp("scratch"))
 
 
 # ------------------------------------------------------------------------------------------------ order
@@ -251,3 +261,72 @@ def test_a_manifest_lacking_any_key_is_refused(data_set: Path) -> None:
         (data_set / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
         with pytest.raises(UserError, match=rf"manifest\.json is damaged or foreign: {key}"):
             TokenData.open(data_set)
+
+
+# ------------------------------------------------------------------------------------------------ any manifest at all
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from([2**63, 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of everything inside of a document."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, item in inside for place in [(*path, key), *places(item, (*path, key))]]
+
+
+def opens_or_is_refused(directory: Path, manifest: bytes) -> bool:
+    """Whether the manifest is accepted; what is accepted can be read to its end."""
+    original = (directory / "manifest.json").read_bytes()
+    (directory / "manifest.json").write_bytes(manifest)
+    try:
+        data = TokenData.open(directory)
+    except UserError:
+        return False
+    finally:
+        (directory / "manifest.json").write_bytes(original)
+    for split in ("train", "val", "probe"):
+        windows = data.windows(split, 1)
+        assert windows.read(np.arange(len(windows))).max() < data.manifest.vocab_size
+    return True
+
+
+@given(document=json_values)
+@settings(max_examples=80)
+def test_any_document_as_a_manifest_is_refused(scratch: Path, document: Any) -> None:
+    assert not opens_or_is_refused(scratch, json.dumps(document).encode())
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_a_manifest_with_anything_anywhere_is_read_or_refused(scratch: Path, data: st.DataObject) -> None:
+    manifest = json.loads((scratch / "manifest.json").read_text())
+    place = data.draw(st.sampled_from(places(manifest)))
+    entry = manifest
+    for key in place[:-1]:
+        entry = entry[key]
+    if data.draw(st.booleans()):
+        entry[place[-1]] = data.draw(
+            json_values | st.sampled_from(["../x", "val_00000.bin", 0, -1, 2**31, "\0", "\ud800"])
+        )
+    else:
+        del entry[place[-1]]
+    accepted = opens_or_is_refused(scratch, json.dumps(manifest).encode())
+    # Of the numbers and names that are left, these decide nothing that is read.
+    assert (
+        not accepted
+        or place[0] in ("source", "unigram_entropy", "vocab_size", "eot_id", "dtype")
+        or place[-1] in (*("name", "documents"),)
+    )
+
+
+@given(data=st.data())
+@settings(max_examples=80)
+def test_a_manifest_with_any_bytes_changed_is_read_or_refused(scratch: Path, data: st.DataObject) -> None:
+    content = bytearray((scratch / "manifest.json").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    opens_or_is_refused(scratch, bytes(content))

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from quack_lm import report
-from quack_lm.errors import UserError
 from quack_lm.report import claims, collected, figures, results, runs, table
 from quack_lm.report.comparison import differences_at
 from quack_lm.report.results import middle_head
@@ -328,11 +327,6 @@ def test_runs_that_the_plan_no_longer_has_are_listed(tmp_path, save):
     write_run(kept)
     write_run(dropped)
     assert dropped.name in report.write(save(kept), tmp_path / "out", command="x").read_text()
-
-
-def test_a_directory_without_a_plan_is_a_users_mistake(tmp_path):
-    with pytest.raises(UserError, match=r"no plan\.json here"):
-        results.from_runs(tmp_path)
 
 
 def test_the_script_writes_beside_the_runs_and_says_where(tmp_path, save):

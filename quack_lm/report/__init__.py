@@ -6,6 +6,7 @@ or collected files                 \\--> figures, heat --draw--> figures/
 
 from pathlib import Path
 
+from quack_lm.errors import UserError
 from quack_lm.report import collected, page
 from quack_lm.report.draw import draw, save
 from quack_lm.report.figures import Plot, plots
@@ -15,7 +16,12 @@ from quack_lm.report.heat import HeatMaps, heat_maps
 def write(sweep_dir: Path, out_dir: Path, *, command: str) -> Path:
     """Write the report of a sweep directory, finished or not, and return the path of its page."""
     measured = collected.load(sweep_dir)
-    (out_dir / "figures").mkdir(parents=True, exist_ok=True)
+    try:
+        (out_dir / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{out_dir}: no report can be written there: {error.strerror}; choose another with -o"
+        ) from None
     pictures = []
     lines = plots(measured)
     appendix = [plot for plot in lines if plot.is_appendix]

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quack_lm.config import flatten
+from quack_lm.errors import UserError
 from quack_lm.report.results import Result, Results, from_runs, make_results
-from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.file import StopRule
-from quack_lm.sweep.plan import Plan
+from quack_lm.sweep.plan import Plan, Record, reason
 
 RESULTS_FILE, CURVES_FILE = "results.parquet", "curves.parquet"
 
@@ -52,7 +52,14 @@ def write(directory: Path, out: Path | None = None) -> list[Path]:
 def load(directory: Path) -> Results:
     """The results of a sweep directory: from its runs where there is a plan, else from the collected files alone."""
     if (directory / RESULTS_FILE).is_file() and not (directory / "plan.json").is_file():
-        return _read(directory)
+        try:
+            return _read(directory)
+        # ArrowException, and what comes of columns that are missing or of another type.
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{directory}: {RESULTS_FILE} or {CURVES_FILE} is damaged or foreign ({reason(error)}); make them "
+                "again with python scripts/sweep.py collect"
+            ) from None
     return from_runs(directory)
 
 
@@ -63,14 +70,11 @@ def _read(directory: Path) -> Results:
     curves = _read_curves(directory / CURVES_FILE)
     entries = []
     for row in table.to_pylist():
-        cell = Cell(
-            overrides=json.loads(row["overrides_json"]),
-            config=json.loads(row["config_json"]),
-            fingerprint=row["fingerprint"],
-            run_dir=directory / row["run"],
-        )
-        summary, environment, record = (json.loads(row[f"{k}_json"]) for k in ("summary", "environment", "stop"))
-        entries.append((cell, row["status"], summary, curves.get(row["run"], []), environment, record))
+        overrides, config = (json.loads(row[f"{key}_json"]) for key in ("overrides", "config"))
+        record = Record(name=row["run"], fingerprint=row["fingerprint"], overrides=overrides, config=config)
+        cell = record.cell(directory)
+        summary, environment, stopped = (json.loads(row[f"{k}_json"]) for k in ("summary", "environment", "stop"))
+        entries.append((cell, row["status"], summary, curves.get(row["run"], []), environment, stopped))
     plan = Plan(
         sweep=about["sweep"],
         question=about["question"],

@@ -64,7 +64,7 @@ def _draw_lines(plot: Plot, columns: int | None) -> Figure:
             axes[0].set_ylim(top=min(plot.ceiling, axes[0].get_ylim()[1]))
         for unused in axes[len(plot.panels) :]:
             unused.set_visible(False)
-        figure.suptitle(plot.title, fontsize=12)
+        figure.suptitle(_plain(plot.title), fontsize=12)
         handles = looks.legend(plot)
         figure.legend(
             handles=handles, loc="outside lower center", ncols=_legend_columns(handles, width), handlelength=3
@@ -91,7 +91,7 @@ def _draw_heat(plot: HeatMaps, columns: int | None) -> Figure:
             )
             for top in list(layers)[1:]:
                 axis.axhline(top - 0.5, color="white", linewidth=0.8)
-            axis.set_title(each.title, fontsize=10)
+            axis.set_title(_plain(each.title), fontsize=10)
             axis.set_xlabel("optimizer steps")
             axis.set_ylabel("layer")
             axis.label_outer()
@@ -148,7 +148,7 @@ class Looks:
         lines = [line for panel in plot.panels for line in panel.lines]
         # Seeds share a label and one entry.
         methods = {line.label: line for line in lines if line.points or line.diverged}
-        handles = [Line2D([], [], label=label, **self.of(line)) for label, line in methods.items()]
+        handles = [Line2D([], [], label=_plain(label), **self.of(line)) for label, line in methods.items()]
         if any(line.diverged for line in lines):
             handles.append(Line2D([], [], label="diverged or stopped", **_cross("#444444")))
         if any(line.unstable for line in lines):
@@ -163,8 +163,13 @@ def _legend_columns(handles: Sequence[Line2D], width: float) -> int:
     return math.ceil(len(handles) / rows)
 
 
+def _plain(text: str) -> str:
+    """Without mathematics: a setting may hold any text, and what lies between dollars need not be a formula."""
+    return text.replace("$", r"\$")
+
+
 def _draw_panel(axis: Axes, panel: Panel, plot: Plot, looks: Looks) -> None:
-    axis.set_title(panel.title, fontsize=10)
+    axis.set_title(_plain(panel.title), fontsize=10)
     axis.set_xlabel(plot.x_label)
     axis.set_ylabel(plot.y_label)
     axis.label_outer()

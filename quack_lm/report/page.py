@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from quack_lm.report import runs
 from quack_lm.report.results import Results
 from quack_lm.report.sections import Section, after_figures, before_figures, provenance
+from quack_lm.report.table import markdown, markdown_code
 
 CSS = """
 :root { color-scheme: light; }
@@ -78,11 +79,13 @@ def as_html(results: Results, pictures: Sequence[Picture], report_command: str) 
 
 
 def as_markdown(results: Results, pictures: Sequence[Picture], report_command: str) -> str:
-    question = "\n".join(f"> {line}" for line in results.plan.question.splitlines())
-    facts = "\n".join(f"- {key}: {value}" for key, value in provenance(results, report_command).items())
-    figures = "\n\n".join(f"![{p.title}](figures/{p.name}.png)\n\n{p.caption}" for p in pictures)
+    question = "\n".join(f"> {markdown(line)}" for line in results.plan.question.splitlines())
+    facts = "\n".join(
+        f"- {markdown(key)}: {markdown(value)}" for key, value in provenance(results, report_command).items()
+    )
+    figures = "\n\n".join(f"![{markdown(p.title)}](figures/{p.name}.png)\n\n{markdown(p.caption)}" for p in pictures)
     parts = [
-        f"# Sweep {results.plan.sweep}",
+        f"# Sweep {markdown(results.plan.sweep)}",
         question,
         f"{runs.counts(results)}.",
         *(_section_markdown(section) for section in before_figures(results)),
@@ -104,9 +107,10 @@ def _section_html(section: Section) -> str:
 
 
 def _section_markdown(section: Section) -> str:
-    lines = "\n".join(f"- `{line}`" if section.are_commands else f"- {line}" for line in section.lines)
+    as_text = markdown_code if section.are_commands else markdown
+    lines = "\n".join(f"- {as_text(line)}" for line in section.lines)
     table = section.table.as_markdown() if section.table else ""
-    return "\n\n".join(part for part in (f"## {section.title}", section.intro, table, lines) if part)
+    return "\n\n".join(part for part in (f"## {section.title}", markdown(section.intro), table, lines) if part)
 
 
 def _picture_html(picture: Picture) -> str:

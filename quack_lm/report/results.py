@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from quack_lm.config import choice, flatten
 from quack_lm.outcome import kind_of_end
-from quack_lm.sweep.cell import FINISHED, LOG_FILE, Cell, last_lines
+from quack_lm.sweep.cell import FINISHED, LOG_FILE, Cell, last_lines, read_json
 from quack_lm.sweep.plan import Plan, read_plan
 
 # Settings that have a column, a panel or a style of their own; every other difference between runs goes into the label.
@@ -211,7 +211,7 @@ def from_runs(directory: Path) -> Results:
     entries = []
     for cell in plan.cells:
         metrics = list(_json_lines(cell.run_dir / "metrics.jsonl"))
-        environment = _json(cell.run_dir / "environment.json")
+        environment = read_json(cell.run_dir / "environment.json")
         entries.append((cell, cell.status(), cell.summary(), metrics, environment, cell.stop_record()))
     return make_results(directory, plan, entries)
 
@@ -252,13 +252,11 @@ def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
         return
     for line in path.read_text(errors="replace").splitlines():
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             return  # the last line of a run that is being written, or was killed while writing
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record
 
 
 def _ranks(names: Iterable[Any]) -> dict[Any, int]:

@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ class Table:
     def as_markdown(self) -> str:
         """With every bar escaped."""
         rule = ["---:" if i in self.numeric else ":---" for i in range(len(self.header))]
-        rows = [[cell.replace("|", "\\|") for cell in cells] for cells in (self.header, *self.rows)]
+        rows = [[markdown(cell).replace("|", "\\|") for cell in cells] for cells in (self.header, *self.rows)]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in (rows[0], rule, *rows[1:]))
 
     def as_html(self) -> str:
@@ -47,6 +48,19 @@ class Table:
 
     def _class(self, column: int) -> str:
         return ' class="number"' if column in self.numeric else ""
+
+
+def markdown(text: str) -> str:
+    """Any text on one line of a Markdown page: a name from somebody else becomes no HTML, picture, link or row."""
+    line = " ".join(text.split("\n"))
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", line).replace("](", "]\\(")
+
+
+def markdown_code(text: str) -> str:
+    """A code span that the text cannot end: its fence is longer than any run of backticks inside."""
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    padding = " " if "`" in text else ""
+    return f"{fence}{padding}{' '.join(text.split(chr(10)))}{padding}{fence}"
 
 
 # ------------------------------------------------------------------------------------------------ digits

@@ -50,17 +50,17 @@ class Cell:
 
     def command(self) -> str:
         """The run as one line to paste into a shell."""
-        return shlex.join(["python", "scripts/train.py", *self.arguments()])
+        return shell_line(["python", "scripts/train.py", *self.arguments()])
 
     # -------------------------------------------------------------------------------------------- what it has reached
 
     def summary(self) -> dict[str, Any]:
         """What the run wrote about itself so far; empty before it wrote anything, or where that is damaged."""
-        return _json(self.run_dir / "summary.json")
+        return read_json(self.run_dir / "summary.json")
 
     def stop_record(self) -> dict[str, Any]:
         """What the stop rule of the sweep wrote when it ended this run; empty where it did not."""
-        return _json(self.run_dir / STOP_FILE)
+        return read_json(self.run_dir / STOP_FILE)
 
     def status(self) -> str:
         """How the run stands.
@@ -98,6 +98,16 @@ class Cell:
             if isinstance(record, dict) and key in record:
                 return record
         return {}
+
+
+def shell_line(arguments: Sequence[str]) -> str:
+    """The arguments as one line for bash: like shlex.join, but a line break stays inside of the line."""
+    return " ".join(shlex.quote(text) if text.isprintable() else _ansi_quoted(text) for text in arguments)
+
+
+def _ansi_quoted(text: str) -> str:
+    known = {"\\": "\\\\", "'": "\\'"}
+    return "$'" + "".join(known.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text) + "'"
 
 
 def reuse(cells: Sequence[Cell], directory: Path) -> list[Cell]:
@@ -154,8 +164,10 @@ def is_locked(log: Path) -> bool:
         return not lock(handle, fcntl.LOCK_SH)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none, or the file is damaged."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, json.JSONDecodeError):
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}

@@ -15,6 +15,7 @@ scales:                                         # scale=big on the command line 
 """
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-import yaml
 
-from quack_lm.config import CONFIG_DIR, nearest
+from quack_lm.config import CONFIG_DIR, nearest, read_yaml
 from quack_lm.errors import UserError
 
+MOST_RUNS = 10_000
 Scalar = str | int | float | bool | None
 Axes = dict[str, list[Scalar] | dict[Scalar, list[str]]]
 
@@ -35,7 +36,9 @@ Axes = dict[str, list[Scalar] | dict[Scalar, list[str]]]
 class StopRule:
     """When a cell is hopeless: its loss so many times the best of the sweep at the same step, for so many steps."""
 
-    loss_above_best: Annotated[float, pydantic.Field(gt=1)]
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    loss_above_best: Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False)]
     for_steps: pydantic.PositiveInt
 
     def __str__(self) -> str:
@@ -95,14 +98,10 @@ def load(name: str, scale: str | None = None) -> Sweep:
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIG_DIR / "sweep" / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"sweep={name}: there is no {path}; {nearest(name, known_sweeps())}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable yaml file: {error}") from None
+    raw = read_yaml(path, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected keys at the top level, among {', '.join(_KEYS)}")
-    question = _opening_comment(text, path)
+    question = _opening_comment(path.read_text(encoding="utf-8"), path)
     stem = path.resolve().with_suffix("")
     folder = CONFIG_DIR / "sweep"
     name = str(stem.relative_to(folder)) if stem.is_relative_to(folder) else stem.name
@@ -169,6 +168,9 @@ def _check(raw: dict[str, Any], question: str, name: str, path: Path) -> Sweep:
     seeds = raw.get("seeds", [0])
     if not seeds:
         raise UserError(f"{path}: seeds is empty; give at least one, for example [0]")
+    n_runs = math.prod(map(len, grid.values())) * len(seeds)
+    if n_runs > MOST_RUNS:
+        raise UserError(f"{path}: grid and seeds make {n_runs} runs, above {MOST_RUNS}: split the sweep")
     _check_exclusions(path, grid | {"seed": [str(seed) for seed in seeds]}, exclude)
     return Sweep(
         name=name,
@@ -184,7 +186,7 @@ def _check(raw: dict[str, Any], question: str, name: str, path: Path) -> Sweep:
 
 def _stop_rule(raw: dict[str, Any] | None, path: Path) -> StopRule | None:
     try:
-        return pydantic.TypeAdapter(StopRule).validate_python(raw) if raw else None
+        return pydantic.TypeAdapter(StopRule).validate_python(raw) if raw is not None else None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: stop.{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}") from None

@@ -1,10 +1,12 @@
 """The plan of a sweep: its cells, composed and checked, and the plan.json that records them."""
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
 
 from quack_lm.config import choice, compose, fingerprint
 from quack_lm.errors import UserError
@@ -24,6 +26,70 @@ class Plan:
     command: str
     cells: list[Cell]
     stop: StopRule | None = None
+
+
+class _Choice(pydantic.BaseModel):
+    """A section of a config, as far as a report takes it for granted."""
+
+    target: Annotated[str, pydantic.Field(alias="_target_", pattern=r"^\w+(\.\w+)+$")]
+
+
+class _Optimizer(_Choice):
+    lr: pydantic.FiniteFloat
+
+
+class _Trainer(pydantic.BaseModel):
+    steps: pydantic.PositiveInt
+    seq_len: pydantic.PositiveInt
+    global_batch_size: pydantic.PositiveInt
+
+
+class _Config(pydantic.BaseModel):
+    seed: int
+    attention: _Choice
+    stabilizer: _Choice
+    optimizer: _Optimizer
+    trainer: _Trainer
+
+
+class Record(pydantic.BaseModel):
+    """A cell as plan.json and the collected files have it, which may come from somebody else."""
+
+    # One name, not a path: what is read and written lies in the sweep's directory.
+    name: Annotated[str, pydantic.Field(pattern=r"^[^/\x00.][^/\x00]*$")]
+    fingerprint: str
+    overrides: list[str]
+    config: dict[str, Any]
+
+    @pydantic.field_validator("config")
+    @classmethod
+    def _has_what_reports_read(cls, config: dict[str, Any]) -> dict[str, Any]:
+        _Config.model_validate(config)
+        return config
+
+    def cell(self, directory: Path) -> Cell:
+        return Cell(
+            overrides=self.overrides,
+            config=self.config,
+            fingerprint=self.fingerprint,
+            run_dir=directory / self.name,
+        )
+
+
+class _Document(pydantic.BaseModel):
+    sweep: str
+    question: str
+    command: str
+    stop: StopRule | None = None
+    cells: list[Record]
+
+
+def reason(error: Exception) -> str:
+    """What a file's reader found first, in a few words."""
+    if isinstance(error, pydantic.ValidationError):
+        first = error.errors()[0]
+        return ": ".join(part for part in (".".join(map(str, first["loc"])), first["msg"]) if part)
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def make_cells(sweep: Sweep, directory: Path, overrides: Sequence[str] = ()) -> list[Cell]:
@@ -46,7 +112,10 @@ def write_plan(directory: Path, plan: Plan, file: str = PLAN_FILE) -> None:
         {"name": c.name, "fingerprint": c.fingerprint, "overrides": c.overrides, "config": c.config} for c in plan.cells
     ]
     head = {"sweep": plan.sweep, "question": plan.question, "command": plan.command}
-    (directory / file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"dir={directory} cannot be made: {error.strerror}; choose another") from None
     write_json(directory / file, {**head, "stop": asdict(plan.stop) if plan.stop else None, "cells": cells})
 
 
@@ -57,23 +126,12 @@ def read_plan(directory: Path, file: str = PLAN_FILE) -> Plan:
         raise UserError(
             f"{directory}: no {file} here; python scripts/sweep.py plan sweep=... dir={directory} writes it"
         )
-    document = json.loads(path.read_text())
-    cells = [
-        Cell(
-            overrides=cell["overrides"],
-            config=cell["config"],
-            fingerprint=cell["fingerprint"],
-            run_dir=directory / cell["name"],
-        )
-        for cell in document["cells"]
-    ]
-    return Plan(
-        sweep=document["sweep"],
-        question=document["question"],
-        command=document["command"],
-        cells=cells,
-        stop=StopRule(**document["stop"]) if document.get("stop") else None,
-    )
+    try:
+        written = _Document.model_validate_json(path.read_bytes())
+    except (OSError, pydantic.ValidationError) as error:
+        raise UserError(f"{path} is damaged or foreign ({reason(error)}); make the plan again") from None
+    head = {"sweep": written.sweep, "question": written.question, "command": written.command, "stop": written.stop}
+    return Plan(**head, cells=[record.cell(directory) for record in written.cells])
 
 
 def _cell(overrides: list[str], directory: Path, sweep: str) -> Cell:

@@ -1,0 +1,48 @@
+"""Calling the scripts as a user would, in this process, and what they leave on disk."""
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quack_lm.config import CONFIG_DIR
+
+SCRIPTS = CONFIG_DIR.parent / "scripts"
+
+
+def call_here(
+    script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[Any, str, str]:
+    """A script's own main block in this process: (exit code, stdout, stderr)."""
+    path = str(SCRIPTS / f"{script}.py")
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    capsys.readouterr()
+    code: Any = 0
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    return code, *capsys.readouterr()
+
+
+def snapshot(*directories: Path) -> dict[str, Any]:
+    """Every name with its kind, and of files the time of the last change and the bytes."""
+    seen: dict[str, Any] = {}
+    for directory in directories:
+        for path in sorted(directory.rglob("*")):
+            if path.is_symlink():
+                seen[str(path)] = ("link", path.readlink())
+            elif path.is_file():
+                seen[str(path)] = ("file", path.stat().st_mtime_ns, path.read_bytes())
+            else:
+                seen[str(path)] = ("other", path.stat().st_mode)
+    return seen
+
+
+def write_files(directory: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)

@@ -1,0 +1,829 @@
+"""Everything that a user or a stranger can get wrong: one line that names it and the mend, exit code 2, no trace left.
+
+The rows below go through the scripts' own main blocks. What a manifest may not say is in test_data.py, what a corpus
+may not be in test_corpus.py, a damaged checkpoint and a run directory in use in test_train.py.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from calls import SCRIPTS, call_here, snapshot, write_files
+
+from quack_lm.build import build, check_run
+from quack_lm.checkpoint import file_digest
+from quack_lm.config import compose
+from quack_lm.train import train
+
+
+class Given(NamedTuple):
+    """What a row may copy and damage: a prepared data set, and a finished run of two steps on it."""
+
+    data: Path
+    run: Path
+
+
+class Bad(NamedTuple):
+    """Arguments after a valid command, and what the one line on stderr must match. TMP is the test's directory."""
+
+    arguments: list[str]
+    message: str
+    files: dict[str, bytes] = {}  # noqa: RUF012
+    env: dict[str, str] = {}  # noqa: RUF012
+    arrange: Callable[[Path, Given], None] | None = None
+
+
+def one(argument: str, message: str, **more: Any) -> Bad:
+    return Bad([argument], message, **more)
+
+
+# ------------------------------------------------------------------------------------------------ ways to do damage
+
+
+def damaged_data(damage: Callable[[Path], object]) -> dict[str, Any]:
+    """A copy of the data set in TMP/data, with this done to it."""
+
+    def arrange(tmp_path: Path, given: Given) -> None:
+        shutil.copytree(given.data, tmp_path / "data")
+        damage(tmp_path / "data")
+
+    return {"arrange": arrange}
+
+
+def edited(file: str, edit: Callable[[Any], object]) -> Callable[[Path], None]:
+    """Change what a json file says."""
+
+    def damage(directory: Path) -> None:
+        values = json.loads((directory / file).read_text())
+        edit(values)
+        (directory / file).write_text(json.dumps(values))
+
+    return damage
+
+
+def written(file: str, content: str | bytes) -> Callable[[Path], None]:
+    """Write another content into the only file that matches."""
+
+    def damage(directory: Path) -> None:
+        (path,) = directory.glob(file)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return damage
+
+
+def linked_out(file: str) -> Callable[[Path], None]:
+    """Move a file out of the data set and leave a link to it, so that even its sha256 is right."""
+
+    def damage(directory: Path) -> None:
+        (directory / file).rename(directory.parent / "outside")
+        (directory / file).symlink_to(directory.parent / "outside")
+
+    return damage
+
+
+def replaced_by_a_pipe(file: str) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        (directory / file).unlink()
+        os.mkfifo(directory / file)
+
+    return damage
+
+
+def bad_data(damage: Callable[[Path], object], message: str) -> Bad:
+    return one(
+        "data.dir=TMP/data", rf"data\.dir: TMP/data\S* is damaged or foreign: .*{message}", **damaged_data(damage)
+    )
+
+
+def bad_run(damage: Callable[[Path], object], message: str, *arguments: str) -> Bad:
+    """The finished run is copied to TMP/run, damaged, and made longer."""
+
+    def arrange(tmp_path: Path, given: Given) -> None:
+        shutil.copytree(given.run, tmp_path / "run")
+        damage(tmp_path / "run")
+
+    return Bad([*RUN, *arguments], message, arrange=arrange)
+
+
+def bad_checkpoint(damage: Callable[[Path], object], message: str = r"TMP/run/checkpoints/step_\S+") -> Bad:
+    """The run's checkpoint is damaged by somebody who writes a right manifest for it."""
+
+    def forge(run: Path) -> None:
+        (checkpoint,) = run.glob("checkpoints/*")
+        damage(checkpoint)
+        paths = [path for path in checkpoint.iterdir() if path.name != "manifest.json"]
+        files = {path.name: asdict(file_digest(path)) for path in paths}
+        (checkpoint / "manifest.json").write_text(json.dumps({"files": files}))
+
+    return bad_run(forge, message)
+
+
+def reshaped(checkpoint: Path) -> None:
+    """A checkpoint with every name that the run expects, and a tensor of another shape."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    (path,) = checkpoint.glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(name for name in tensors if name.startswith("model.") and tensors[name].ndim == 2)
+    tensors[name] = tensors[name][:1, :1].clone()
+    save_file(tensors, path, about)
+
+
+def sweep_file(text: str | bytes, message: str, *arguments: str) -> Bad:
+    content = text if isinstance(text, bytes) else text.encode()
+    return Bad(["plan", "sweep=TMP/mine.yaml", "dir=TMP/runs", *arguments], message, files={"mine.yaml": content})
+
+
+def laughs(levels: int = 12) -> str:
+    """Lists of ten times the list before: a kilobyte that stands for 10^levels values."""
+    lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+def doubling(levels: int = 60) -> str:
+    """The same without aliases: lists that refer to the list before, twice."""
+    lines = ["a0: [x]"] + [f"a{i}: ['${{a{i - 1}}}', '${{a{i - 1}}}']" for i in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ scripts/train.py
+
+# The environment of one process among many; a row adds what is wrong with it.
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+SMALL = ["model.n_layers=1", "trainer.val_sequences=2", "trainer.probe_sequences=2", "trainer.device=cpu"]
+RUN = [*SMALL, "optimizer.warmup_steps=0", "trainer.steps=4"]
+
+# Each is appended to: experiment=tiny, a prepared data set, trainer.steps=1, run_dir=TMP/run.
+TRAIN: dict[str, Bad] = {
+    # names
+    "unknown_section": one("trainr.steps=3", r"unknown key trainr.*did you mean trainer\?"),
+    "unknown_key": one("trainer.step=3", r"unknown key trainer\.step:.*did you mean trainer\.steps\?"),
+    "key_of_another_stabilizer": one("stabilizer.tau=1", r"unknown key stabilizer\.tau"),
+    "unknown_choice": one("stabilizer=quak", r"stabilizer=quak: did you mean quack\?"),
+    "choice_by_path": one("model=../model/1b", r"model=\.\./model/1b: choices: .*tiny"),
+    "null_choice": one("model=null", r"model=None: choices: .*tiny"),
+    "dictionary_for_a_choice": one("model={d_model: 3}", r"model=.*choices: .*tiny"),
+    "key_below_a_value": one("optimizer.lr.x=3", r"optimizer\.lr="),
+    # types
+    "string_for_int": one("model.d_model=wide", r"model\.d_model='wide': .*integer"),
+    "quoted_number_for_int": one("model.d_model='64'", r"model\.d_model='64': .*integer"),
+    "float_for_int": one("trainer.steps=3.0", r"trainer\.steps=3\.0: .*integer"),
+    "bool_for_int": one("trainer.steps=true", r"trainer\.steps=True: .*integer"),
+    "null_for_int": one("trainer.steps=null", r"trainer\.steps=None: .*integer"),
+    "list_for_int": one("trainer.steps=[3]", r"trainer\.steps=\[3\]: .*integer"),
+    "dictionary_for_int": one("seed={a: 3}", r"seed=.*integer"),
+    "string_for_float": one("optimizer.lr=fast", r"optimizer\.lr='fast': .*number"),
+    "bool_for_float": one("optimizer.lr=true", r"optimizer\.lr=True: .*number"),
+    "int_for_bool": one("trainer.recompute=1", r"trainer\.recompute=1: .*boolean"),
+    "string_for_bool": one("model.tied_embeddings='true'", r"model\.tied_embeddings='true': .*boolean"),
+    "int_for_string": one("data.dir=3", r"data\.dir=3: .*string"),
+    "null_for_string": one("data.dir=null", r"data\.dir=None: .*string"),
+    "string_for_list": one("logger.tags=x", r"logger\.tags='x': .*list"),
+    "int_in_a_list_of_strings": one("logger.tags=[1]", r"logger\.tags=\[1\]: .*string"),
+    "number_for_run_dir": one("run_dir=3", r"run_dir=3: .*string"),
+    "section_for_a_scalar": one("attention.backend={a: 1}", r"attention\.backend="),
+    # values
+    "negative_seed": one("seed=-1", r"seed=-1: .*greater than or equal to 0"),
+    "zero_width": one("model.d_model=0", r"model\.d_model=0: .*greater than 0"),
+    "zero_layers": one("model.n_layers=0", r"model\.n_layers=0: .*greater than 0"),
+    "negative_steps": one("trainer.steps=-5", r"trainer\.steps=-5: .*greater than 0"),
+    "zero_micro_batch": one("trainer.micro_batch_size=0", r"trainer\.micro_batch_size=0: .*greater than 0"),
+    "negative_interval": one("trainer.val_every=-1", r"trainer\.val_every=-1: "),
+    "zero_rate": one("optimizer.lr=0", r"optimizer\.lr=0: .*greater than 0"),
+    "rate_not_a_number": one("optimizer.lr=nan", r"optimizer\.lr=nan: .*finite"),
+    "infinite_rate": one("optimizer.lr=inf", r"optimizer\.lr=inf: .*finite"),
+    "momentum_of_one": one("optimizer.momentum=1.0", r"optimizer\.momentum=1\.0: .*less than 1"),
+    "negative_decay": one("optimizer.weight_decay=-0.1", r"optimizer\.weight_decay=-0\.1: "),
+    "negative_tau": Bad(["stabilizer=quack", "stabilizer.tau=-1"], r"stabilizer\.tau=-1: .*greater than 0"),
+    "zero_threshold": Bad(["stabilizer=qk_clip", "stabilizer.threshold=0"], r"stabilizer\.threshold=0: "),
+    "unknown_norm": Bad(["stabilizer=quack", "stabilizer.norm=l1"], r"stabilizer\.norm='l1': .*frobenius.*spectral"),
+    "unknown_precision": one("trainer.precision=float16", r"trainer\.precision='float16': .*float32.*bfloat16"),
+    "unknown_backend": one("attention.backend=fast", r"attention\.backend='fast': .*sdpa"),
+    "unknown_resume": one("trainer.resume=maybe", r"trainer\.resume='maybe': .*auto.*never"),
+    "unknown_wandb_mode": one("logger.wandb=on", r"logger\.wandb=.*online.*offline.*disabled"),
+    "unknown_schedule": one("optimizer.schedule=linear", r"optimizer\.schedule='linear': .*cosine"),
+    "splits_beyond_everything": Bad(["data.val_fraction=0.6", "data.probe_fraction=0.5"], r"data\.val_fraction=0\.6"),
+    # shapes
+    "heads_do_not_divide_width": one("model.n_heads=5", r"attention\.n_heads=5 must divide model\.d_model=64"),
+    "heads_do_not_divide_width_mla": Bad(["attention=mla", "attention.n_heads=5"], r"attention\.n_heads=5 must divide"),
+    "kv_heads_do_not_divide_heads": one("attention.n_kv_heads=3", r"attention\.n_kv_heads=3 .*attention\.n_heads=4"),
+    "odd_head": one("attention.head_dim=7", r"attention\.head_dim=7 must be even"),
+    "odd_rope": Bad(["attention=mla", "attention.rope_dim=9"], r"attention\.rope_dim=9 must be even"),
+    "micro_batch_does_not_divide_batch": one(
+        "trainer.micro_batch_size=3", r"trainer\.global_batch_size=8 .*trainer\.micro_batch_size = 1 x 3"
+    ),
+    "three_processes": one("seed=0", r"trainer\.global_batch_size=8 .*3 x 8 = 24", env=LAUNCHED | {"WORLD_SIZE": "3"}),
+    "replicas_do_not_divide_processes": one("trainer.replicas=2", r"trainer\.replicas=2 .*processes, 1"),
+    "window_longer_than_the_data": one(
+        "trainer.seq_len=5000000", r"trainer\.seq_len=5000000 is too long for the train"
+    ),
+    "vocabulary_too_small": one("model.vocab_size=100", r"model\.vocab_size=100 .*data\.vocab_size=512"),
+    "absurd_width": one("model.d_ff=10000000000000000000", r"model\.d_ff"),
+    # what is not there
+    "missing_data": one("data.dir=TMP/nowhere", r"data\.dir: .*TMP/nowhere.*prepare_data\.py"),
+    "data_is_a_file": one("data.dir=TMP/file", r"data\.dir: .*TMP/file", files={"file": b"x"}),
+    "data_without_manifest": one("data.dir=TMP/d", r"data\.dir: .*TMP/d .*manifest", files={"d/x": b""}),
+    "flex_on_cpu": Bad(["attention.backend=flex", "trainer.device=cpu"], r"attention\.backend=flex .*sdpa"),
+    "flash_on_cpu": Bad(["attention.backend=flash", "trainer.device=cpu"], r"attention\.backend=flash .*sdpa"),
+    "unset_files": one("data=local", r"data\.files"),
+    # run_dir
+    "run_dir_is_a_file": one("run_dir=TMP/file", r"run_dir=TMP/file.*choose another run_dir", files={"file": b"x"}),
+    "run_dir_below_a_file": one("run_dir=TMP/file/a/b", r"run_dir=TMP/file/a/b: .*TMP/file ", files={"file": b"x"}),
+    "run_dir_with_a_broken_config": one(
+        "run_dir=TMP/old", r"run_dir=TMP/old: .*config\.yaml cannot be read", files={"old/config.yaml": b"\xff\xfe\x00"}
+    ),
+    "run_dir_with_a_long_name": one("run_dir=TMP/" + 300 * "a", r"run_dir=TMP/aaa"),
+    # what a config from somebody else could try
+    "target_os_system": one("model._target_=os.system", r"model\._target_='os\.system' must be a class of quack_lm"),
+    "target_eval": one("stabilizer._target_=builtins.eval", r"stabilizer\._target_='builtins\.eval'"),
+    "target_function": one("data._target_=quack_lm.config.compose", r"data\._target_='quack_lm\.config\.compose'"),
+    "target_module": one("data._target_=quack_lm.corpus", r"data\._target_='quack_lm\.corpus'"),
+    "target_through_an_import": one(
+        "trainer._target_=quack_lm.train.Path", r"trainer\._target_='quack_lm\.train\.Path'"
+    ),
+    "target_deeper": one("trainer._target_=quack_lm.config.importlib.import_module", r"trainer\._target_="),
+    "target_of_another_section": one("stabilizer._target_=quack_lm.attention.mha.MHA", r"stabilizer\._target_="),
+    "target_missing": one("stabilizer._target_=quack_lm.stabilizers.nope.Nope", r"stabilizer\._target_="),
+    "target_null": one("model._target_=null", r"model\._target_=None"),
+    "target_with_dots": one("model._target_=quack_lm..model.ModelSizes", r"model\._target_="),
+    "resolver": one("logger.name=${oc.env:HOME}", r"logger\.name='\$\{oc\.env:HOME\}'.*plain references"),
+    "resolver_in_text": one("logger.name='a${oc.env:HOME}b'", r"logger\.name=.*plain references"),
+    "resolver_in_a_list": one("logger.tags=['${oc.env:HOME}']", r"logger\.tags=.*plain references"),
+    "resolver_in_a_nested_list": one("logger.tags=[['${oc.env:HOME}']]", r"logger\.tags=.*plain references"),
+    "resolver_in_a_dictionary_in_a_list": one("logger.tags=[{a: '${oc.env:HOME}'}]", r"logger\.tags.*plain references"),
+    "resolver_in_a_resolver": one("logger.name='${oc.decode:${seed}}'", r"logger\.name=.*plain references"),
+    "resolver_from_pieces": Bad(
+        ["logger.project='$'", "logger.group='${logger.project}{oc.env:HOME}'", "+logger.name='${logger.group}'"],
+        r"logger\.\w+=.*plain references",
+    ),
+    "reference_to_nothing": one("logger.name='${logger.nope}'", r"logger\.nope"),
+    "reference_to_itself": one("seed='${seed}'", r"seed"),
+    # grammar
+    "no_value": one("optimizer.lr", r"'optimizer\.lr'.*key=value"),
+    "no_key": one("=3", r"'?=3'?.*key=value"),
+    "two_equal_signs": one("run_dir=a=b", r"run_dir=a=b.*quote"),
+    "unclosed_bracket": one("logger.tags=[a", r"logger\.tags=\[a.*key=value"),
+    "sweep": one("optimizer.lr=0.1,0.2", r"optimizer\.lr=0\.1,0\.2: one run takes one value.*scripts/sweep\.py"),
+    "sweep_of_choices": one("attention=mha,mla", r"attention=mha,mla: one run takes one value"),
+    "range": one("seed=range(1,3)", r"seed=range\(1,3\): one run takes one value"),
+    "deletion": one("~seed", r"~seed: write key=value; keys cannot be deleted"),
+    "deletion_of_a_group": one("~model", r"~model: .*cannot be deleted"),
+    "package": one("model@encoder=tiny", r"model@encoder=tiny: .*cannot be deleted or moved"),
+    "hydra_section": one("hydra.run.dir=x", r"hydra\.run\.dir=x: .*no hydra section.*run_dir"),
+    "hydra_group": one("hydra/launcher=basic", r"hydra/launcher=basic: .*no hydra section"),
+    "unknown_flag": one("--multirun", r"unknown flag --multirun.*key=value"),
+    # config files
+    "no_config_file": Bad(["--config"], r"--config needs a file"),
+    "missing_config_file": one("--config=TMP/nowhere.yaml", r"--config TMP/nowhere\.yaml: no such file"),
+    "config_is_a_directory": one("--config=TMP/d", r"--config TMP/d: is a directory", files={"d/x": b""}),
+    # sizes that no machine has
+    "seed_beyond_64_bits": one("seed=100000000000000000000", r"seed=100000000000000000000 is beyond 64 bits"),
+    "seed_of_5000_digits": one("seed=" + "9" * 5000, r"seed|cannot read"),
+    "steps_beyond_64_bits": one("trainer.steps=10000000000000000000", r"trainer\.steps=\d+ is beyond 64 bits"),
+    "batch_beyond_64_bits": Bad(
+        ["trainer.global_batch_size=10000000000000000000", "trainer.micro_batch_size=10000000000000000000"],
+        r"trainer\.\w+_batch_size=\d+ is beyond 64 bits",
+    ),
+    "million_layers": one("model.n_layers=1000000", r"model\.n_layers=1000000: .*less than or equal to 1000"),
+    "million_workers": one("data.workers=1000000", r"data\.workers=1000000: .*less than or equal to 1024"),
+    "endless_timeout": one("trainer.timeout_s=1e300", r"trainer\.timeout_s=1e\+300: .*less than or equal"),
+    "timeout_not_a_number": one("trainer.timeout_s=nan", r"trainer\.timeout_s=nan: "),
+    "negative_infinity": one("optimizer.weight_decay=-inf", r"optimizer\.weight_decay=-inf: "),
+    "overflowing_float": one("optimizer.lr=1e999", r"optimizer\.lr=inf: .*finite"),
+    "tau_not_a_number": Bad(["stabilizer=quack", "stabilizer.tau=nan"], r"stabilizer\.tau=nan: .*finite"),
+    "gradient_clip_not_a_number": one("optimizer.max_grad_norm=nan", r"optimizer\.max_grad_norm=nan: .*finite"),
+    "text_that_is_no_utf8": one("logger.name='a\udcffb'", r"logger\.name='a.udcffb' is not UTF-8"),
+    "list_of_lists": one("logger.tags=" + "[" * 300 + "]" * 300, r"logger\.tags|nested too deeply"),
+    "reference_to_a_section": one("logger.name='${model}'", r"logger\.name='\$\{model\}' refers to several values"),
+    "reference_to_a_list": Bad(
+        ["logger.tags=[a]", "logger.name='${logger.tags}'"], r"logger\.name=.* refers to several values"
+    ),
+    # contradictions
+    "evaluation_longer_than_its_split": Bad(
+        ["trainer.seq_len=20000"], r"trainer\.seq_len=20000 is too long for the \w+ split .* set trainer\.seq_len to"
+    ),
+    "latent_of_nothing": Bad(["attention=mla", "attention.kv_latent_dim=0"], r"attention\.kv_latent_dim=0: "),
+    "decay_beyond_the_end": one("optimizer.decay_fraction=1.5", r"optimizer\.decay_fraction=1\.5: "),
+    "other_vocabulary": Bad(["data.vocab_size=300"], r"data\.dir=\S+ was made with data\.vocab_size=512, not 300"),
+    "other_tokenizer": one("data.tokenizer=gpt2", r"data\.dir=\S+ was made with data\.tokenizer=.*, not gpt2"),
+    "gpu_without_a_gpu": one("trainer.device=cuda", r"trainer\.device=cuda: .*no GPU.*trainer\.device=cpu"),
+    # the environment
+    "rank_not_a_number": one("seed=0", r"RANK='first' in the environment", env=LAUNCHED | {"RANK": "first"}),
+    "rank_negative": one("seed=0", r"RANK='-1' in the environment", env=LAUNCHED | {"RANK": "-1"}),
+    "rank_beyond_the_world": one(
+        "seed=0", r"RANK=3 must be below WORLD_SIZE=2", env=LAUNCHED | {"RANK": "3", "WORLD_SIZE": "2"}
+    ),
+    "world_of_nobody": one("seed=0", r"WORLD_SIZE='0' in the environment", env=LAUNCHED | {"WORLD_SIZE": "0"}),
+    "world_empty": one("seed=0", r"WORLD_SIZE='' in the environment", env=LAUNCHED | {"WORLD_SIZE": ""}),
+    "world_with_a_fraction": one("seed=0", r"WORLD_SIZE='2\.0' in the", env=LAUNCHED | {"WORLD_SIZE": "2.0"}),
+    "world_of_5000_digits": one("seed=0", r"WORLD_SIZE='9+' in the", env=LAUNCHED | {"WORLD_SIZE": "9" * 5000}),
+    "local_rank_not_a_number": one("seed=0", r"LOCAL_RANK='x' in the", env=LAUNCHED | {"LOCAL_RANK": "x"}),
+    "local_world_not_a_number": one(
+        "trainer.device=cpu", r"LOCAL_WORLD_SIZE='many' in the", env=LAUNCHED | {"LOCAL_WORLD_SIZE": "many"}
+    ),
+    "world_without_a_rank": one("seed=0", r"WORLD_SIZE=2 .* RANK is not: .*torchrun", env={"WORLD_SIZE": "2"}),
+    "world_without_an_address": one(
+        "seed=0", r"WORLD_SIZE=2 .* MASTER_ADDR is not", env={"WORLD_SIZE": "2", "RANK": "0"}
+    ),
+    # data sets
+    "manifest_is_a_list": bad_data(written("manifest.json", "[]"), r""),
+    "manifest_is_no_json": bad_data(written("manifest.json", b"\xff\xfe"), r""),
+    "manifest_nested": bad_data(written("manifest.json", '{"source": ' + "[" * 99_999), r""),
+    "manifest_with_billions_of_digits": bad_data(
+        written("manifest.json", '{"format_version": ' + "9" * 4299 + "}"), r"format_version"
+    ),
+    "manifest_beyond_64_bits": bad_data(
+        edited("manifest.json", lambda m: m["splits"]["train"].update(tokens=2**64)), r"splits\.train\.tokens"
+    ),
+    "manifest_steers_the_terminal": bad_data(
+        edited("manifest.json", lambda m: m.update({"\x1b]0;pwned\x07\x1b[2J": 1})), r"\\x1b\]0;pwned\\x07"
+    ),
+    "manifest_names_a_file_outside": bad_data(
+        edited("manifest.json", lambda m: m["splits"]["val"]["shards"][0].update(file="../../val.bin")), r"file"
+    ),
+    "manifest_names_a_file_twice": bad_data(
+        edited("manifest.json", lambda m: m["splits"].update(probe=m["splits"]["val"])),
+        r"val_00000\.bin is listed twice",
+    ),
+    "manifest_is_a_link": bad_data(linked_out("manifest.json"), r"link to a file outside"),
+    "manifest_is_a_pipe": bad_data(replaced_by_a_pipe("manifest.json"), r"no ordinary file"),
+    "manifest_is_a_directory": one(
+        "data.dir=TMP/d", r"data\.dir: cannot read TMP/d/manifest\.json", files={"d/manifest.json/x": b""}
+    ),
+    "shard_is_a_link": bad_data(linked_out("val_00000.bin"), r"link to a file outside"),
+    "shard_is_a_pipe": bad_data(replaced_by_a_pipe("val_00000.bin"), r"no ordinary file"),
+    "tokenizer_is_a_link": bad_data(linked_out("tokenizer/tokenizer.json"), r"link to a file outside"),
+    "tokenizer_has_code": bad_data(
+        lambda data: (data / "tokenizer/tokenization_mine.py").write_text("print(1)"), r"does not know this file"
+    ),
+    "shard_has_tokens_beyond_the_vocabulary": bad_data(
+        lambda data: foreign_tokens(data), r"it has tokens beyond the vocabulary"
+    ),
+    "data_dir_has_a_long_name": one("data.dir=TMP/" + 300 * "a", r"data\.dir: cannot read TMP/a+"),
+    # run directories
+    "run_dir_where_nothing_can_be_made": one(
+        "run_dir=/proc/quack_lm/run", r"run_dir=/proc/quack_lm/run.*another run_dir"
+    ),
+    "run_dir_with_results_of_nobody": one(
+        "run_dir=TMP/old", r"run_dir=TMP/old holds results without their config", files={"old/metrics.jsonl": b""}
+    ),
+    "run_dir_whose_config_is_a_directory": one(
+        "run_dir=TMP/old", r"run_dir=TMP/old: choose another run_dir.*directory", files={"old/config.yaml/x": b""}
+    ),
+    "run_dir_whose_config_laughs": one(
+        "run_dir=TMP/old", r"run_dir=TMP/old: .*aliases", files={"old/config.yaml": laughs().encode()}
+    ),
+    "run_dir_whose_config_is_nested": one(
+        "run_dir=TMP/old", r"run_dir=TMP/old: .*too deeply", files={"old/config.yaml": b"[" * 20_000}
+    ),
+    "run_dir_whose_config_has_a_tag": one(
+        "run_dir=TMP/old",
+        r"run_dir=TMP/old: .*not a readable yaml",
+        files={"old/config.yaml": b"seed: !!python/object/apply:os.system ['touch pwned']\n"},
+    ),
+    "run_dir_whose_config_is_a_list": one(
+        "run_dir=TMP/old", r"run_dir=TMP/old: .*sections of a run", files={"old/config.yaml": b"- 1\n"}
+    ),
+    "run_dir_of_an_older_run": one(
+        "run_dir=TMP/old",
+        r"run_dir=TMP/old holds a run with .*another run_dir",
+        files={"old/config.yaml": b"seed: 1\n"},
+    ),
+    "run_of_another_seed": bad_run(lambda run: None, r"run_dir=TMP/run holds a run with seed=0, not 7", "seed=7"),
+    "run_not_to_be_resumed": bad_run(
+        lambda run: None, r"run_dir=TMP/run already holds this run; trainer\.resume=auto", "trainer.resume=never"
+    ),
+    # checkpoints
+    "checkpoint_is_cut": bad_run(
+        written("checkpoints/*/*.safetensors", b"\0" * 100), r"none of the 1 checkpoints in .*100 bytes"
+    ),
+    "checkpoint_has_no_manifest": bad_run(
+        lambda run: next(run.glob("checkpoints/*/manifest.json")).unlink(),
+        r"none of the 1 checkpoints .*manifest\.json",
+    ),
+    "state_is_no_text": bad_checkpoint(written("state.json", b"\xff\xfe")),
+    "state_is_nested": bad_checkpoint(written("state.json", "[" * 99_999)),
+    "state_is_a_list": bad_checkpoint(written("state.json", "[]")),
+    "state_with_foreign_progress": bad_checkpoint(edited("state.json", lambda s: s.update(progress={"pace": 3}))),
+    "state_with_progress_in_words": bad_checkpoint(edited("state.json", lambda s: s["progress"].update(step="far"))),
+    "state_of_another_step": bad_checkpoint(edited("state.json", lambda s: s.update(step=77)), r"of another step"),
+    "state_without_config": bad_checkpoint(edited("state.json", lambda s: s.update(config="mine"))),
+    "state_of_another_config": bad_checkpoint(
+        edited("state.json", lambda s: s["config"].update({"seed": 9})), r"step_\S+ holds a run with seed=9, not 0"
+    ),
+    "state_of_another_stabilizer": bad_checkpoint(edited("state.json", lambda s: s.update(stabilizer_state=["norms"]))),
+    "state_of_other_data": bad_checkpoint(
+        edited("state.json", lambda s: s.update(manifest_sha256="0" * 64)), r"data\.dir=\S+ is not the data set"
+    ),
+    "tensors_of_another_shape": bad_checkpoint(reshaped),
+    "tensors_are_a_pickle": bad_checkpoint(written("*.safetensors", b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.")),
+    # more that a config from somebody else could try
+    "target_train": one("trainer._target_=quack_lm.train.train", r"trainer\._target_='quack_lm\.train\.train'"),
+    "target_check_run": one("model._target_=quack_lm.build.check_run", r"model\._target_='quack_lm\.build\.check_run'"),
+    "target_run": one("trainer._target_=quack_lm.train.Run", r"trainer\._target_='quack_lm\.train\.Run'"),
+    "target_prepare": one("data._target_=quack_lm.preparation.prepare", r"data\._target_='quack_lm\.prep"),
+    "target_base_class": one("data._target_=quack_lm.corpus.Corpus", r"data\._target_='quack_lm\.corpus\.Corpus'"),
+    "target_subprocess": one("logger._target_=quack_lm.build.subprocess.Popen", r"logger\._target_="),
+    "target_dunder": one("logger._target_=quack_lm.metrics.LoggerSettings.__init__", r"logger\._target_="),
+    "password_in_a_url": Bad(
+        ["data=local", "data.files=['https://duck:hunter2@pond.example/x.jsonl']"],
+        r"^error: data\.files has a password in its URL(?!.*hunter2)",
+    ),
+    "data_set_of_the_hub_that_is_a_loader": Bad(["data=cosmopedia_v2", "data.name=pickle"], r"data\.name='pickle': "),
+}
+
+
+def foreign_tokens(data: Path) -> None:
+    """A data set whose checksums are right and whose tokens are not."""
+    import hashlib
+
+    path = data / "val_00000.bin"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    edited("manifest.json", lambda m: m["splits"]["val"]["shards"][0].update(sha256=digest))(data)
+
+
+# Contents of FILE in: --config FILE, and nothing else.
+CONFIG_FILES: dict[str, tuple[bytes, str]] = {
+    "garbage": (b"a: [1, 2\nb: }", r"--config TMP/file\.yaml: not a readable yaml"),
+    "binary": (bytes(range(256)), r"--config TMP/file\.yaml: not a readable yaml"),
+    "list": (b"- 1\n- 2\n", r"--config TMP/file\.yaml: "),
+    "text": (b"just words", r"unknown key just words"),
+    "empty": (b"", r"TMP/file\.yaml|is not set|must be a section"),
+    "duplicate_keys": (b"seed: 1\nseed: 2\n", r"--config TMP/file\.yaml: .*duplicate key seed"),
+    "python_object": (b"seed: !!python/object/apply:os.system ['touch pwned']\n", r"--config TMP/file\.yaml: "),
+    "section_missing": (b"seed: 1\nrun_dir: null\n", r"model=None must be a section.*tiny"),
+    "section_is_a_string": (b"seed: 1\nrun_dir: null\nmodel: tiny\n", r"model='tiny' must be a section.*tiny"),
+    "section_without_target": (b"seed: 1\nrun_dir: null\nmodel: {d_model: 3}\n", r"model\._target_=None must be"),
+    "foreign_target": (
+        b"seed: 1\nrun_dir: null\nmodel: {_target_: os.system, command: touch pwned}\n",
+        r"'os\.system'",
+    ),
+    "foreign_section": (b"seed: 1\nhook: {_target_: os.system, command: touch pwned}\n", r"unknown key hook"),
+    "resolver": (b"seed: 1\nrun_dir: '${oc.env:HOME}'\n", r"run_dir='\$\{oc\.env:HOME\}'.*plain references"),
+    "number_as_a_key": (b"seed: 1\n3: 4\n", r"unknown key 3"),
+    "anchors_into_themselves": (b"seed: &a [*a]\n", r"seed|TMP/file\.yaml"),
+    "not_utf8": ("seed: größer\n".encode("latin-1"), r"--config TMP/file\.yaml: not a readable yaml"),
+    "nested": (b"[" * 20_000, r"--config TMP/file\.yaml: .*too deeply|not a readable yaml"),
+    "nested_mappings": (b"{a: " * 3_000 + b"1" + b"}" * 3_000, r"too deeply|TMP/file\.yaml"),
+    "aliases": (laughs().encode(), r"--config TMP/file\.yaml: yaml aliases are not allowed"),
+    "lists_of_references": (doubling().encode(), r"a\d+=.* refers to several values"),
+    "number_of_5000_digits": (b"seed: " + b"9" * 5000 + b"\n", r"TMP/file\.yaml|beyond 64 bits"),
+    "nul": (b'run_dir: "a\\0b"\nseed: 1\n', r"must be a section|NUL"),
+    "foreign_callable_of_ours": (
+        b"seed: 1\nrun_dir: null\nmodel: {_target_: quack_lm.preparation.prepare, corpus: x}\n",
+        r"model\._target_='quack_lm\.preparation\.prepare'",
+    ),
+    "partial_of_hydra": (
+        b"seed: 1\nrun_dir: null\nmodel: {_target_: quack_lm.model.ModelSizes, _partial_: true}\n",
+        r"unknown key model\._partial_",
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------ preparing data
+
+# Each is appended to: data=local data.dir=TMP/new/set data.files=[TMP/text.txt] data.workers=0 data.vocab_size=300.
+PREPARE: dict[str, Bad] = {
+    "unknown_key": one("data.fiels=[x]", r"unknown key data\.fiels:.*did you mean data\.files\?"),
+    "unknown_corpus": one("data=cosmopedia", r"data=cosmopedia: did you mean cosmopedia_v2\?"),
+    "unknown_flag": one("--fast", r"--fast"),
+    "no_files": one("data.files=[]", r"data\.files=\[\]: .*at least 1"),
+    "files_not_a_list": one("data.files=TMP/text.txt", r"data\.files='\S+': .*list"),
+    "missing_file": one("data.files=[TMP/nowhere/*.txt]", r"data\.files: TMP/nowhere/\*\.txt matches no file"),
+    "url": one(
+        "data.files=['https://pond.example/x.txt']", r"data\.files: https://pond\.example/x\.txt matches no file"
+    ),
+    "one_of_two_files_missing": one("data.files=[TMP/text.txt,TMP/more.txt]", r"TMP/more\.txt matches no file"),
+    "unknown_format": one("data.format=csv", r"data\.format='csv': .*text.*jsonl.*parquet"),
+    "text_that_is_no_text": one(
+        "data.files=[TMP/b.txt]", r"data\.files: TMP/b\.txt is not UTF-8", files={"b.txt": b"\xff\xfe" * 99}
+    ),
+    "text_as_parquet": one("data.format=parquet", r"data\.files: TMP/text\.txt \(parquet\): cannot read it"),
+    "text_as_jsonl": one("data.format=jsonl", r"data\.files: .*TMP/text\.txt.*cannot read it"),
+    "blank_files": one("data.files=[TMP/blank.txt]", r"no documents", files={"blank.txt": b" \n"}),
+    "too_small_for_its_vocabulary": one(
+        "data.vocab_size=60000", r"data\.vocab_size=60000 .*too small.*set data\.vocab"
+    ),
+    "too_small_for_three_splits": one("data.vocab_size=257", r"data\.val_fraction|data\.probe_fraction|split"),
+    "vocabulary_beyond_64_bits": one("data.vocab_size=10000000000000000000", r"\w+\.vocab_size=\d+ is beyond 64 bits"),
+    "empty_shards": one("data.shard_tokens=0", r"data\.shard_tokens=0: .*greater than 0"),
+    "fraction_not_a_number": one("data.val_fraction=nan", r"data\.val_fraction=nan: "),
+    "fraction_of_everything": one("data.val_fraction=1.0", r"data\.val_fraction=1\.0: .*less than 1"),
+    "tokenizer_missing": one("data.tokenizer=./nowhere", r"data\.tokenizer=\./nowhere: no such directory"),
+    "tokenizer_empty": one("data.tokenizer=TMP/t", r"data\.tokenizer=TMP/t: not a tr", files={"t/x": b""}),
+    "tokenizer_torn": one(
+        "data.tokenizer=TMP/t",
+        r"data\.tokenizer=TMP/t: not a transformers",
+        files={"t/tokenizer.json": b'{"version": '},
+    ),
+    "directory_is_a_file": one("data.dir=TMP/text.txt", r"data\.dir=TMP/text\.txt.*choose another data\.dir"),
+    "directory_below_a_file": one("data.dir=TMP/text.txt/set", r"data\.dir=TMP/text\.txt/set"),
+    "directory_with_a_long_name": one("data.dir=TMP/" + 300 * "a", r"data\.dir=TMP/a+: .*too long"),
+    "directory_that_cannot_be": one("data.dir=/proc/quack_lm/set", r"data\.dir=/proc/quack_lm/set"),
+    "directory_of_something_else": one(
+        "data.dir=TMP/home", r"data\.dir=TMP/home holds no data set but", files={"home/thesis.txt": b"mine"}
+    ),
+    "partial_of_something_else": one(
+        "data.dir=TMP/home", r"TMP/home\.partial/thesis\.txt is not part of", files={"home.partial/thesis.txt": b"mine"}
+    ),
+    "data_set_of_another_corpus": one(
+        "data.dir=TMP/data", r"made with other settings", **damaged_data(lambda data: None)
+    ),
+    "data_set_with_a_damaged_manifest": one(
+        "data.dir=TMP/data", r"manifest\.json is damaged", **damaged_data(written("manifest.json", "{"))
+    ),
+    "password_in_a_url": one(
+        "data.files=['https://duck:hunter2@pond.example/x.txt']", r"data\.files has a password(?!.*hunter2)"
+    ),
+}
+
+# ------------------------------------------------------------------------------------------------ scripts/sweep.py
+
+GRID = """\
+# Which one? Held fixed: the rest.
+base: [experiment=tiny]
+grid: {attention: [mha, mla], optimizer.lr: [0.003, 0.3]}
+seeds: [0, 1]
+scales:
+  big: [model=proxy]
+  small: {base: [trainer.steps=7], grid: {optimizer.lr: [0.1]}}
+"""
+MHA = "# Why?\nbase: [experiment=tiny]\ngrid: {attention: [mha]}\n"
+
+SWEEP: dict[str, Bad] = {
+    "nothing": Bad([], r"say which sweep"),
+    "unknown_verb": Bad(["plam", "sweep=quickstart"], r"unknown verb plam; choices: plan"),
+    "no_value": Bad(["plan", "quickstart"], r"cannot read quickstart; .*key=value"),
+    "unknown_sweep": Bad(["plan", "sweep=quikstart"], r"sweep=quikstart: .*did you mean quickstart\?"),
+    "sweep_is_a_directory": one("sweep=TMP/d.yaml", r"sweep=TMP/d\.yaml: there is no", files={"d.yaml/x": b""}),
+    "no_sweep_to_plan": Bad(["plan", "dir=TMP/runs"], r"sweep=\.\.\. is missing"),
+    "jobs_not_a_number": Bad(["sweep=quickstart", "jobs=all"], r"jobs=all must be a whole number"),
+    "jobs_without_end": Bad(["sweep=quickstart", "jobs=99999999999"], r"jobs=9+ must be a whole number from 1 to 9999"),
+    "threads_without_end": Bad(["sweep=quickstart", "threads=" + "9" * 5000], r"threads=9+ must be a whole number"),
+    "speed_not_a_number": Bad(["plan", "sweep=quickstart", "mfu=nan", "tflops=1"], r"mfu=nan must be a number above 0"),
+    "speed_infinite": Bad(["plan", "sweep=quickstart", "mfu=0.4", "tflops=inf"], r"tflops=inf must be a number"),
+    "half_a_speed": Bad(["plan", "sweep=quickstart", "mfu=0.4"], r"mfu=\.\.\. and tflops=\.\.\. go together"),
+    "reuse_of_nothing": Bad(["sweep=quickstart", "reuse=TMP"], r"reuse=TMP is no sweep directory"),
+    "status_of_nothing": Bad(["status", "dir=TMP"], r"TMP: no plan\.json here"),
+    "collect_of_nothing": Bad(["collect", "dir=TMP/nowhere"], r"TMP/nowhere: no plan\.json here"),
+    "directory_is_a_file": Bad(["plan", "sweep=quickstart", "dir=TMP/f"], r"dir=TMP/f", files={"f": b""}),
+    "plan_is_no_json": Bad(["status", "dir=TMP"], r"TMP/plan\.json is damaged", files={"plan.json": b"\xff"}),
+    "plan_of_a_run_outside": Bad(
+        ["status", "dir=TMP"],
+        r"TMP/plan\.json is damaged or foreign \(cells\.0\.name",
+        files={"plan.json": b'{"sweep": "s", "question": "q", "command": "c", "cells": [{"name": "../x"}]}'},
+    ),
+    "unknown_key_for_every_run": sweep_file(MHA, r"unknown key trainer\.step:", "trainer.step=3"),
+    "value_of_an_axis": sweep_file(MHA, r"attention=mla: the sweep mine sets this key itself", "attention=mla"),
+    "value_of_the_seed": sweep_file(MHA + "seeds: [0, 1]\n", r"seed=5: .* sets this key itself", "seed=5"),
+    "unknown_scale": sweep_file(GRID, r"scale=smal: did you mean small\?", "scale=smal"),
+    "no_scale": sweep_file(GRID, r"has scales: choose one with scale=big or scale=small"),
+    "scale_of_a_file_without": sweep_file(MHA, r"has no scales", "scale=small"),
+    "scale_with_an_unknown_key": sweep_file(
+        GRID.replace("{base", "{sedes: [1], base"), r"unknown key scales\.small\.sedes; did you mean", "scale=small"
+    ),
+    "scale_that_is_a_word": sweep_file(GRID.replace("[model=proxy]", "model=proxy"), r"scales must give", "scale=big"),
+    "no_question": sweep_file("grid: {seed: [1]}\n", r"TMP/mine\.yaml: must open with a comment"),
+    "empty_file": sweep_file("", r"TMP/mine\.yaml: expected keys at the top level"),
+    "file_is_a_list": sweep_file("# Why?\n- a\n", r"expected keys at the top level"),
+    "not_yaml": sweep_file("# Why?\na: [\n", r"TMP/mine\.yaml: not a readable yaml file"),
+    "not_utf8": sweep_file("# Größer?\n".encode("latin-1"), r"TMP/mine\.yaml: not a readable yaml file"),
+    "date_that_is_none": sweep_file("# Why?\nseeds: [2026-99-99]\n", r"TMP/mine\.yaml: not a readable yaml"),
+    "duplicate_key": sweep_file(MHA + "base: [model=proxy]\n", r"TMP/mine\.yaml: .*duplicate key base"),
+    "tag": sweep_file("# Why?\nbase: !!python/object/apply:os.system ['touch pwned']\n", r"not a readable yaml file"),
+    "aliases": sweep_file("# Why?\n" + laughs() + "base: *a11\n", r"yaml aliases are not allowed"),
+    "nested_lists": sweep_file("# Why?\nbase: " + "[" * 9000, r"TMP/mine\.yaml: .*too deeply|not a readable yaml"),
+    "unknown_key": sweep_file("# Why?\ngird: {}\n", r"unknown key gird; did you mean grid\?"),
+    "base_is_a_word": sweep_file("# Why?\nbase: experiment=tiny\n", r"base='experiment=tiny': .*valid list"),
+    "empty_axis": sweep_file("# Why?\ngrid: {attention: []}\n", r"grid\.attention is empty"),
+    "axis_is_a_word": sweep_file("# Why?\ngrid: {attention: mha}\n", r"grid\.attention"),
+    "axis_is_not_a_key": sweep_file(MHA.replace("attention:", "optimizer.lrr:"), r"unknown key optimizer\.lrr"),
+    "seed_is_a_word": sweep_file("# Why?\nseeds: [a]\n", r"seeds\.0='a'"),
+    "no_seeds": sweep_file("# Why?\nseeds: []\n", r"seeds is empty"),
+    "too_many_runs": sweep_file(
+        "# Why?\ngrid:\n" + "".join(f"  a{i}: [{', '.join('0123456789')}]\n" for i in range(12)),
+        r"make 1000000000000 runs, above 10000",
+    ),
+    "exclusion_of_an_unknown_axis": sweep_file(MHA + "exclude: [{atention: mha}]\n", r"did you mean attention\?"),
+    "exclusion_of_an_unknown_value": sweep_file(MHA + "exclude: [{attention: mhaa}]\n", r"did you mean mha\?"),
+    "exclusion_of_everything": sweep_file(MHA + "exclude: [{}]\n", r"would exclude everything"),
+    "exclusion_of_every_run": sweep_file(MHA + "exclude: [{attention: mha}]\n", r"has no runs: everything is excluded"),
+    "rule_below_the_best": sweep_file("# Why?\nstop: {loss_above_best: 0.5, for_steps: 3}\n", r"stop\.loss_above_best"),
+    "rule_without_a_factor": sweep_file("# Why?\nstop: {for_steps: 3}\n", r"stop\.loss_above_best"),
+    "rule_that_never_stops": sweep_file(
+        "# Why?\nstop: {loss_above_best: .inf, for_steps: 3}\n", r"stop\.loss_above_best"
+    ),
+    "rule_with_an_unknown_key": sweep_file(
+        "# Why?\nstop: {loss_above_best: 2, for_steps: 3, patience: 9}\n", r"stop\.patience"
+    ),
+    "rule_of_nothing": sweep_file("# Why?\nstop: {}\n", r"stop\.loss_above_best"),
+}
+
+# ------------------------------------------------------------------------------------------------ scripts/report.py
+
+
+def plan_json(**changes: Any) -> dict[str, bytes]:
+    """A small plan in the format of sweep.py, with something changed in its only cell."""
+    config = {
+        "seed": 0,
+        "attention": {"_target_": "quack_lm.attention.mha.MHA"},
+        "stabilizer": {"_target_": "quack_lm.stabilizers.none.Nothing"},
+        "optimizer": {"_target_": "quack_lm.optim.recipe.MuonRecipe", "lr": 0.3},
+        "trainer": {"steps": 3, "global_batch_size": 2, "seq_len": 4},
+    }
+    cell = {"name": "run", "fingerprint": "0" * 12, "overrides": [], "config": config | changes.pop("config", {})}
+    plan = {"sweep": "s", "question": "q", "command": "c", "stop": None, "cells": [cell | changes]}
+    return {"plan.json": json.dumps(plan).encode()}
+
+
+def parquet(columns: dict[str, list[Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def bad_plan(files: dict[str, bytes], message: str) -> Bad:
+    return one("TMP", rf"TMP/plan\.json is damaged or foreign \({message}", files=files)
+
+
+REPORT: dict[str, Bad] = {
+    "no_argument": Bad([], r"sweep_dir; see --help"),
+    "unknown_flag": Bad(["TMP", "--fast"], r"--fast; see --help"),
+    "missing_directory": one("TMP/nowhere", r"TMP/nowhere: no plan\.json here; .*sweep\.py plan"),
+    "directory_without_a_plan": one("TMP", r"TMP: no plan\.json here"),
+    "directory_is_a_file": one("TMP/f", r"TMP/f: no plan\.json here", files={"f": b""}),
+    "plan_is_a_directory": one("TMP", r"TMP: no plan\.json here", files={"plan.json/x": b""}),
+    "output_is_a_file": Bad(["TMP", "-o", "TMP/f"], r"TMP/f: no report can be .* -o", files=plan_json() | {"f": b""}),
+    "plan_is_cut": bad_plan({"plan.json": plan_json()["plan.json"][:100]}, r"Invalid JSON"),
+    "plan_is_empty": bad_plan({"plan.json": b""}, r"Invalid JSON"),
+    "plan_is_a_list": bad_plan({"plan.json": b"[]"}, r"Input should be an object"),
+    "plan_without_cells": bad_plan({"plan.json": b'{"sweep": "s", "question": "q", "command": "c"}'}, r"cells"),
+    "plan_is_nested": bad_plan({"plan.json": b"[" * 99_999}, r".*recursion"),
+    "run_outside": bad_plan(plan_json(name="../run"), r"cells\.0\.name"),
+    "run_at_the_root": bad_plan(plan_json(name="/etc"), r"cells\.0\.name"),
+    "run_without_a_name": bad_plan(plan_json(name=""), r"cells\.0\.name"),
+    "run_without_a_config": bad_plan(plan_json(config={"attention": None}), r"cells\.0\.config"),
+    "run_of_no_method": bad_plan(plan_json(config={"stabilizer": {"_target_": "x"}}), r"cells\.0\.config"),
+    "run_with_a_rate_in_words": bad_plan(
+        plan_json(config={"optimizer": {"_target_": "a.b.c", "lr": "fast"}}), r"cells\.0\.config"
+    ),
+    "run_of_no_steps": bad_plan(
+        plan_json(config={"trainer": {"steps": 0, "global_batch_size": 2, "seq_len": 4}}), r"cells\.0\.config"
+    ),
+    "results_are_no_parquet": one("TMP", r"TMP: results\.parquet .* is damaged", files={"results.parquet": b"PAR1"}),
+    "results_of_something_else": one(
+        "TMP",
+        r"TMP: results\.parquet .* is damaged or foreign .*collect",
+        files={"results.parquet": parquet({"a": [1]})},
+    ),
+    "results_are_cut": one(
+        "TMP", r"TMP: results\.parquet .* is damaged", files={"results.parquet": parquet({"a": [1]})[:-9]}
+    ),
+}
+
+# ------------------------------------------------------------------------------------------------ the tests
+
+TABLES = {
+    "train": TRAIN,
+    "config": {name: one("--config=TMP/file.yaml", m, files={"file.yaml": c}) for name, (c, m) in CONFIG_FILES.items()},
+    "prepare_data": PREPARE,
+    "sweep": SWEEP,
+    "report": REPORT,
+}
+ROWS = [(table, name) for table, rows in TABLES.items() for name in rows]
+NEED_A_MACHINE_WITHOUT_A_GPU = {"gpu_without_a_gpu"}
+
+
+@pytest.fixture(scope="module")
+def given(tiny_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Given:
+    run_dir = tmp_path_factory.mktemp("given") / "run"
+    overrides = ["experiment=tiny", *tiny_data, *RUN, "trainer.steps=2", "logger.progress=false", f"run_dir={run_dir}"]
+    train(build(check_run(compose(overrides))))
+    return Given(data=Path(tiny_data[1].removeprefix("data.dir=")), run=run_dir)
+
+
+def arranged(table: str, name: str, given: Given, tmp_path: Path) -> tuple[str, list[str], Bad]:
+    """Puts a row's files into the test's directory: (the script, its arguments, the row)."""
+    bad = TABLES[table][name]
+    write_files(tmp_path, bad.files)
+    if bad.arrange:
+        bad.arrange(tmp_path, given)
+    before = {
+        "train": ["experiment=tiny", "data=stdlib", f"data.dir={given.data}", "trainer.steps=1", "run_dir=TMP/run"],
+        "prepare_data": [
+            *("data=local", "data.dir=TMP/new/set", "data.files=[TMP/text.txt]", "data.workers=0"),
+            "data.vocab_size=300",
+        ],
+    }.get(table, [])
+    if table == "prepare_data":
+        (tmp_path / "text.txt").write_text("a text of a few words, too short for much of a vocabulary\n" * 9)
+    script = "train" if table == "config" else table
+    return script, [argument.replace("TMP", str(tmp_path)) for argument in (*before, *bad.arguments)], bad
+
+
+def assert_refused(code: Any, stdout: str, stderr: str, message: str, tmp_path: Path) -> None:
+    assert code == 2, stdout + stderr
+    assert stdout == ""
+    assert stderr.startswith("error: "), stderr
+    assert stderr.endswith("\n")
+    assert stderr.count("\n") == 1, f"exactly one line, not {stderr}"
+    assert re.search(message.replace("TMP", re.escape(str(tmp_path))), stderr), stderr
+
+
+# In one process, through the scripts' main blocks: a process each would take most of an hour to import torch.
+@pytest.mark.parametrize(("table", "name"), ROWS)
+def test_bad_input_ends_with_one_line_that_names_it_and_leaves_nothing(
+    table: str, name: str, given: Given, tmp_path, monkeypatch, capsys
+) -> None:
+    if name in NEED_A_MACHINE_WITHOUT_A_GPU and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    script, arguments, bad = arranged(table, name, given, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for key, value in bad.env.items():
+        monkeypatch.setenv(key, value)
+    before = snapshot(tmp_path, given.data, given.run)
+    assert_refused(*call_here(script, arguments, monkeypatch, capsys), bad.message, tmp_path)
+    assert snapshot(tmp_path, given.data, given.run) == before
+
+
+# What a shell and a user see: one for each script, and those where a process differs from a call.
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [
+        ("train", "three_processes"),
+        ("train", "target_os_system"),
+        ("train", "local_rank_not_a_number"),
+        ("prepare_data", "text_that_is_no_text"),
+        ("sweep", "unknown_sweep"),
+        ("report", "no_argument"),
+    ],
+)
+def test_bad_input_to_a_real_process_ends_with_exit_code_2_and_one_line(
+    table: str, name: str, given: Given, tmp_path
+) -> None:
+    script, arguments, bad = arranged(table, name, given, tmp_path)
+    before = snapshot(tmp_path, given.data)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / f"{script}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **bad.env},
+    )
+    assert_refused(done.returncode, done.stdout, done.stderr, bad.message, tmp_path)
+    assert snapshot(tmp_path, given.data) == before
+
+
+def test_the_commands_that_bad_input_is_added_to_are_themselves_accepted_and_checking_writes_nothing(
+    given: Given, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "experiment=tiny",
+        "data=stdlib",
+        f"data.dir={given.data}",
+        "trainer.steps=1",
+        f"run_dir={tmp_path}/run",
+    ]
+    code, stdout, stderr = call_here("train", [*arguments, "optimizer.warmup_steps=0", "--check"], monkeypatch, capsys)
+    assert (code, stderr) == (0, "")
+    assert yaml.safe_load(stdout.partition("\n\n")[0]) == compose([*arguments, "optimizer.warmup_steps=0"])
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_run_that_ends_before_its_warm_up_is_warned_of_in_one_line(
+    given: Given, tmp_path, monkeypatch, capsys
+) -> None:
+    arguments = ["experiment=tiny", "data=stdlib", f"data.dir={given.data}", f"run_dir={tmp_path}/run", "--check"]
+    for steps, expected in ((39, r"warning: trainer\.steps=39 .*optimizer\.warmup_steps=40 .*\n"), (40, "")):
+        code, _, stderr = call_here("train", [*arguments, f"trainer.steps={steps}"], monkeypatch, capsys)
+        assert code == 0
+        assert re.fullmatch(expected, stderr), stderr
+
+
+def test_only_the_first_process_of_a_machine_reports_a_mistake(given: Given, tmp_path, monkeypatch, capsys) -> None:
+    for key, value in {**LAUNCHED, "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    assert call_here("train", ["experiment=tinny"], monkeypatch, capsys) == (2, "", "")
+
+
+def test_the_refused_plans_are_a_good_plan_with_one_thing_wrong(tmp_path, monkeypatch, capsys) -> None:
+    write_files(tmp_path, plan_json())
+    code, stdout, _ = call_here("sweep", ["status", f"dir={tmp_path}"], monkeypatch, capsys)
+    assert code == 0
+    assert "1 runs: 1 pending" in stdout
