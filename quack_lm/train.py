@@ -158,9 +158,9 @@ def due(step: int, every: int, total: int) -> bool:
 def meet(run: Run, signal_number: int = 0) -> int:
     """Once a step all ranks meet: the signal that one of them got, or 0; UserError on all if one is in trouble."""
     # In this order: a thread that has ended has said what went wrong before.
-    is_writing = run.saver.is_writing
+    mine = run.saver.is_writing
     run.trouble = run.trouble or run.saver.trouble or run.batches.trouble(run.progress.step)
-    number, is_in_trouble, is_writing = run.world.largest(signal_number, run.trouble is not None, is_writing)
+    number, is_in_trouble, is_writing = run.world.largest(signal_number, run.trouble is not None, mine)
     if is_in_trouble:
         raise UserError(next(text for text in run.world.texts(run.trouble or "") if text))
     if not is_writing:

@@ -34,3 +34,7 @@ fi
 
 # ---- network, where NCCL or gloo does not find the right one by itself
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
+# ---- a job that breaks down (not: a mistake in its settings) is queued again if it ran this long and not too often
+RETRY_AFTER_S=600
+MAX_RESTARTS=20

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_faults import ranks_of
 from test_train import SMALL, run_here, summary
 
 from quack_lm import slurm
@@ -77,7 +79,7 @@ class Site:
         self.write_site()
 
     def write_site(self, *flags: str) -> None:
-        lines = [f"SBATCH_FLAGS=({shlex.join(flags)})", f"PYTHON=({shlex.quote(sys.executable)})"]
+        lines = [f"SBATCH_FLAGS=({shlex.join(flags)})", f"PYTHON=({shlex.quote(sys.executable)})", "RETRY_AFTER_S=0"]
         (self.folder / "site.sh").write_text("\n".join(lines) + "\n")
 
     def call(self, *command: object, check: bool = True) -> str:
@@ -263,6 +265,23 @@ def test_a_run_goes_on_on_another_node_when_its_own_dies(site: Site, tmp_path: P
     finally:
         site.call("slurmd", "-N", node, "-f", site.environment["SLURM_CONF"])
         site.call("scontrol", "update", f"NodeName={node}", "State=resume")
+    assert summary(run_dir)["status"] == "completed"
+    assert_every_step_once(run_dir)
+
+
+def test_a_hung_rank_ends_the_job_which_is_queued_again_and_completes(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [*tiny_data, *ENDLESS, "trainer.steps=1500", "trainer.timeout_s=8"]
+    job = site.train(run_dir, overrides, "--nodes=2", "--ntasks-per-node=1")
+    wait_for_steps(site, job, run_dir, 25)
+    os.kill(ranks_of(run_dir)[1], signal.SIGSTOP)
+    until(lambda: site.show(job)["Restarts"] == "1", lambda: f"{site.show(job)}\n{site.log(job)}")
+    assert site.wait_for_end(job) == "COMPLETED", site.log(job)
+    assert f"requeueing job {job}, which continues from its last checkpoint" in site.log(job)
+    # Where the other rank waited.
+    assert re.search(r"Timeout \(.*parallel\.py", site.log(job), flags=re.DOTALL)
     assert summary(run_dir)["status"] == "completed"
     assert_every_step_once(run_dir)
 

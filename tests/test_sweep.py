@@ -385,8 +385,25 @@ def test_runs_left_by_a_killed_sweep_are_waited_for_and_not_started_twice(start,
         assert steps == sorted(set(steps))
 
 
-def test_a_killed_run_counts_as_stopped_and_is_continued(start, tmp_path):
-    process = start(TWO.replace("none, quack", "none"), "jobs=1", steps=400)
+ONE = TWO.replace("none, quack", "none")
+
+
+def test_a_run_that_is_killed_starts_again_from_its_checkpoint(start, tmp_path):
+    process = start(ONE, "jobs=1", steps=400)
+    wait_for_steps(tmp_path / "runs", 10)
+    (cell,) = read_plan(tmp_path / "runs").cells
+    os.kill(child_of(process.pid), signal.SIGKILL)
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert "ended in the middle (killed by signal 9), goes on from step_000" in err
+    assert "1 completed" in out
+    steps = [line["step"] for line in metrics(cell)]
+    assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (0, 400)
+
+
+def test_a_run_that_is_killed_before_it_got_anywhere_counts_as_stopped_and_is_continued(start, tmp_path):
+    process = start(ONE, "jobs=1", "trainer.checkpoint_every=0", steps=400)
     wait_for_steps(tmp_path / "runs", 10)
     (cell,) = read_plan(tmp_path / "runs").cells
     os.kill(child_of(process.pid), signal.SIGKILL)
@@ -394,9 +411,8 @@ def test_a_killed_run_counts_as_stopped_and_is_continued(start, tmp_path):
     assert code == 1
     assert "killed by signal 9" in err
     assert "1 killed" in out
-    before = cell.steps_done()
-    assert 0 < before < 400
-    code, out, err = finish(start(TWO.replace("none, quack", "none"), "jobs=1", steps=400))
+    assert 0 < cell.steps_done() < 400
+    code, out, err = finish(start(ONE, "jobs=1", "trainer.checkpoint_every=0", steps=400))
     assert code == 0, err
     assert metrics(cell)[0]["step"] == 0
     assert metrics(cell)[-1]["step"] == 400

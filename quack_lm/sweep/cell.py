@@ -87,6 +87,10 @@ class Cell:
         """The last step that the run has logged."""
         return min(int(self.last_line("step").get("step", 0)), self.total_steps)
 
+    def newest_checkpoint(self) -> str:
+        """The name of the last checkpoint to continue from; names sort by step; empty where there is none."""
+        return max((path.parent.name for path in self.run_dir.glob("checkpoints/step_*/manifest.json")), default="")
+
     def last_line(self, key: str) -> dict[str, Any]:
         """The newest line of metrics.jsonl that has this key; empty where there is none near the end."""
         path = self.run_dir / "metrics.jsonl"

@@ -48,11 +48,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Running:
-    """A cell's process and its place."""
+    """A cell's process, its place, and the checkpoint that it began from."""
 
     cell: Cell
     process: subprocess.Popen[bytes]
     slot: Slot
+    began_from: str
     is_stopped_by_rule: bool = False
 
 
@@ -64,7 +65,8 @@ def default_jobs(threads: int) -> int:
 def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None = None, threads: int = 1) -> Outcome:
     """Train every unfinished cell, `jobs` at a time, each on `threads` cores, or a GPU, of its own.
 
-    A failed cell is named with the end of its log and stops nothing; a hopeless one is ended by the rule. SIGINT and
+    A failed cell is named with the end of its log and stops nothing; one that was killed, by its watchdog or from
+    outside, starts again for as long as it gets further each time; a hopeless one is ended by the rule. SIGINT and
     SIGTERM are passed on once; the runs save and end, and the next call continues them. A second signal kills.
     """
     forget_other_rules(cells, stop)
@@ -90,7 +92,9 @@ def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None
             for entry in [entry for entry in running if entry.process.poll() is not None]:
                 running.remove(entry)
                 free.append(entry.slot)
-                if not entry.cell.is_finished() and not received:
+                if not received and _is_worth_another_start(entry):
+                    pending.append(entry.cell)
+                elif not received and not entry.cell.is_finished():
                     failed.append(entry.cell)
                 bar.write(_ending(entry, bool(received)), file=sys.stderr)
             _advance(bar, cells, running)
@@ -134,6 +138,11 @@ def _start(cell: Cell, slot: Slot, threads: int) -> subprocess.Popen[bytes] | No
             )
 
 
+def _is_worth_another_start(entry: Running) -> bool:
+    """Whether a run was killed, by its watchdog for instance, and has got further than where it began this time."""
+    return entry.cell.status() == "killed" and entry.cell.newest_checkpoint() > entry.began_from
+
+
 def _stop_hopeless(watch: Watch, running: Sequence[Running]) -> list[Running]:
     """Tell hopeless runs to save and end; the record comes first, so that the end is never taken for a failure."""
     hopeless = watch.hopeless([entry.cell for entry in running if not entry.is_stopped_by_rule])
@@ -154,6 +163,8 @@ def _ending(entry: Running, is_stopping: bool) -> str:
         return f"{cell.name}: stopped at step {summary.get('step', 0)}"
     tail = "".join(f"\n    {line}" for line in last_lines(cell.run_dir / LOG_FILE, LOG_LINES_SHOWN))
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    if _is_worth_another_start(entry):
+        return f"{cell.name}: ended in the middle ({how}), goes on from {cell.newest_checkpoint()}:{tail}"
     return f"{cell.name}: FAILED ({how}), the end of {cell.run_dir / LOG_FILE}:{tail}"
 
 

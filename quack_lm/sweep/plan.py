@@ -130,8 +130,13 @@ def read_plan(directory: Path, file: str = PLAN_FILE) -> Plan:
         written = _Document.model_validate_json(path.read_bytes())
     except (OSError, pydantic.ValidationError) as error:
         raise UserError(f"{path} is damaged or foreign ({reason(error)}); make the plan again") from None
-    head = {"sweep": written.sweep, "question": written.question, "command": written.command, "stop": written.stop}
-    return Plan(**head, cells=[record.cell(directory) for record in written.cells])
+    return Plan(
+        sweep=written.sweep,
+        question=written.question,
+        command=written.command,
+        cells=[record.cell(directory) for record in written.cells],
+        stop=written.stop,
+    )
 
 
 def _cell(overrides: list[str], directory: Path, sweep: str) -> Cell:
