@@ -17,7 +17,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,9 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_\d{8,}")
 HASHING_THREADS = 8
+# One process needs no group. Here and not around the calls, because some are made in threads.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
 # torch.distributed.checkpoint's own is no Exception.
 WRITING_ERRORS = (Exception, CheckpointException)
 STATE_KEYS = {"step": int, "stabilizer_state": list, "progress": dict, "manifest_sha256": str, "config": dict}
@@ -189,8 +191,7 @@ def load(
     for key in own:
         meta = known[key]
         tensors[key] = torch.empty(meta.size, dtype=meta.properties.dtype, device=world.device)  # type: ignore[union-attr]
-    with _single_process_is_fine():
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.mesh is None)
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.mesh is None)
     stabilizer.load_state_dict({name: tensors[key] for key, name in own.items()})
 
 
@@ -215,21 +216,19 @@ class TensorWriter:
     def write(self, directory: Path, tensors: dict[str, Tensor]) -> Future[Any]:
         """Start to write on all ranks together; when `is_async`, the tensors may change once this returns."""
         storage = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+        if self._stager is not None:
+            return dcp.async_save(  # type: ignore[return-value]
+                tensors,
+                storage_writer=storage,
+                async_stager=self._stager,
+                process_group=self._group,
+                no_dist=not self._has_group,
+            )
         future: Future[Any] = Future()
-        with _single_process_is_fine():
-            if self._stager is not None:
-                future = dcp.async_save(  # type: ignore[assignment]
-                    tensors,
-                    storage_writer=storage,
-                    async_stager=self._stager,
-                    process_group=self._group,
-                    no_dist=not self._has_group,
-                )
-            else:
-                try:
-                    future.set_result(dcp.save(tensors, storage_writer=storage, no_dist=not self._has_group))
-                except WRITING_ERRORS as error:
-                    future.set_exception(error)
+        try:
+            future.set_result(dcp.save(tensors, storage_writer=storage, no_dist=not self._has_group))
+        except WRITING_ERRORS as error:
+            future.set_exception(error)
         return future
 
 
@@ -238,14 +237,6 @@ def cause(error: BaseException) -> BaseException:
     while isinstance(error, CheckpointException) and error.failures:
         error = error.failures[min(error.failures)][0]
     return error
-
-
-@contextmanager
-def _single_process_is_fine() -> Iterator[None]:
-    """Without the warning that one process has no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def named_tensors(

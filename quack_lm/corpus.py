@@ -210,6 +210,8 @@ def _table_format(path: Path) -> str:
 def _stream_tables(format: str, paths: list[Path], text_field: str) -> "IterableDataset":
     import datasets
 
+    # What it raises over broken files is told in one line; it would log a second.
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     builder = {"jsonl": "json", "parquet": "parquet"}[format]
     with readable(lambda: f"data.files: {paths[0]} ({format})"):
         stream = datasets.load_dataset(builder, data_files=[str(path) for path in paths], split="train", streaming=True)

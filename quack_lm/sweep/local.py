@@ -110,7 +110,7 @@ def _start_what_fits(pending: list[Cell], free: list[Slot], running: list[Runnin
         if cell.is_finished():  # meanwhile, by another call
             pending.remove(cell)
         elif process := _start(cell, free[-1], threads):
-            running.append(Running(cell, process, free.pop()))
+            running.append(Running(cell, process, free.pop(), cell.newest_checkpoint()))
             pending.remove(cell)
 
 
