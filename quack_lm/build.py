@@ -255,7 +255,7 @@ def build(plan: Plan) -> Run:
             first_step=progress.step,
             about={"config": identity(config)},
         ),
-        watchdog=Watchdog(settings.timeout_s),
+        watchdog=Watchdog(settings.timeout_s, rank=world.rank),
         progress=progress,
         unigram_entropy=plan.data.manifest.unigram_entropy,
         flops_per_token=plan.flops_per_token,

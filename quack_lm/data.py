@@ -228,7 +228,10 @@ class TrainBatches:
         """This rank's part of the global batch of a step, int64 [micro_batch_size, seq_len + 1] at a time."""
         first = step * self._global_batch_size + self._rank * self._rank_batch_size
         for start in range(first, first + self._rank_batch_size, self._micro_batch_size):
-            yield torch.from_numpy(self._windows.read(self._window_numbers(start, self._micro_batch_size)))
+            numbers = self._window_numbers(start, self._micro_batch_size)
+            tokens = self._windows.read(numbers)
+            # What was read from a changed file may be no token at all; zeros are, until the ranks end over `trouble`.
+            yield torch.from_numpy(np.zeros_like(tokens) if self._windows.trouble(numbers) else tokens)
 
     def trouble(self, step: int) -> str | None:
         """What is wrong with the files of the step just made and of the next: see `Windows.trouble`."""

@@ -211,8 +211,9 @@ def test_a_full_disk_ends_the_run_in_one_line_and_space_lets_it_go_on(
     ballast.unlink()
     done = run_process(overrides, run_dir, ranks)
     assert done.returncode == 0, done.stderr
-    straight = run_process(overrides, tmp_path / "straight", ranks)
-    assert straight.returncode == 0, straight.stderr
+    for steps in (4, 12):  # in the same two pieces: each ends with a probe
+        straight = run_process([*overrides, f"trainer.steps={steps}"], tmp_path / "straight", ranks)
+        assert straight.returncode == 0, straight.stderr
     assert_same_end(tmp_path / "straight", run_dir)
 
 
@@ -244,11 +245,18 @@ def test_a_full_disk_under_the_metrics_ends_the_run_in_one_line(
     end = f"trainer.steps={len(records(run_dir)) + 20}"
     done = run_process([*overrides, end], run_dir)
     assert done.returncode == 0, done.stderr
-    assert run_process([*overrides, end], tmp_path / "straight").returncode == 0
+    for steps in ("trainer.steps=2", end):
+        assert run_process([*overrides, steps], tmp_path / "straight").returncode == 0
     assert_same_end(tmp_path / "straight", run_dir)
 
 
 LONG = ["trainer.steps=100000", "trainer.timeout_s=8", "trainer.checkpoint_every=5"]
+
+
+def stacks_of(run_dir: Path) -> list[str]:
+    """What each rank wrote when it had waited for too long, by rank."""
+    parts = re.split(r"rank (\d): nothing happened for trainer\.timeout_s=8 s", log_of(run_dir))[1:]
+    return [stack for _, stack in sorted(zip(parts[::2], parts[1::2], strict=True))]
 
 
 def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(tmp_path: Path, tiny_data: list[str]) -> None:
@@ -263,10 +271,9 @@ def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(tmp_path: Path, t
     assert process.wait(timeout=120) != 0
     # The launcher gives the others up to 30 s after the first has gone.
     assert time.monotonic() - before < 8 + 45
-    log = log_of(run_dir)
-    assert "Timeout" in log
-    assert re.search(r"metrics\.py\", line \d+ in flush", log)
-    assert re.search(r"parallel\.py\", line \d+(,)? in (max|sum|any)|Connection closed by peer", log)
+    first, second = stacks_of(run_dir)
+    assert re.search(r"metrics\.py\", line \d+, in flush", first)
+    assert re.search(r"parallel\.py\", line \d+, in (max|sum)", second)
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "metrics.aside").rename(run_dir / "metrics.jsonl")
     wait_until_gone(run_dir)
@@ -283,7 +290,7 @@ def test_a_stopped_rank_ends_the_run(tmp_path: Path, tiny_data: list[str]) -> No
     before = time.monotonic()
     assert process.wait(timeout=120) != 0
     assert time.monotonic() - before < 8 + 45
-    assert "Timeout" in log_of(run_dir)
+    assert "rank 0: nothing happened for trainer.timeout_s=8 s" in log_of(run_dir)
     wait_until_gone(run_dir)
 
 
@@ -428,5 +435,8 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path, tiny_data
 
 
 def test_no_duration_is_taken_from_a_clock_that_people_can_set() -> None:
+    comparing_clocks = REPOSITORY / "quack_lm/preflight.py"
     for path in (*REPOSITORY.glob("quack_lm/**/*.py"), *REPOSITORY.glob("scripts/*.py")):
-        assert not re.search(r"\btime\.time\(|datetime\.(now|utcnow)\(", path.read_text()), path
+        assert path == comparing_clocks or not re.search(
+            r"\btime\.time\(|datetime\.(now|utcnow)\(", path.read_text()
+        ), path
