@@ -59,9 +59,11 @@ def ranks_of(run_dir: Path) -> list[int]:
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             arguments = (path / "cmdline").read_bytes().decode().split("\0")
-            if f"run_dir={run_dir}" in arguments and "torch.distributed.run" not in arguments:
+            is_python = Path(arguments[0]).name.startswith("python")
+            if is_python and f"run_dir={run_dir}" in arguments and "torch.distributed.run" not in arguments:
                 environment = (path / "environ").read_bytes().decode(errors="replace").split("\0")
-                rank = next((int(line[5:]) for line in environment if line.startswith("RANK=")), 0)
+                values = dict(line.split("=", 1) for line in environment if "=" in line)
+                rank = int(values.get("RANK", values.get("SLURM_PROCID", 0)))
                 found[rank] = int(path.name)
     return [found[rank] for rank in sorted(found)]
 
@@ -190,7 +192,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_ends_the_run_in_one_line_and_space_lets_it_go_on(
     ranks: int, small_disk: Path, tmp_path: Path, tiny_data: list[str]
 ) -> None:
@@ -217,6 +219,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_space_lets_it_go_on(
     assert_same_end(tmp_path / "straight", run_dir)
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_metrics_ends_the_run_in_one_line(
     small_disk: Path, tmp_path: Path, tiny_data: list[str]
 ) -> None:
@@ -283,6 +286,7 @@ def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(tmp_path: Path, t
     assert summary(run_dir)["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_run(tmp_path: Path, tiny_data: list[str]) -> None:
     run_dir = tmp_path / "run"
     process = start([*tiny_data, *FAULTS, *LONG], run_dir, 2)
@@ -316,7 +320,9 @@ def test_a_nan_on_one_rank_is_a_divergence_on_all(tmp_path: Path, tiny_data: lis
     assert not (tmp_path / "run/checkpoints/step_00000006").exists()
 
 
-@pytest.mark.parametrize("change", ["deleted", "rewritten", "cut"])
+@pytest.mark.parametrize(
+    "change", ["rewritten", *(pytest.param(change, marks=pytest.mark.slow) for change in ("deleted", "cut"))]
+)
 def test_data_that_changes_under_a_run_ends_it_in_one_line(change: str, tmp_path: Path, tiny_data: list[str]) -> None:
     data = tmp_path / "data"
     shutil.copytree(tiny_data[1].removeprefix("data.dir="), data)
@@ -386,7 +392,9 @@ def wandb_server(kind: str) -> Iterator[str]:
             server.server_close()
 
 
-@pytest.mark.parametrize("kind", ["is closed", "hangs", "returns errors"])
+@pytest.mark.parametrize(
+    "kind", ["is closed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hangs", "returns errors"))]
+)
 def test_a_run_ends_whole_and_soon_when_wandb(kind: str, tmp_path: Path, tiny_data: list[str]) -> None:
     overrides = [*tiny_data, "logger.wandb=online", "logger.wandb_timeout_s=5", "trainer.steps=4"]
     with wandb_server(kind) as url:
@@ -400,6 +408,7 @@ def test_a_run_ends_whole_and_soon_when_wandb(kind: str, tmp_path: Path, tiny_da
     assert [line["step"] for line in records(tmp_path / "run")] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_stops_at_once_and_both_leave_a_run_that_continues(
     tmp_path: Path, tiny_data: list[str]
 ) -> None:
