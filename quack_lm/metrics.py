@@ -7,7 +7,6 @@ steps, and written, one object per step.
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -89,19 +88,6 @@ class Clock:
         now = time.perf_counter()
         self._active_s += now - self._since
         self._since = now
-
-
-@contextmanager
-def _children_without_stop_signals() -> Iterator[None]:
-    """Processes started within never see the signals that ask a run to stop: slurm sends those to all of a job.
-
-    W&B's own process would end on them, before the run has saved and said its last.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class RunLog:
@@ -212,7 +198,7 @@ class WandbMirror:
         limit_s = settings.wandb_timeout_s
         if settings.wandb == "online":
             print(f"connecting to W&B (logger.wandb_timeout_s={limit_s:g} at most, then without it)", file=sys.stderr)
-        with self._forgiven(), _children_without_stop_signals():
+        with self._forgiven():
             import wandb
 
             self._run = wandb.init(

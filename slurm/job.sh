@@ -24,7 +24,12 @@ run_ranks() {
   if [[ ${QUACK_REQUEUE:-} == 1 ]] && ((SECONDS >= ${RETRY_AFTER_S:-600} &&
     ${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-20})); then
     echo "exit code $code after $SECONDS s: requeueing job ${job:=$SLURM_JOB_ID}, which continues from its last checkpoint"
-    scontrol requeue "$job" || echo "error: job $job is not requeued; submit it again to continue" >&2
+    if scontrol requeue "$job"; then
+      # Slurm ends this script now; one that ended by itself would count as a failed job.
+      trap - TERM
+      sleep 300
+    fi
+    echo "error: job $job is not requeued; submit it again to continue" >&2
   fi
   return "$code"
 }

@@ -212,8 +212,6 @@ def test_a_preempted_run_saves_and_is_requeued_once_to_the_same_end(
     assert site.log(job).count("start 1") == site.log(job).count("start 2") == 1
     assert summary(run_dir)["status"] == "completed"
     assert_every_step_once(run_dir)
-    # Its service got the signals of the job, too.
-    assert "W&B failed" not in site.log(job)
     # One run on W&B, in two pieces that a sync joins by its id.
     pieces = sorted((run_dir / "wandb").glob("offline-run-*"))
     assert len(pieces) == 2
