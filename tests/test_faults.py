@@ -144,7 +144,7 @@ def kill_and_continue(kind: str, moments: int, ranks: int, base: Path, data: lis
     return met
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("all ranks", 1), ("one rank", 2)])
+@pytest.mark.parametrize(("kind", "ranks"), [("all ranks", 1), pytest.param("one rank", 2, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_in_the_same_bits(kind: str, ranks: int, tmp_path: Path, tiny_data: list[str]) -> None:
     met = kill_and_continue(kind, 2 if ranks > 1 else 3, ranks, tmp_path, tiny_data)
     assert met["survived"] == met["kills"]

@@ -137,7 +137,8 @@ def test_fig_2_at_full_size_is_72_runs_a_seed_that_all_build(tmp_path):
     assert all(0.9e9 < n < 1.3e9 for n in shapes.values())
 
 
-@pytest.mark.parametrize("name", [n for n in known_sweeps() if n.startswith("paper/")])
+# The tests before and after this one resolve Fig. 2, the largest.
+@pytest.mark.parametrize("name", [n for n in known_sweeps() if n.startswith("paper/") and n != "paper/fig2"])
 def test_the_papers_sweeps_resolve_at_both_scales(name, tmp_path):
     for scale in ("1b", "proxy"):
         assert make_cells(load(name, scale), tmp_path)

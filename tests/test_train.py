@@ -191,7 +191,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
     raise AssertionError(f"step {step} was not reached: {process.communicate()}")
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("kind", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_or_killed_continues_to_the_same_end(
     kind: signal.Signals, tmp_path: Path, tiny_data: list[str]
 ) -> None:
