@@ -88,7 +88,10 @@ def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
 
 def _first_host(nodes: str) -> str:
     try:
-        return call(["scontrol", "show", "hostnames", nodes]).split()[0]
+        host = call(["scontrol", "show", "hostnames", nodes]).split()[0]
+        if not re.fullmatch(r"[\w.-]+", host):  # scontrol repeats what it cannot read
+            raise UserError(f"scontrol says {host!r}")
+        return host
     except (UserError, IndexError) as error:
         raise UserError(
             f"no host name follows from SLURM_STEP_NODELIST={nodes!r} ({error}); set MASTER_ADDR to the first node's"

@@ -262,6 +262,7 @@ def stacks_of(run_dir: Path) -> list[str]:
     return [stack for _, stack in sorted(zip(parts[::2], parts[1::2], strict=True))]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(tmp_path: Path, tiny_data: list[str]) -> None:
     # Opening a pipe that nobody reads waits for ever: the main rank stops there, the other in the next collective.
     run_dir = tmp_path / "run"

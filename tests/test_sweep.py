@@ -144,6 +144,7 @@ def test_the_papers_sweeps_resolve_at_both_scales(name, tmp_path):
         assert make_cells(load(name, scale), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_proxy_is_the_tiny_experiment_with_most_seeds_at_the_top_rate(tmp_path):
     cells = make_cells(load("paper/fig2", "proxy"), tmp_path)
     seeds = {lr: {c.config["seed"] for c in cells if c.config["optimizer"]["lr"] == lr} for lr in (3e-3, 3e-2, 3e-1)}
@@ -403,6 +404,7 @@ def test_a_run_that_is_killed_starts_again_from_its_checkpoint(start, tmp_path):
     assert (steps[0], steps[-1]) == (0, 400)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_before_it_got_anywhere_counts_as_stopped_and_is_continued(start, tmp_path):
     process = start(ONE, "jobs=1", "trainer.checkpoint_every=0", steps=400)
     wait_for_steps(tmp_path / "runs", 10)
