@@ -258,6 +258,7 @@ class Tags(HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_a_report_on_hostile_names_has_no_element_of_theirs_and_fetches_nothing(
     hostile_sweep: Path, tmp_path, monkeypatch, capsys
 ) -> None:

@@ -360,7 +360,7 @@ def test_a_crashed_cell_is_named_with_its_log_and_stops_nothing(start, tmp_path,
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_sweep_leaves_a_state_that_the_next_call_continues(start, tmp_path, how):
     process = start(TWO, steps=3000)
     wait_for_steps(tmp_path / "runs", 10)

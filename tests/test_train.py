@@ -101,7 +101,10 @@ def assert_close_records(one: Path, other: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [["attention=mla", "stabilizer=quack", "trainer.probe_parts=true"], ["attention=mha", "stabilizer=qk_clip"]],
+    [
+        ["attention=mla", "stabilizer=quack", "trainer.probe_parts=true"],
+        pytest.param(["attention=mha", "stabilizer=qk_clip"], marks=pytest.mark.slow),
+    ],
 )
 def test_one_two_and_three_ranks_write_the_same_curves(
     overrides: list[str], tmp_path: Path, tiny_data: list[str]
