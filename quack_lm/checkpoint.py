@@ -38,6 +38,8 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_\d{8,}")
 HASHING_THREADS = 8
+# The bytes of a file are put together in memory before they are written: safetensors knows no other way.
+FILE_BYTES = 1 << 30
 # One process needs no group. Here and not around the calls, because some are made in threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -200,8 +202,8 @@ class TensorWriter:
 
     def __init__(self, world: World, *, is_async: bool) -> None:
         # Collectives in a thread need a group that the loop does not use.
+        self._world = world
         self._group: HostGroup = world.host_group() if is_async else None
-        self._has_group = world.mesh is not None
         self.is_async = is_async
         # Pinned host memory is allocated once, and a GPU copies to it at full speed.
         is_cuda = world.device.type == "cuda"
@@ -215,21 +217,34 @@ class TensorWriter:
 
     def write(self, directory: Path, tensors: dict[str, Tensor]) -> Future[Any]:
         """Start to write on all ranks together; when `is_async`, the tensors may change once this returns."""
-        storage = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+        files = _numbers_of_files(tensors, self._world.size)
+        storage = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=files, save_distributed=True)
         if self._stager is not None:
             return dcp.async_save(  # type: ignore[return-value]
                 tensors,
                 storage_writer=storage,
                 async_stager=self._stager,
                 process_group=self._group,
-                no_dist=not self._has_group,
+                no_dist=self._world.mesh is None,
             )
         future: Future[Any] = Future()
         try:
-            future.set_result(dcp.save(tensors, storage_writer=storage, no_dist=not self._has_group))
+            future.set_result(dcp.save(tensors, storage_writer=storage, no_dist=self._world.mesh is None))
         except WRITING_ERRORS as error:
             future.set_exception(error)
         return future
+
+
+def _numbers_of_files(tensors: dict[str, Tensor], n_shards: int) -> dict[str, int]:
+    """Which of a rank's files each tensor goes to, from 1, so that none has many more than FILE_BYTES."""
+    numbers, number, filled = {}, 1, 0
+    for name, tensor in tensors.items():
+        n_bytes = tensor.numel() * tensor.element_size() // n_shards
+        if filled and filled + n_bytes > FILE_BYTES:
+            number, filled = number + 1, 0
+        numbers[name] = number
+        filled += n_bytes
+    return numbers
 
 
 def cause(error: BaseException) -> BaseException:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -66,6 +67,18 @@ def test_what_is_saved_is_read_back(is_async: bool, tmp_path: Path) -> None:
     for name, expected in tensors(3).items():
         assert torch.equal(saved[name], expected)
         assert saved[name].dtype == expected.dtype
+
+
+def test_a_large_checkpoint_is_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 64)  # model.w is 60 bytes
+    write(saver(tmp_path), 3)
+    found = checkpoint.newest_valid(tmp_path)
+    assert found is not None
+    first, second = (load_file(found / f"shard-00001-model-0000{n}-of-00002.safetensors") for n in (1, 2))
+    assert (first.keys(), second.keys()) == ({"model.w", "optimizer.w.step"}, {"model.half"})
+    read = {name: torch.zeros_like(tensor) for name, tensor in tensors(3).items()}
+    dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(found)), no_dist=True)
+    assert all(read[name].equal(tensor) for name, tensor in tensors(3).items())
 
 
 def test_a_tensor_changed_after_the_save_began_is_saved_as_it_was(tmp_path: Path) -> None:

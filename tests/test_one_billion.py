@@ -30,6 +30,8 @@ ONE_STEP = [
     "trainer.micro_batch_size=1",
     "trainer.val_sequences=1",
     "trainer.probe_sequences=1",
+    # A copy of everything beside the training is more than this memory holds.
+    "trainer.async_checkpoints=false",
     "logger.progress=false",
 ]
 
