@@ -1,8 +1,6 @@
 """From a checked config to objects. Everything that can be wrong is found in `check_run`, before anything is
 written."""
 
-import fcntl
-import json
 import os
 import platform
 import subprocess
@@ -17,14 +15,14 @@ from typing import IO, Any, TypeVar
 import torch
 import yaml
 
-from quack_lm import checkpoint
+from quack_lm import checkpoint, slurm
 from quack_lm.attention.base import Attention
 from quack_lm.attention.scores import check_backend
 from quack_lm.config import choice, fingerprint, identity, instantiate, read_yaml
 from quack_lm.corpus import Corpus
 from quack_lm.data import EvalBatches, TokenData, TrainBatches
 from quack_lm.errors import UserError
-from quack_lm.files import write_atomically, write_json
+from quack_lm.files import read_json, take_lock, write_atomically, write_json
 from quack_lm.metrics import (
     LoggerSettings,
     RunLog,
@@ -53,8 +51,12 @@ from quack_lm.watchdog import Watchdog
 
 T = TypeVar("T")
 
-# Longer than the watchdog waits: it tells more about a hang than a collective that gives up.
+# Longer than the watchdog waits: it tells more about a hang than a collective that gives up. And the ranks may arrive
+# far apart, for one per machine reads every byte of the data first.
+JOIN_TIMEOUT_S = 3600.0
 GRACE_S = 60.0
+# What a node that died had locked is free again when the file server has noticed.
+LOCK_WAIT_S = 180.0
 
 CHECKPOINTS = "checkpoints"
 KEYS_NAMED = 5
@@ -95,6 +97,7 @@ class Plan:
     device: str
     flops_per_token: float
     resumes_from: Path | None  # known to rank 0 alone
+    seen: Any  # what of the run there was when it was checked
     finished: str | None  # the status with which this very run has ended already
 
 
@@ -133,15 +136,19 @@ def check_run(config: dict[str, Any]) -> Plan:
     check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
     reference = make_model(config, backend="eager")
     corpus: Corpus = instantiate(config["data"])
-    data = open_data(corpus, config["model"]["vocab_size"])
+    data = open_data(corpus, config["model"]["vocab_size"], verify_checksums=False)
     for split in ("train", "val", "probe"):
         data.windows(split, settings.seq_len)
     run_dir = Path(config["run_dir"] or default_run_dir(config))
+    seen = _seen(run_dir, settings)
     resumes_from, finished = check_run_dir(run_dir, config, settings)
     if resumes_from and checkpoint.read_state(resumes_from)["manifest_sha256"] != data.manifest_sha256:
         raise UserError(
             f"data.dir={corpus.dir} is not the data set that run_dir={run_dir} was trained on; choose another run_dir"
         )
+    # Last: it takes minutes, and nothing else that is wrong should wait for it.
+    if corpus.verify_checksums and not finished:
+        open_data(corpus, config["model"]["vocab_size"])
     return Plan(
         config={**config, "run_dir": str(run_dir)},
         run_dir=run_dir,
@@ -154,6 +161,7 @@ def check_run(config: dict[str, Any]) -> Plan:
         device=device,
         flops_per_token=flops_per_token(reference, settings.seq_len),
         resumes_from=resumes_from,
+        seen=seen,
         finished=finished,
     )
 
@@ -182,9 +190,9 @@ def build(plan: Plan) -> Run:
         # One float32 process needs no wrapping; in bfloat16 it gets FSDP's precision rules like many would.
         is_wrapped=launched_world()[1] > 1 or settings.precision != "float32",
         replicas=settings.replicas,
-        timeout_s=settings.timeout_s + GRACE_S,
+        timeout_s=max(JOIN_TIMEOUT_S, settings.timeout_s + GRACE_S),
     )
-    lock = _by_main(world, plan.run_dir, lambda: _take_run_dir(plan.run_dir))
+    lock = _by_main(world, plan.run_dir, lambda: _take_run_dir(plan))
     # Before: rank 0 has chosen a checkpoint. After: every rank has its name.
     chosen = world.texts(plan.resumes_from.name if plan.resumes_from else "")[0]
     resumes_from = plan.run_dir / CHECKPOINTS / chosen if chosen else None
@@ -266,7 +274,10 @@ def build(plan: Plan) -> Run:
     _by_main(world, plan.run_dir, lambda: log.rewind(progress.step if resumes_from else -1))
     _by_main(world, plan.run_dir, lambda: _describe(plan, world, n_params))
     if world.is_main and plan.logger.wandb != "disabled":
-        log.mirror = WandbMirror(plan.run_dir, plan.logger, config, state.get("wandb_id"))
+        # The summary knows the run of one that ended before its first checkpoint.
+        wandb_id = state.get("wandb_id") or read_json(plan.run_dir / "summary.json").get("wandb_id")
+        log.mirror = WandbMirror(plan.run_dir, plan.logger, config, wandb_id)
+        facts["wandb_id"] = log.mirror.id
     log.start_progress(progress.step, f"{choice(config['attention'])}/{choice(config['stabilizer'])}")
     return run
 
@@ -281,10 +292,10 @@ def check_batch(settings: TrainerSettings, world_size: int) -> None:
         )
 
 
-def open_data(corpus: Corpus, vocab_size: int) -> TokenData:
+def open_data(corpus: Corpus, vocab_size: int, *, verify_checksums: bool = True) -> TokenData:
     """The prepared data of a corpus; UserError where it is not there, damaged, or another than the config says."""
     # One process per machine reads every byte; the others trust it.
-    verify = corpus.verify_checksums and launched_world()[2] == 0
+    verify = verify_checksums and corpus.verify_checksums and launched_world()[2] == 0
     data = TokenData.open(Path(corpus.dir), verify_checksums=verify)
     made = data.manifest
     for key, wanted, found in (
@@ -346,12 +357,14 @@ def _check_same_run(where: str, before: dict[str, Any], config: dict[str, Any]) 
         raise UserError(f"{where} holds a run with {differences}{more}; choose another run_dir")
 
 
+def _seen(run_dir: Path, settings: TrainerSettings) -> tuple[list[str], str | None]:
+    """The names of a run's checkpoints, and how it has ended."""
+    return [path.name for path in checkpoint.found(run_dir / CHECKPOINTS)], _finished(run_dir, settings)
+
+
 def _finished(run_dir: Path, settings: TrainerSettings) -> str | None:
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(summary, dict) or not isinstance(summary.get("step", 0), int):
+    summary = read_json(run_dir / "summary.json")
+    if not isinstance(summary.get("step", 0), int):
         return None
     is_done = summary.get("status") == "completed" and summary.get("step", 0) >= settings.steps
     return summary["status"] if is_done or summary.get("status") == "diverged" else None
@@ -375,20 +388,21 @@ def _by_main(world: World, run_dir: Path, work: Callable[[], T]) -> T | None:
     return made
 
 
-def _take_run_dir(run_dir: Path) -> IO[str]:
+def _take_run_dir(plan: Plan) -> IO[str]:
     """Lock the run directory for as long as the returned file is open."""
+    run_dir = plan.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Appending: a run that is refused leaves not even a new time on the file.
         lock = (run_dir / ".lock").open("a")
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}; choose another run_dir") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not take_lock(lock, wait_s=LOCK_WAIT_S if slurm.is_restart() else 0.0):
+        raise UserError(f"run_dir={run_dir} is in use by another process; wait for it or choose another run_dir")
+    if _seen(run_dir, plan.settings) != plan.seen:
         raise UserError(
-            f"run_dir={run_dir} is in use by another process; wait for it or choose another run_dir"
-        ) from None
+            f"run_dir={run_dir} was trained by another process while this one was starting; run the same command again"
+        )
     return lock
 
 

@@ -10,6 +10,7 @@ run no code. No state of a random generator is in it, because no training step d
 and the initial weights are functions of the seed. `saver.py` decides when and where checkpoints are written.
 """
 
+import errno
 import hashlib
 import json
 import re
@@ -26,6 +27,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
@@ -134,8 +136,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Digest]:
     return listed
 
 
-def commit(aside: Path, target: Path, state: dict[str, Any]) -> None:
-    """Give written tensors their state, their manifest and, once the disk has all of it, their name."""
+def commit(aside: Path, target: Path, state: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
+    """Give written tensors their state, their manifest and, once the disk has all of it, their name.
+
+    `shapes` are those of the whole tensors; OSError where the files of all ranks do not hold all of them.
+    """
+    if wrong := _first_wrong(_stored(aside), shapes):
+        raise OSError(errno.EIO, f"{wrong}, though all ranks have written")
     write_atomically(aside / STATE, json.dumps(state, indent=2) + "\n")
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
         paths = sorted(aside.iterdir())
@@ -176,25 +183,40 @@ def load(
     """Take back weights, optimizer and stabilizer state, in place; each rank reads what it holds."""
     _create_optimizer_state(optimizers)
     tensors = named_tensors(model, optimizers)
-    try:
-        known = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise UserError(f"{checkpoint} is damaged ({error}); remove it to use the one before") from None
+    known = _stored(checkpoint)
     own = {f"stabilizer.{name}": name for name in read_state(checkpoint)["stabilizer_state"]}
-    missing = sorted((tensors.keys() | own.keys()) - known.keys())
-    if missing:
-        raise UserError(
-            f"{checkpoint} lacks {missing[0]} and {len(missing) - 1} more: files are missing, or it belongs to another "
-            "model; remove it to use the one before, or use another run_dir"
-        )
-    for name, tensor in tensors.items():
-        if tensor.ndim and known[name].size != tensor.shape:  # type: ignore[union-attr]
-            raise UserError(f"{checkpoint} has another shape of {name}; remove it, or use another run_dir")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    shapes |= {key: known[key].size if key in known else torch.Size() for key in own}
+    if wrong := _first_wrong(known, shapes):
+        raise UserError(f"{checkpoint}: {wrong}; remove it to use the one before, or use another run_dir")
     for key in own:
-        meta = known[key]
-        tensors[key] = torch.empty(meta.size, dtype=meta.properties.dtype, device=world.device)  # type: ignore[union-attr]
+        tensors[key] = torch.empty(known[key].size, dtype=known[key].properties.dtype, device=world.device)
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.mesh is None)
     stabilizer.load_state_dict({name: tensors[key] for key, name in own.items()})
+
+
+def _stored(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+    """What lies in a checkpoint's files of tensors, from their headers alone; UserError if one cannot be read."""
+    try:
+        found = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise UserError(f"{checkpoint} is damaged ({error}); remove it to use the one before") from None
+    return {name: meta for name, meta in found.items() if isinstance(meta, TensorStorageMetadata)}
+
+
+def _first_wrong(stored: dict[str, TensorStorageMetadata], shapes: dict[str, torch.Size]) -> str | None:
+    """What is missing of these tensors; torch.distributed.checkpoint would leave rows of a lost file as they are."""
+    for name, shape in shapes.items():
+        if name not in stored:
+            return f"it lacks {name}: a file is missing, or it belongs to another model"
+        # A number is stored as one element, with or without a dimension.
+        if len(shape) and stored[name].size != shape:
+            return f"it has another shape of {name}"
+        # Replicas have the same place.
+        pieces = {tuple(chunk.offsets): chunk.sizes.numel() for chunk in stored[name].chunks}
+        if sum(pieces.values()) != shape.numel():
+            return f"it lacks a part of {name}: a file is missing"
+    return None
 
 
 class TensorWriter:

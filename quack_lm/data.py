@@ -158,22 +158,28 @@ class Windows:
         self.seq_len = seq_len
         self._shards = shards
         self._marks = list((marks or {}).items())
+        # What has happened to the files since they were opened and checked, once it has been noticed.
+        self.trouble: str | None = None
         self._ends = np.cumsum([len(shard) for shard in shards])
 
     def __len__(self) -> int:
         return int(self._ends[-1] - 1) // self.seq_len
 
     def read(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        """The windows of these numbers, [n, seq_len + 1]."""
-        windows = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
-        for window, index in zip(windows, indices.tolist(), strict=True):
-            if not 0 <= index < len(self):
-                raise IndexError(f"window {index} of {len(self)}")
-            self._fill(window, start=index * self.seq_len)
-        return windows
+        """The windows of these numbers, [n, seq_len + 1]; zeros from the moment at which there is `trouble`."""
+        windows = np.zeros((len(indices), self.seq_len + 1), dtype=np.int64)
+        # Before: reading beyond the end of a file that was cut ends the process. After: it may have changed meanwhile.
+        self.trouble = self.trouble or self._change(indices)
+        if self.trouble is None:
+            for window, index in zip(windows, indices.tolist(), strict=True):
+                if not 0 <= index < len(self):
+                    raise IndexError(f"window {index} of {len(self)}")
+                self._fill(window, start=index * self.seq_len)
+            self.trouble = self._change(indices)
+        # What was read from a changed file may be no token at all; zeros are, until the ranks end over `trouble`.
+        return np.zeros_like(windows) if self.trouble else windows
 
-    def trouble(self, indices: npt.NDArray[np.integer]) -> str | None:
-        """What has happened to the files that these windows lie in, since they were opened and checked."""
+    def _change(self, indices: npt.NDArray[np.integer]) -> str | None:
         starts = np.asarray(indices, dtype=np.int64) * self.seq_len
         touched = np.searchsorted(self._ends, np.concatenate([starts, starts + self.seq_len]), side="right")
         for number in np.unique(touched).tolist() if self._marks else ():
@@ -229,18 +235,12 @@ class TrainBatches:
         first = step * self._global_batch_size + self._rank * self._rank_batch_size
         for start in range(first, first + self._rank_batch_size, self._micro_batch_size):
             numbers = self._window_numbers(start, self._micro_batch_size)
-            tokens = self._windows.read(numbers)
-            # What was read from a changed file may be no token at all; zeros are, until the ranks end over `trouble`.
-            yield torch.from_numpy(np.zeros_like(tokens) if self._windows.trouble(numbers) else tokens)
+            yield torch.from_numpy(self._windows.read(numbers))
 
-    def trouble(self, step: int) -> str | None:
-        """What is wrong with the files of the step just made and of the next: see `Windows.trouble`."""
-        first = max(0, step - 1) * self._global_batch_size
-        numbers = [
-            self._window_numbers(start + self._rank * self._rank_batch_size, self._rank_batch_size)
-            for start in range(first, (step + 1) * self._global_batch_size, self._global_batch_size)
-        ]
-        return self._windows.trouble(np.concatenate(numbers))
+    @property
+    def trouble(self) -> str | None:
+        """What has happened to the files, see `Windows`."""
+        return self._windows.trouble
 
     def epoch(self, step: int) -> float:
         """Passes over the data that are complete when a step begins."""
@@ -277,6 +277,11 @@ class EvalBatches:
         weights = np.concatenate([np.ones(self.n_sequences, np.float32), np.zeros(padded, np.float32)])
         self._indices = np.split(indices, world_size)[rank]
         self._weights = np.split(weights, world_size)[rank]
+
+    @property
+    def trouble(self) -> str | None:
+        """What has happened to the files, see `Windows`."""
+        return self._windows.trouble
 
     def __len__(self) -> int:
         return len(self._indices) // self._micro_batch_size

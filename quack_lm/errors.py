@@ -2,12 +2,24 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class UserError(ValueError):
     """A mistake in a config, data set, checkpoint or environment: one line naming the key or file, and the mend."""
+
+
+# srun ends the other ranks when one fails: the one that speaks needs a moment to do so, and to write its summary.
+SPEAKER_HAS_S = 1.0
+
+
+def tell_job(word: str) -> None:
+    """Tell slurm/job.sh why this process ends: no exit code of srun says it once other ranks had to be killed."""
+    if file := os.environ.get("QUACK_JOB"):
+        with suppress(OSError):  # another rank has told
+            os.rename(file, f"{file}.{word}")
 
 
 @contextmanager
@@ -16,10 +28,13 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        tell_job("mistake")
         # Of all the processes on a machine, one speaks; one whose rank cannot be read, too, for that may be the error.
         rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
         if not rank.isdecimal() or int(rank) == 0:
             print(f"error: {_one_line(str(error))}", file=sys.stderr)
+        else:
+            time.sleep(SPEAKER_HAS_S)
         raise SystemExit(2) from None
 
 

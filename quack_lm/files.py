@@ -1,10 +1,17 @@
 """Files that are whole or absent, whatever happens while they are written."""
 
+import errno
+import fcntl
 import json
 import math
 import os
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from quack_lm.errors import UserError
+
+LOCK_POLL_S = 0.2
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -25,6 +32,36 @@ def write_atomically(path: Path, text: str) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """A json file for people and programs, atomically; non-finite numbers become null."""
     write_atomically(path, json.dumps(finite(value), indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none, or the file is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def take_lock(file: IO[Any], *, shared: bool = False, wait_s: float = 0.0) -> bool:
+    """Lock an open file for as long as it is open; False where another process still has it after `wait_s`.
+
+    UserError where the file system has no locks: then nothing would keep two runs apart.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(
+                    f"{file.name} cannot be locked ({error.strerror}): mount its file system with flock, or choose a "
+                    "directory on another one"
+                ) from None
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(LOCK_POLL_S)
 
 
 def sync_directory(directory: Path) -> None:

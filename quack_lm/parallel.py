@@ -72,14 +72,16 @@ class World:
         # From ordinary memory a copy of more than 64 kB would queue behind the running kernels and block the host.
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
+    def barrier(self, group: HostGroup = None) -> None:
+        """Wait for every rank, for as long as the group allows."""
         if self.mesh is not None:
-            dist.barrier()
+            dist.barrier(group)
 
-    def host_group(self) -> HostGroup:
+    def host_group(self, *, timeout_s: float | None = None) -> HostGroup:
         """A new group of all ranks for tensors on the host, whose collectives may run in a thread beside the others."""
-        return dist.new_group(backend="gloo") if self.mesh is not None else None
+        if self.mesh is None:
+            return None
+        return dist.new_group(backend="gloo", timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read on the host means something."""

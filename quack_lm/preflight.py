@@ -28,6 +28,7 @@ from quack_lm.parallel import World
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "wandb", "safetensors")
 # More than the hand-out of results through the group takes; ntp keeps clocks of a cluster within milliseconds.
 MAX_CLOCK_SKEW_S = 2.0
+BROKEN = "does not work"
 ALL_REDUCE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 # Weights in float32 and at most two moments of the optimizer for each.
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -55,11 +56,15 @@ def attempt(check: str, look: Callable[[], str]) -> Row:
 
 def facts_of_this_rank(world: World) -> dict[str, Any]:
     """What has to be the same on every rank, and who this one is."""
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    try:
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        gpus = [f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in found]
+    except RuntimeError as error:  # what this table is for
+        gpus = [f"{BROKEN}: {str(error).splitlines()[0]}"]
     return {
         "rank": world.rank,
         "host": platform.node(),
-        "gpus": [f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus],
+        "gpus": gpus,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }
 
@@ -80,7 +85,7 @@ def check_disk(run_dir: Path, *, n_params: int, kept: int) -> str:
     if free < needed:
         raise UserError(
             f"{text}: {_size(needed - free)} missing where run_dir={run_dir} lies; choose another run_dir, or fewer "
-            f"trainer.keep_checkpoints than {kept}"
+            f"of trainer.keep_checkpoints and trainer.keep_every"
         )
     return text
 
@@ -89,7 +94,7 @@ def check_write_access(run_dir: Path) -> str:
     """Writes a file without a name, which is gone when closed; the permission bits alone do not tell on NFS."""
     place = _nearest(run_dir)
     try:
-        with tempfile.TemporaryFile(dir=place if place != run_dir else run_dir.absolute().parent) as file:
+        with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"\0" * 4096)
             file.flush()
             os.fsync(file.fileno())
@@ -131,7 +136,10 @@ def compare(facts: Sequence[dict[str, Any]], *, device: str) -> list[Row]:
     first = facts[0]
     rows = [_packages(facts), Row("ranks", None, f"{len(facts)} on {', '.join(_by_host(facts))}")]
     odd = next((other for other in facts if other["gpus"] != first["gpus"]), None)
-    if odd:
+    broken = next((fact for fact in facts if BROKEN in "".join(fact["gpus"])), None)
+    if broken:
+        rows.append(Row("GPUs", False, f"rank {broken['rank']} on {broken['host']}: a GPU {broken['gpus'][0]}"))
+    elif odd:
         found = f"rank {odd['rank']} on {odd['host']} has {odd['gpus'] or 'none'}, rank 0 has {first['gpus'] or 'none'}"
         rows.append(Row("GPUs", device != "cuda", found))
     elif first["gpus"]:
@@ -180,8 +188,17 @@ def check_all_reduce(world: World, *, device: str, timeout_s: float) -> Row:
         if device == "cuda":
             torch.cuda.set_device(place)
         n_bytes, best = ALL_REDUCE_BYTES[device], math.inf
+        values = torch.empty(n_bytes // 4, device=place)
+        complaint = ""
+    except RuntimeError as error:
+        complaint = str(error).splitlines()[0]
+    # A rank that has no memory, for instance, must not keep the others waiting in the sum.
+    for rank, said in enumerate(gather(complaint, world)):
+        if said:
+            return Row("all-reduce", False, f"{backend}: rank {rank}: {said}")
+    try:
         for _ in range(4):
-            values = torch.full((n_bytes // 4,), float(world.rank + 1), device=place)
+            values.fill_(world.rank + 1)
             _wait(place)
             start = time.perf_counter()
             dist.all_reduce(values, group=group)

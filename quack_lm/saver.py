@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quack_lm import checkpoint
@@ -44,7 +45,7 @@ class Saver:
         self._writer = TensorWriter(world, is_async=is_async)
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: Future[Any] | None = None  # first the tensors', then the commit's
-        self._uncommitted: tuple[int, dict[str, Any]] | None = None
+        self._uncommitted: tuple[int, dict[str, Any], dict[str, torch.Size]] | None = None
         self._began = 0.0
         # What lies beyond the step that the run continues from was refused: neither counted nor deleted.
         self._refused = {path for path in checkpoint.found(directory) if checkpoint.step_of(path) > first_step}
@@ -64,7 +65,8 @@ class Saver:
         # Before: rank 0 has made the directory, or could not. After: every rank knows which.
         if any(self.world.largest(self.trouble is not None)):
             return
-        self._work, self._uncommitted = self._writer.write(aside, tensors), (step, state)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._work, self._uncommitted = self._writer.write(aside, tensors), (step, state, shapes)
         if not self._writer.is_async:
             self.wait()
 
@@ -73,10 +75,10 @@ class Saver:
         self._join()
         if self._uncommitted is None:
             return
-        (step, state), self._uncommitted = self._uncommitted, None
+        entry, self._uncommitted = self._uncommitted, None
         # A rank that could not write has told all others in the last collective of the writing.
         if self.world.is_main and self.trouble is None:
-            self._work = self._committer.submit(self._commit, step, state)
+            self._work = self._committer.submit(self._commit, *entry)
 
     def wait(self) -> None:
         """On all ranks together: until the last checkpoint is whole, or a rank is in trouble."""
@@ -89,12 +91,12 @@ class Saver:
             shutil.rmtree(left)
         aside.mkdir(parents=True)
 
-    def _commit(self, step: int, state: dict[str, Any]) -> None:
+    def _commit(self, step: int, state: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
         target = self.directory / checkpoint.name_of(step)
         if target.exists():  # a damaged one: a valid one would have been continued
             _set_aside(target)
             self._refused.discard(target)
-        checkpoint.commit(self._aside(step), target, {"step": step, **self.about, **state})
+        checkpoint.commit(self._aside(step), target, {"step": step, **self.about, **state}, shapes)
         self.total_s += time.perf_counter() - self._began
         self._prune()
 

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from quack_lm.errors import UserError
 
 # A dead controller keeps clients for about 9 s before they give up by themselves; a busy one answers late.
 TIMEOUT_S = 30.0
-# Set by our batch scripts: this job wants to go on after its time limit.
-REQUEUE = "QUACK_REQUEUE"
 # `#SBATCH --signal` sends it before the time limit. SIGTERM is not answered with a requeue: after a preemption slurm
 # requeues by itself, and after scancel nobody wants it.
 TIME_IS_UP = "SIGUSR1"
@@ -98,18 +95,9 @@ def _first_host(nodes: str) -> str:
         ) from None
 
 
-def requeue_if_time_is_up(stopped_by: str | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Queue this very job again, when it asked for that and its time limit ended the run; says so, or why it cannot."""
-    if stopped_by != TIME_IS_UP or environment.get(REQUEUE) != "1" or "SLURM_JOB_ID" not in environment:
-        return
-    job = environment["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_TASK_ID" in environment:
-        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    print(f"time is up: requeueing job {job}, which continues from this checkpoint", flush=True)
-    try:
-        call(["scontrol", "requeue", job])
-    except UserError as error:
-        print(f"error: job {job} is not requeued ({error}); submit it again to continue", file=sys.stderr, flush=True)
+def is_restart(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether slurm has started this job before."""
+    return environment.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 # ------------------------------------------------------------------------------------------------ outside of it

@@ -159,7 +159,7 @@ def meet(run: Run, signal_number: int = 0) -> int:
     """Once a step all ranks meet: the signal that one of them got, or 0; UserError on all if one is in trouble."""
     # In this order: a thread that has ended has said what went wrong before.
     mine = run.saver.is_writing
-    run.trouble = run.trouble or run.saver.trouble or run.batches.trouble(run.progress.step)
+    run.trouble = run.trouble or run.saver.trouble or run.batches.trouble or run.validation.trouble
     number, is_in_trouble, is_writing = run.world.largest(signal_number, run.trouble is not None, mine)
     if is_in_trouble:
         raise UserError(next(text for text in run.world.texts(run.trouble or "") if text))
@@ -259,8 +259,6 @@ def save(run: Run) -> None:
         run.log.sync()
     meet(run)  # no checkpoint without the log of the steps before it; and the watchdog waits anew
     state = {"stabilizer_state": sorted(run.stabilizer.state_dict()), "progress": run.progress.as_json(), **run.facts}
-    if run.log.mirror is not None:
-        state["wandb_id"] = run.log.mirror.id
     run.saver.save(run.progress.step, named_tensors(run.model, run.optimizers, run.stabilizer), state)
 
 

@@ -1,4 +1,4 @@
-"""Look before a long run: takes the arguments of scripts/train.py, trains nothing, prints one table and one verdict.
+"""Look before a long run: takes the settings of scripts/train.py, trains nothing, prints one table and one verdict.
 
     python scripts/preflight.py attention=mla stabilizer=quack data.dir=/data/cosmopedia_v2      # on the login node
     srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python scripts/preflight.py ...         # inside a job
@@ -10,6 +10,7 @@ and packages, that they reach each other and how fast, and their clocks. Nothing
 Exit codes: 0 ready; 2 something is wrong.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from quack_lm.errors import UserError, exit_on_user_error
 
 # Long enough for a node whose file system is slow to load Python from.
 JOIN_TIMEOUT_S = 180.0
+# Long enough for one rank of each machine to read every byte of the data, and rank 0 also of a checkpoint.
+DATA_TIMEOUT_S = 7200.0
 
 
 def main(arguments: list[str]) -> int:
@@ -29,6 +32,9 @@ def main(arguments: list[str]) -> int:
     if flag := next((argument for argument in arguments if argument.startswith("-")), None):
         raise UserError(f"unknown flag {flag}; settings are key=value, and --help explains")
     config = compose(arguments)
+
+    # An NCCL that hangs then raises, and the table is still made, instead of ending the process.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
 
     # Imported late: --help and a mistake in the settings need not wait for it.
     from quack_lm.parallel import default_device, launched_world, start_world
@@ -43,7 +49,9 @@ def main(arguments: list[str]) -> int:
     except RuntimeError as error:
         first = str(error).splitlines()[0]
         raise UserError(f"the processes did not reach each other, check MASTER_ADDR and the network: {first}") from None
+    patient = world.host_group(timeout_s=DATA_TIMEOUT_S)
     mine = own_rows(config, device)
+    world.barrier(patient)
     facts = gather(facts_of_this_rank(world), world)
     everyone = gather([[row.check, row.is_ok, row.found] for row in mine], world)
     rows = merge([[Row(*row) for row in rows] for rows in everyone], [fact["host"] for fact in facts])
@@ -97,7 +105,8 @@ def own_rows(config: dict[str, Any], device: str) -> list[Any]:
         return f"{run_dir}: {state if finished or resumes_from else 'a new run'}"
 
     def disk() -> str:
-        return check_disk(run_dir, n_params=counts.get("total", 0), kept=settings.keep_checkpoints)
+        kept = settings.keep_checkpoints + (settings.steps // settings.keep_every if settings.keep_every else 0)
+        return check_disk(run_dir, n_params=counts.get("total", 0), kept=kept)
 
     looks = {"model": model, "processes": processes, "data": data, "run directory": directory}
     looks |= {"write access": lambda: check_write_access(run_dir), "disk space": disk}

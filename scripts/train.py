@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 from quack_lm.config import CONFIG_DIR, choices, compose
-from quack_lm.errors import UserError, exit_on_user_error
+from quack_lm.errors import UserError, exit_on_user_error, tell_job
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     # Imported late: --help and a mistake in the settings need not wait for it.
     from quack_lm.build import build, check_run, doubts, make_model
     from quack_lm.model import count_parameters
-    from quack_lm.slurm import requeue_if_time_is_up
+    from quack_lm.slurm import TIME_IS_UP
     from quack_lm.train import summarize, train
 
     if is_check:
@@ -70,7 +70,8 @@ def main(arguments: list[str]) -> int:
     run.world.close()
     if run.world.is_main:
         print(f"{status} at step {run.progress.step}: validation loss {run.progress.val_loss:.4f}, {plan.run_dir}")
-        requeue_if_time_is_up(run.stopped_by if status == "interrupted" else None)
+        if status == "interrupted" and run.stopped_by == TIME_IS_UP:
+            tell_job("time_is_up")
     return 0
 
 

@@ -12,25 +12,54 @@ fi
 trap : TERM
 echo "job ${SLURM_JOB_ID} on ${SLURM_JOB_NODELIST}, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date -Is)"
 
-# One task per rank: signals reach every rank, exit codes pass through, and when one rank dies the others do not wait.
-# With QUACK_REQUEUE=1, a job that breaks down after a while (a hung collective that the watchdog ended, a GPU that fell
-# off) is queued again: it continues from its last checkpoint. Not so a mistake (2), a second Ctrl-C (130), what breaks
-# at once or has been restarted often (slurm/site.sh), and what slurm itself is ending: a job that was canceled. The
-# code does not tell the last: srun returns the highest, and the ranks that it ends after a breakdown die of a signal.
+# One task per rank: signals reach every rank, and when one rank dies the others do not wait. With QUACK_REQUEUE=1, a job
+# whose time is up is queued again, and one that breaks down after a while (a hung collective that the watchdog ended, a
+# GPU that fell off): it continues from its last checkpoint. Not so a mistake, a second Ctrl-C (130), what breaks down at
+# once or has been restarted often (slurm/site.sh).
 run_ranks() {
-  local code=0 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+  local code=0 said
+  # Once srun has ended the other ranks of one that failed, its exit code says only that. So a rank renames this file to
+  # tell why it ends; renaming works on a full disk, too.
+  export QUACK_JOB=$PWD/.quack_job_$SLURM_JOB_ID
+  : >"$QUACK_JOB" || unset QUACK_JOB
   SECONDS=0
   srun --kill-on-bad-exit=1 "${PYTHON[@]}" "$@" || code=$?
-  case $code in 0 | 2 | 130) return "$code" ;; esac
-  if [[ ${QUACK_REQUEUE:-} == 1 ]] && ((SECONDS >= ${RETRY_AFTER_S:-600} &&
-    ${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-20})) && [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
-    echo "exit code $code after $SECONDS s: requeueing job ${job:=$SLURM_JOB_ID}, which continues from its last checkpoint"
-    if scontrol requeue "$job"; then
+  said=$(echo "${QUACK_JOB:-}".*)
+  rm -f ${QUACK_JOB:+"$QUACK_JOB" "$QUACK_JOB".*}
+  case $said in
+    *.mistake) return 2 ;;
+    *.time_is_up)
+      if [[ ${QUACK_REQUEUE:-} == 1 ]]; then
+        requeue "time is up"
+        return 1
+      fi
+      ;;
+  esac
+  if [[ ${QUACK_REQUEUE:-} == 1 && $code != 0 && $code != 130 ]] &&
+    ((SECONDS >= ${RETRY_AFTER_S:-600} && ${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-20})); then
+    requeue "exit code $code after $SECONDS s"
+  fi
+  return "$code"
+}
+
+# Queue this very job again; returns only where that cannot be done.
+requeue() {
+  local job=$SLURM_JOB_ID state tries
+  if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
+  fi
+  echo "$1: requeueing job $job, which continues from its last checkpoint"
+  # A busy controller may not answer at first.
+  for ((tries = 0; tries < 5; tries++)); do
+    state=$(squeue -h -j "$job" -o %T) || state=""
+    # Nobody wants a job back that was canceled, or that slurm requeues by itself.
+    [[ -z $state || $state == RUNNING ]] || break
+    if [[ -n $state ]] && scontrol requeue "$job"; then
       # Slurm ends this script now; one that ended by itself would count as a failed job.
       trap - TERM
       sleep 300
     fi
-    echo "error: job $job is not requeued; submit it again to continue" >&2
-  fi
-  return "$code"
+    sleep 10
+  done
+  echo "error: job $job (${state:-of unknown state}) is not requeued; submit it again to continue" >&2
 }

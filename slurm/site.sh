@@ -22,7 +22,7 @@ GPU_TYPE=""
 # ---- how Python is called: as it is, or inside a container that has this project's packages
 PYTHON=(python)
 # PYTHON=(apptainer exec --nv "$HOME/quack_lm.sif" python)
-# In a container without slurm's commands, export MASTER_ADDR as well, and resubmit by hand what runs out of time.
+# In a container without slurm's commands, export MASTER_ADDR as well.
 
 # ---- fast storage for caches that would fill a home directory
 SCRATCH=""
@@ -35,6 +35,7 @@ fi
 # ---- network, where NCCL or gloo does not find the right one by itself
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# ---- a job that breaks down (not: a mistake in its settings) is queued again if it ran this long and not too often
+# ---- a job that breaks down (not: a mistake in its settings) is queued again if it ran this long and was not restarted
+# too often; starts after time limits and preemptions count, too
 RETRY_AFTER_S=600
 MAX_RESTARTS=20

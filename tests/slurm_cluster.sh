@@ -66,6 +66,8 @@ JobRequeue=1
 KillWait=30
 InactiveLimit=0
 MinJobAge=86400
+# The ports at which ranks meet follow from it, and test processes beside each other have a cluster each.
+FirstJobId=$PORT
 # Small, so that a sweep of a few runs has to be split.
 MaxArraySize=4
 CONF

@@ -8,7 +8,7 @@ import pytest
 from test_train import REPOSITORY, SMALL
 
 from quack_lm.errors import UserError
-from quack_lm.preflight import Row, check_disk, check_write_access, compare, merge
+from quack_lm.preflight import BROKEN, Row, check_disk, check_write_access, compare, merge
 
 
 def preflight(overrides: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
@@ -60,7 +60,7 @@ def test_a_mistake_in_the_settings_is_one_line() -> None:
 
 def test_space_is_needed_for_one_checkpoint_more_than_is_kept(tmp_path: Path) -> None:
     assert "for 2 + 1 checkpoints of up to 0.012 GB" in check_disk(tmp_path / "run", n_params=1_000_000, kept=2)
-    with pytest.raises(UserError, match=r"missing where run_dir=.*trainer\.keep_checkpoints than 2"):
+    with pytest.raises(UserError, match=r"missing where run_dir=.*trainer\.keep_checkpoints and trainer\.keep_every"):
         check_disk(tmp_path / "run", n_params=10**15, kept=2)
 
 
@@ -79,6 +79,8 @@ def test_unequal_ranks_are_named() -> None:
         "torch is 1 on b but 2 on a; use one environment for all nodes",
         "rank 1 on b has none, rank 0 has ['H100 80 GiB', 'H100 80 GiB']",
     ]
+    (found,) = [row for row in compare([{**one, "gpus": [f"{BROKEN}: ECC"]}] * 2, device="cuda") if row.is_ok is False]
+    assert found.found == "rank 0 on a: a GPU does not work: ECC"
 
 
 def test_the_first_complaint_about_a_check_is_shown_with_its_rank() -> None:

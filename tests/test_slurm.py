@@ -201,6 +201,24 @@ def test_a_mistake_in_the_settings_fails_the_job_with_one_line(site: Site, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mistake_that_one_rank_finds_is_one_though_slurm_kills_the_others(site: Site, tmp_path: Path) -> None:
+    script = site.folder / "job.sh"
+    # Slurm ends the second rank, and srun says only that.
+    (site.folder / "rank.py").write_text(
+        "import os, time\nfrom quack_lm.errors import UserError, exit_on_user_error\n"
+        "with exit_on_user_error():\n"
+        "    if os.environ['SLURM_PROCID'] == '0':\n        raise UserError('a mistake')\n"
+        "    time.sleep(60)\n"
+    )
+    lines = ["#!/bin/bash", f"QUACK_ROOT={shlex.quote(str(ROOT))}", "source $QUACK_ROOT/slurm/job.sh"]
+    script.write_text("\n".join([*lines, f"run_ranks {shlex.quote(str(site.folder / 'rank.py'))}"]))
+    job = site.call("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--output=slurm-%j.out", script)
+    assert (site.wait_for_end(job), site.show(job)["ExitCode"]) == ("FAILED", "2:0"), site.log(job)
+    assert "error: a mistake\n" in site.log(job)
+    assert "task 1: Terminated" in site.log(job)
+    assert not list(site.folder.glob(".quack_job*"))
+
+
 def test_a_preempted_run_saves_and_is_requeued_once_to_the_same_end(
     site: Site, tmp_path: Path, tiny_data: list[str]
 ) -> None:
@@ -525,18 +543,3 @@ def test_the_first_node_is_expanded_by_slurm(site: Site) -> None:
     assert slurm.rendezvous({"SLURM_STEP_NODELIST": "gpu[07-09,12],z1"})[0] == "gpu07"
     with pytest.raises(UserError, match="set MASTER_ADDR"):
         slurm.rendezvous({"SLURM_STEP_NODELIST": "gpu[07-"})
-
-
-def test_only_a_job_that_asked_for_it_is_requeued_and_only_when_its_time_was_up(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PATH", "/nonexistent")
-    job = {"SLURM_JOB_ID": "7", slurm.REQUEUE: "1"}
-    for stopped_by, environment in [("SIGTERM", job), (None, job), ("SIGUSR1", {"SLURM_JOB_ID": "7"})]:
-        slurm.requeue_if_time_is_up(stopped_by, environment)
-    assert capsys.readouterr() == ("", "")
-    array = {**job, "SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "3"}
-    slurm.requeue_if_time_is_up(signal.SIGUSR1.name, array)
-    seen = capsys.readouterr()
-    assert "requeueing job 6_3" in seen.out
-    assert "job 6_3 is not requeued (scontrol not found" in seen.err

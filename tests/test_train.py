@@ -179,6 +179,16 @@ def test_a_checkpoint_of_two_ranks_continues_on_one(tmp_path: Path, tiny_data: l
     run_here(overrides, tmp_path / "straight")
     done = run_process([*overrides, "trainer.steps=4"], tmp_path / "moved", ranks=2)
     assert done.returncode == 0, done.stderr
+    # One that lost a rank's file before its manifest was made must not leave its rows as they are in memory.
+    shutil.copytree(tmp_path / "moved", tmp_path / "holed")
+    last = tmp_path / "holed/checkpoints/step_00000004"
+    listed = json.loads((last / "manifest.json").read_text())
+    lost = next(name for name in listed["files"] if name.startswith("shard-00001"))
+    del listed["files"][lost]
+    (last / lost).unlink()
+    (last / "manifest.json").write_text(json.dumps(listed))
+    with pytest.raises(UserError, match=r"lacks .*a file is missing"):
+        run_here(overrides, tmp_path / "holed")
     run_here(overrides, tmp_path / "moved")
     assert_close_records(tmp_path / "straight", tmp_path / "moved", 2e-4)
 

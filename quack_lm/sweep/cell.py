@@ -1,15 +1,15 @@
 """One run of a sweep, and what it has reached, read from its directory."""
 
-import fcntl
 import json
 import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from quack_lm.config import choice
+from quack_lm.files import read_json, take_lock
 from quack_lm.sweep.file import override_value
 
 LOG_FILE = "train.log"
@@ -83,6 +83,10 @@ class Cell:
     def is_finished(self) -> bool:
         return self.status() in FINISHED
 
+    def has_ended(self) -> bool:
+        """Whether its files say that it is finished; unlike `is_finished`, this touches no lock."""
+        return self.summary().get("status") in FINISHED or bool(self.stop_record())
+
     def steps_done(self) -> int:
         """The last step that the run has logged."""
         return min(int(self.last_line("step").get("step", 0)), self.total_steps)
@@ -151,27 +155,9 @@ def tail(path: Path, size: int = 1 << 18) -> str:
         return handle.read().decode(errors="replace")
 
 
-def lock(log: IO[bytes], kind: int) -> bool:
-    """Take the lock of a log, without waiting; whether that worked."""
-    try:
-        fcntl.flock(log, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def is_locked(log: Path) -> bool:
     """Whether a process that the runner started is alive: it holds the lock of its log."""
     if not log.is_file():
         return False
     with open(log, "rb") as handle:
-        return not lock(handle, fcntl.LOCK_SH)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none, or the file is damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return not take_lock(handle, shared=True)

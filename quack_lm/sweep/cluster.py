@@ -7,7 +7,6 @@ is found again by its name, which follows from the path of the file, so nothing 
 record. A task is the same process as a run of the local runner: it appends to the same log, holds the same lock.
 """
 
-import fcntl
 import os
 import re
 import signal
@@ -22,7 +21,8 @@ from typing import NoReturn
 from quack_lm import slurm
 from quack_lm.config import CONFIG_DIR
 from quack_lm.errors import UserError
-from quack_lm.sweep.cell import LOG_FILE, Cell, lock
+from quack_lm.files import take_lock
+from quack_lm.sweep.cell import LOG_FILE, Cell
 from quack_lm.sweep.local import TRAIN_SCRIPT
 from quack_lm.sweep.plan import PLAN_FILE, Plan, read_plan, write_plan
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
@@ -31,6 +31,7 @@ FOLDER = "submitted"
 SLURM_SCRIPTS = CONFIG_DIR.parent / "slurm"
 # Many tasks read the files of all runs, from a file system that others use, too.
 RULE_POLL_S = 10.0
+LOCK_WAIT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +93,16 @@ def submit(directory: Path, plan: Plan, resources: Resources, *, concurrency: in
             and cell.status() != "running"
             and not (cell.name in known and known[cell.name].is_active)
         ]
+        # In a row, or the concurrency of the arrays would add up.
+        before = sorted({task.job for task in known.values() if task.is_active})
         jobs: list[Submitted] = []
         for start in range(0, len(todo), largest):
             cells, file = todo[start : start + largest], _next_file(directory)
             write_plan(directory, replace(plan, cells=cells), file)
-            # In a row, or the concurrency of the arrays would add up.
-            after = [f"--dependency=afterany:{jobs[-1].job}"] if jobs else []
+            after = [f"--dependency=afterany:{':'.join(map(str, before))}"] if before else []
             answer = _sbatch(directory, file, len(cells), resources, concurrency, "--parsable", *after)
             jobs.append(Submitted(int(answer.split(";")[0]), len(cells)))
+            before = [jobs[-1].job]
         return jobs
 
 
@@ -140,7 +143,7 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
     """Two submissions at the same time would both queue the same cells."""
     (directory / FOLDER).mkdir(parents=True, exist_ok=True)
     with open(directory / FOLDER / ".lock", "wb") as file:
-        if not lock(file, fcntl.LOCK_EX):
+        if not take_lock(file):
             raise UserError(f"dir={directory}: another submission is at work here; wait for it")
         yield
 
@@ -187,8 +190,8 @@ def run_task(file: Path, index: int) -> NoReturn:
         raise UserError(f"index={index}: {file} has {len(plan.cells)} runs, counted from 0")
     cell = plan.cells[index]
     print(f"{cell.name}: the log is {cell.run_dir / LOG_FILE}", flush=True)
-    if cell.is_finished():
-        print(f"finished already: {cell.status()}")
+    if cell.has_ended():
+        print("finished already")
         raise SystemExit(0)
     step = slurm.current_step()
     is_main = step is None or step.rank == 0
@@ -196,8 +199,9 @@ def run_task(file: Path, index: int) -> NoReturn:
     if is_main and plan.stop:
         _start_watch(cell, plan, directory)
     log = open(cell.run_dir / LOG_FILE, "ab")  # noqa: SIM115
-    # The lock belongs to the open file, which the trainer keeps as its output; the other ranks only write.
-    if is_main and not lock(log, fcntl.LOCK_EX):
+    # The lock belongs to the open file, which the trainer keeps as its output; the other ranks only write. Whoever asks
+    # for the state of the run holds it for a moment, a node that died for longer.
+    if is_main and not take_lock(log, wait_s=LOCK_WAIT_S):
         print(f"error: {cell.name} is trained by another process; cancel that one, or let it end", file=sys.stderr)
         raise SystemExit(1)
     sys.stdout.flush()

@@ -1,6 +1,5 @@
 """Training cells on this machine, each as a process of its own on cores, or a GPU, of its own."""
 
-import fcntl
 import itertools
 import os
 import signal
@@ -15,7 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from quack_lm.config import CONFIG_DIR
-from quack_lm.sweep.cell import LOG_FILE, Cell, last_lines, lock
+from quack_lm.files import take_lock
+from quack_lm.sweep.cell import LOG_FILE, Cell, last_lines
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
 
@@ -124,7 +124,7 @@ def _start(cell: Cell, slot: Slot, threads: int) -> subprocess.Popen[bytes] | No
     if slot.gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
     with open(cell.run_dir / LOG_FILE, "ab") as log:
-        if not lock(log, fcntl.LOCK_EX):
+        if not take_lock(log):
             return None
         with _pinned(slot.cores):
             return subprocess.Popen(
