@@ -110,12 +110,12 @@ def kill(kind: str, process: subprocess.Popen[str], run_dir: Path, dice: random.
 
 
 def kill_and_continue(kind: str, moments: int, ranks: int, base: Path, data: list[str]) -> dict[str, int]:
-    """Kill a run again and again at random moments and continue it; counts of what the kills met."""
+    """Kill a run again and again at random moments; it must always end like one that nobody killed. Counts of kills."""
     dice = random.Random(f"{kind} {ranks}")
     overrides = [*data, *FAULTS]
     straight = run_process(overrides, base / "straight", ranks)
     assert straight.returncode == 0, straight.stderr
-    met = {"kills": 0, "inside a save": 0, "survived": 0, "runs": 0}
+    met = {"kills": 0, "inside a save": 0, "runs": 0}
     while met["kills"] < moments:
         run_dir = base / f"run_{met['runs']}"
         met["runs"] += 1
@@ -132,22 +132,22 @@ def kill_and_continue(kind: str, moments: int, ranks: int, base: Path, data: lis
                 time.sleep(0.002)
             time.sleep(dice.random() * 0.1)
             if process.poll() is not None:
+                assert process.returncode == 0, log_of(run_dir)  # it has ended before the moment came
                 break
+            left_before = set(run_dir.glob("checkpoints/.step_*.partial"))
             kill(kind, process, run_dir, dice)
             kills += 1
-            met["inside a save"] += bool(list(run_dir.glob("checkpoints/.step_*.partial")))
+            met["inside a save"] += bool(set(run_dir.glob("checkpoints/.step_*.partial")) - left_before)
         done = run_process(overrides, run_dir, ranks)
         assert done.returncode == 0, done.stderr
         assert_same_end(base / "straight", run_dir)
         met["kills"] += kills
-        met["survived"] += kills
     return met
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("all ranks", 1), pytest.param("one rank", 2, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_in_the_same_bits(kind: str, ranks: int, tmp_path: Path, tiny_data: list[str]) -> None:
-    met = kill_and_continue(kind, 2 if ranks > 1 else 3, ranks, tmp_path, tiny_data)
-    assert met["survived"] == met["kills"]
+    kill_and_continue(kind, 2 if ranks > 1 else 3, ranks, tmp_path, tiny_data)
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_a_run_killed_at_thirty_random_moments_ends_in_the_same_bits(
 ) -> None:
     met = kill_and_continue(kind, 30, 2, tmp_path, tiny_data)
     print(f"\nkill -9 of {kind}: {met}")
-    assert met["survived"] == met["kills"] >= 30
+    assert met["inside a save"] > 0
 
 
 @pytest.mark.slow
@@ -322,16 +322,24 @@ def test_a_nan_on_one_rank_is_a_divergence_on_all(tmp_path: Path, tiny_data: lis
 
 
 @pytest.mark.parametrize(
-    "change", ["rewritten", *(pytest.param(change, marks=pytest.mark.slow) for change in ("deleted", "cut"))]
+    ("split", "change"),
+    [
+        ("train", "rewritten"),
+        *(pytest.param("train", change, marks=pytest.mark.slow) for change in ("deleted", "cut")),
+        pytest.param("val", "rewritten", marks=pytest.mark.slow),
+    ],
 )
-def test_data_that_changes_under_a_run_ends_it_in_one_line(change: str, tmp_path: Path, tiny_data: list[str]) -> None:
+def test_data_that_changes_under_a_run_ends_it_in_one_line(
+    split: str, change: str, tmp_path: Path, tiny_data: list[str]
+) -> None:
     data = tmp_path / "data"
     shutil.copytree(tiny_data[1].removeprefix("data.dir="), data)
     overrides, run_dir = ["data=stdlib", f"data.dir={data}", *FAULTS, "trainer.steps=100000"], tmp_path / "run"
+    overrides += ["trainer.val_every=5"]
     process = start(overrides, run_dir)
     wait_for_step(run_dir, 12, process)
     aside = {}
-    for shard in data.glob("train_*.bin"):
+    for shard in data.glob(f"{split}_*.bin"):
         aside[shard] = shard.read_bytes()
         if change == "deleted":
             shard.unlink()
@@ -344,7 +352,7 @@ def test_data_that_changes_under_a_run_ends_it_in_one_line(change: str, tmp_path
     # Between two looks at the file a mapping may find its end gone: the kernel then ends the process, with a stack.
     assert code == 2 or (change != "deleted" and code == -signal.SIGBUS and "Bus error" in log), log
     if code == 2:
-        assert re.search(r"error: data\.dir: .*train_\S+ (has been changed|cannot be read)", log)
+        assert re.search(rf"error: data\.dir: .*{split}_\S+ (has been changed|cannot be read)", log)
     refused = run_process(overrides, run_dir)
     assert refused.returncode == 2
     assert "is damaged or foreign" in refused.stderr
@@ -420,13 +428,20 @@ def test_a_second_interrupt_stops_at_once_and_both_leave_a_run_that_continues(
     assert process.wait(timeout=60) == 0
     first = summary(run_dir)
     assert first["status"] == "interrupted"
-    process = start(overrides, run_dir)
-    wait_for_step(run_dir, first["step"] + 4, process)
+    # A step that takes minutes, so that only the second signal can end it.
+    slow = [*overrides, "trainer.global_batch_size=24000"]
+    process = start(slow, tmp_path / "slow")
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "slow/summary.json").exists():  # written right before the first step
+        assert time.monotonic() < deadline, log_of(tmp_path / "slow")
+        time.sleep(0.1)
+    time.sleep(2)
     process.send_signal(signal.SIGINT)
+    time.sleep(2)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    # The second may come before the first was seen, or after the run has ended on it.
-    assert process.wait(timeout=60) in (0, 130)
-    assert summary(run_dir)["status"] == "interrupted"
+    assert process.wait(timeout=30) == 130
+    assert summary(tmp_path / "slow")["status"] == "interrupted"
     end = [f"trainer.steps={first['step'] + 30}"]
     assert run_process([*overrides, *end], run_dir).returncode == 0
     assert run_process([*overrides, *end], tmp_path / "straight").returncode == 0
