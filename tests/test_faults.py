@@ -109,6 +109,15 @@ def kill(kind: str, process: subprocess.Popen[str], run_dir: Path, dice: random.
     wait_until_gone(run_dir)
 
 
+def partials(run_dir: Path) -> set[tuple[str, int]]:
+    """The checkpoints that are not whole yet, each by what no later one has again."""
+    found = set()
+    for path in run_dir.glob("checkpoints/.step_*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
 def kill_and_continue(kind: str, moments: int, ranks: int, base: Path, data: list[str]) -> dict[str, int]:
     """Kill a run again and again at random moments; it must always end like one that nobody killed. Counts of kills."""
     dice = random.Random(f"{kind} {ranks}")
@@ -123,21 +132,22 @@ def kill_and_continue(kind: str, moments: int, ranks: int, base: Path, data: lis
         # A few kills a run, so that every part of it is met; then it may end.
         for _ in range(min(3, moments - met["kills"])):
             process = start(overrides, run_dir, ranks)
-            at = dice.randrange(30)
+            # At half of the moments, only once a checkpoint is being written.
+            at, is_in_save, before = dice.randrange(30), dice.random() < 0.5, partials(run_dir)
             deadline = time.monotonic() + 200
             while process.poll() is None and time.monotonic() < deadline:
                 path = run_dir / "metrics.jsonl"
-                if path.exists() and path.read_text().count('"train/loss"') > at:
+                is_due = path.exists() and path.read_text().count('"train/loss"') > at
+                if is_due and (not is_in_save or partials(run_dir) - before):
                     break
-                time.sleep(0.002)
-            time.sleep(dice.random() * 0.1)
+                time.sleep(0.001)
+            time.sleep(dice.random() * (0.02 if is_in_save else 0.1))
             if process.poll() is not None:
                 assert process.returncode == 0, log_of(run_dir)  # it has ended before the moment came
                 break
-            left_before = set(run_dir.glob("checkpoints/.step_*.partial"))
             kill(kind, process, run_dir, dice)
             kills += 1
-            met["inside a save"] += bool(set(run_dir.glob("checkpoints/.step_*.partial")) - left_before)
+            met["inside a save"] += bool(partials(run_dir) - before)
         done = run_process(overrides, run_dir, ranks)
         assert done.returncode == 0, done.stderr
         assert_same_end(base / "straight", run_dir)
