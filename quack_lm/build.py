@@ -358,8 +358,11 @@ def _check_same_run(where: str, before: dict[str, Any], config: dict[str, Any]) 
 
 
 def _seen(run_dir: Path, settings: TrainerSettings) -> tuple[list[str], str | None]:
-    """The names of a run's checkpoints, and how it has ended."""
-    return [path.name for path in checkpoint.found(run_dir / CHECKPOINTS)], _finished(run_dir, settings)
+    """The names of a run's checkpoints, and how it has ended; nothing of what `check_run_dir` is about to refuse."""
+    try:
+        return [path.name for path in checkpoint.found(run_dir / CHECKPOINTS)], _finished(run_dir, settings)
+    except OSError:
+        return [], None
 
 
 def _finished(run_dir: Path, settings: TrainerSettings) -> str | None:

@@ -43,7 +43,7 @@ UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
 # What each of the lower layers may import from the project; everything not named here may import these.
 LAYERS = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "logit_paths": set(),
     "outcome": set(),
     "attention": {"attention", "logit_paths", "errors"},
