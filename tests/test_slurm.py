@@ -304,6 +304,7 @@ def test_a_run_goes_on_on_another_node_when_its_own_dies(site: Site, tmp_path: P
     assert_every_step_once(run_dir)
 
 
+@pytest.mark.slow
 def test_a_hung_rank_ends_the_job_which_is_queued_again_and_completes(
     site: Site, tmp_path: Path, tiny_data: list[str]
 ) -> None:
@@ -427,6 +428,7 @@ def test_a_sweep_is_submitted_split_and_completed_and_a_second_call_submits_noth
     assert not (ROOT / "pwned").exists()
 
 
+@pytest.mark.slow
 def test_a_canceled_sweep_saves_and_goes_on_when_submitted_again_on_two_ranks(
     site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
 ) -> None:

@@ -390,6 +390,7 @@ def test_runs_left_by_a_killed_sweep_are_waited_for_and_not_started_twice(start,
 ONE = TWO.replace("none, quack", "none")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_starts_again_from_its_checkpoint(start, tmp_path):
     process = start(ONE, "jobs=1", steps=400)
     wait_for_steps(tmp_path / "runs", 10)
@@ -436,6 +437,7 @@ def test_runs_are_pinned_to_disjoint_cores_with_their_own_threads(start, tmp_pat
     assert all(b"OMP_NUM_THREADS=1" in environment for environment in environments)
 
 
+@pytest.mark.slow
 def test_a_hopeless_run_is_stopped_by_the_rule_of_the_file(start, tmp_path):
     text = """\
 # Why?
