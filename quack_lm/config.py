@@ -52,6 +52,25 @@ DEEPEST_YAML = 50
 NOT_IDENTITY = ("run_dir", "logger", "trainer.resume", "trainer.keep_every", "trainer.async_checkpoints")
 
 
+def read_flags(arguments: list[str]) -> tuple[Path | None, bool, list[str]]:
+    """(--config's file, whether --check, the overrides) of a script's command line; UserError names an unknown flag."""
+    file, is_check, overrides = None, False, []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config" or argument.startswith("--config="):
+            value = argument.partition("=")[2] or next(rest, None)
+            if value is None:
+                raise UserError("--config needs a file")
+            file = Path(value)
+        elif argument == "--check":
+            is_check = True
+        elif argument.startswith("-"):
+            raise UserError(f"unknown flag {argument}; settings are key=value, and --help explains")
+        else:
+            overrides.append(argument)
+    return file, is_check, overrides
+
+
 def compose(overrides: Iterable[str] = (), *, file: Path | None = None) -> dict[str, Any]:
     """The resolved and checked config of one run.
 

@@ -169,13 +169,21 @@ def _by_host(facts: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{host} ({', '.join(ranks)})" for host, ranks in hosts.items()]
 
 
-def check_clocks(world: World) -> Row:
-    """The spread of the ranks' clocks, read right after a barrier."""
+def check_clocks(world: World, hosts: Sequence[str]) -> Row:
+    """The ranks' clocks, read right after a barrier."""
     world.barrier()
-    clocks = gather(time.time(), world)
+    return compare_clocks(gather(time.time(), world), hosts)
+
+
+def compare_clocks(clocks: Sequence[float], hosts: Sequence[str]) -> Row:
+    """How far apart the clocks are, and which is off: on each host the one that differs most from rank 0's."""
     skew = max(clocks) - min(clocks)
+    off: dict[str, float] = {}
+    for clock, host in zip(clocks, hosts, strict=True):
+        off[host] = max(off.get(host, 0.0), clock - clocks[0], key=abs)
+    found = f"within {skew:.2g} s: " + ", ".join(f"{host} {seconds:+.2g} s" for host, seconds in off.items())
     advice = "" if skew <= MAX_CLOCK_SKEW_S else f"; more than {MAX_CLOCK_SKEW_S:g} s: is ntp running on every node?"
-    return Row("clocks", skew <= MAX_CLOCK_SKEW_S, f"within {skew:.2g} s{advice}")
+    return Row("clocks", skew <= MAX_CLOCK_SKEW_S, found + advice)
 
 
 def check_all_reduce(world: World, *, device: str, timeout_s: float) -> Row:

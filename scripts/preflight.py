@@ -1,4 +1,4 @@
-"""Look before a long run: takes the settings of scripts/train.py, trains nothing, prints one table and one verdict.
+"""Look before a long run: takes the arguments of scripts/train.py, trains nothing, prints one table and one verdict.
 
     python scripts/preflight.py attention=mla stabilizer=quack data.dir=/data/cosmopedia_v2      # on the login node
     srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python scripts/preflight.py ...         # inside a job
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quack_lm.config import compose
+from quack_lm.config import compose, read_flags
 from quack_lm.errors import UserError, exit_on_user_error
 
 # Long enough for a node whose file system is slow to load Python from.
@@ -29,9 +29,8 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    if flag := next((argument for argument in arguments if argument.startswith("-")), None):
-        raise UserError(f"unknown flag {flag}; settings are key=value, and --help explains")
-    config = compose(arguments)
+    file, _, overrides = read_flags(arguments)
+    config = compose(overrides, file=file)
 
     # An NCCL that hangs then raises, and the table is still made, instead of ending the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
@@ -57,7 +56,7 @@ def main(arguments: list[str]) -> int:
     rows = merge([[Row(*row) for row in rows] for rows in everyone], [fact["host"] for fact in facts])
     rows += compare(facts, device=device)
     if world.size > 1:
-        rows.append(check_clocks(world))
+        rows.append(check_clocks(world, [fact["host"] for fact in facts]))
         if not any(row.check == "GPUs" and row.is_ok is False for row in rows):
             rows.append(check_all_reduce(world, device=device, timeout_s=JOIN_TIMEOUT_S))
     is_ready = not gather(any(row.is_ok is False for row in rows), world).count(True)

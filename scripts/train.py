@@ -19,12 +19,11 @@ diverged or interrupted; 2 a mistake in the settings; 1 a crash.
 
 import os
 import sys
-from pathlib import Path
 
 import yaml
 
-from quack_lm.config import CONFIG_DIR, choices, compose
-from quack_lm.errors import UserError, exit_on_user_error, tell_job
+from quack_lm.config import CONFIG_DIR, choices, compose, read_flags
+from quack_lm.errors import exit_on_user_error, tell_job
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +33,7 @@ def main(arguments: list[str]) -> int:
         table = "\n".join(f"    {group + '=':13} {' | '.join(choices(group))}" for group in groups)
         print((__doc__ or "").replace("{groups}", table))
         return 0
-    file, is_check, overrides = _flags(arguments)
+    file, is_check, overrides = read_flags(arguments)
     config = compose(overrides, file=file)
 
     # Imported late: --help and a mistake in the settings need not wait for it.
@@ -73,25 +72,6 @@ def main(arguments: list[str]) -> int:
         if status == "interrupted" and run.stopped_by == TIME_IS_UP:
             tell_job("time_is_up")
     return 0
-
-
-def _flags(arguments: list[str]) -> tuple[Path | None, bool, list[str]]:
-    """(--config's file, whether --check, the overrides)."""
-    file, is_check, overrides = None, False, []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--config" or argument.startswith("--config="):
-            value = argument.partition("=")[2] or next(rest, None)
-            if value is None:
-                raise UserError("--config needs a file")
-            file = Path(value)
-        elif argument == "--check":
-            is_check = True
-        elif argument.startswith("-"):
-            raise UserError(f"unknown flag {argument}; settings are key=value, and --help explains")
-        else:
-            overrides.append(argument)
-    return file, is_check, overrides
 
 
 if __name__ == "__main__":

@@ -5,17 +5,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from test_train import REPOSITORY, SMALL
 
+from quack_lm.config import compose
 from quack_lm.errors import UserError
-from quack_lm.preflight import BROKEN, Row, check_disk, check_write_access, compare, merge
+from quack_lm.preflight import BROKEN, Row, check_disk, check_write_access, compare, compare_clocks, merge
 
 
-def preflight(overrides: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def preflight(overrides: list[str], ranks: int = 1, own: list[str] = SMALL) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launcher, "scripts/preflight.py", *SMALL, *overrides]
+    command = [*launcher, "scripts/preflight.py", *own, *overrides]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
 
 
@@ -81,6 +83,22 @@ def test_unequal_ranks_are_named() -> None:
     ]
     (found,) = [row for row in compare([{**one, "gpus": [f"{BROKEN}: ECC"]}] * 2, device="cuda") if row.is_ok is False]
     assert found.found == "rank 0 on a: a GPU does not work: ECC"
+
+
+def test_the_clock_that_is_off_is_named_with_its_host() -> None:
+    near = compare_clocks([5.0, 5.25, 4.5], ["a", "a", "b"])
+    assert near == Row("clocks", True, "within 0.75 s: a +0.25 s, b -0.5 s")
+    row = compare_clocks([5.0, 95.0], ["a", "b"])
+    assert (row.is_ok, row.found.startswith("within 90 s: a +0 s, b +90 s; more than 2 s")) == (False, True)
+
+
+def test_the_config_of_an_earlier_run_is_taken(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(compose([*SMALL, "data.dir=/nowhere"])))
+    done = preflight(["--config", str(config), f"run_dir={tmp_path / 'again'}"], own=[])
+    assert done.returncode == 2
+    assert "/nowhere" in done.stdout
+    assert f"{tmp_path / 'again'}: a new run" in done.stdout
 
 
 def test_the_first_complaint_about_a_check_is_shown_with_its_rank() -> None:
