@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -35,7 +36,17 @@ def exit_on_user_error() -> Iterator[None]:
             print(f"error: {_one_line(str(error))}", file=sys.stderr)
         else:
             time.sleep(SPEAKER_HAS_S)
+        distributed = sys.modules.get("torch.distributed")  # where it is not loaded, it has not been used
+        if distributed is not None and distributed.is_initialized():
+            exit_without_teardown(2)
         raise SystemExit(2) from None
+
+
+def exit_without_teardown(code: int) -> NoReturn:
+    """End this process at once; what is still being done beside it, in threads, is neither waited for nor torn down."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _one_line(text: str) -> str:

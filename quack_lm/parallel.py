@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from quack_lm import slurm
-from quack_lm.errors import UserError
+from quack_lm.errors import UserError, exit_without_teardown
 
 MAX_TEXT = 1000  # bytes of a line that ranks tell each other
 
@@ -88,10 +88,16 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def close(self) -> None:
-        """Leave the process group."""
+    def leave(self, code: int) -> int:
+        """Leave the process group and end this process with an exit code; a process without a group gets it back.
+
+        Threads of a group may still be freeing tensors of the last collective, for which they take the interpreter's
+        lock; while Python tears itself down that aborts the process (pytorch/pytorch#190489). So there is no teardown.
+        """
         if self.mesh is not None:
             dist.destroy_process_group()
+            exit_without_teardown(code)
+        return code
 
 
 def launched_world() -> tuple[int, int, int]:

@@ -64,8 +64,7 @@ def main(arguments: list[str]) -> int:
         words = {True: "ok", False: "WRONG", None: "-"}
         print(Table(header=("check", "", "found"), rows=[(r.check, words[r.is_ok], r.found) for r in rows]).as_text())
         print("\nready to train" if is_ready else "\nNOT READY: mend what is marked WRONG")
-    world.close()
-    return 0 if is_ready else 2
+    return world.leave(0 if is_ready else 2)
 
 
 def own_rows(config: dict[str, Any], device: str) -> list[Any]:

@@ -17,13 +17,12 @@ command again continues an unfinished run. On a slurm cluster, slurm/train.sbatc
 diverged or interrupted; 2 a mistake in the settings; 1 a crash.
 """
 
-import os
 import sys
 
 import yaml
 
 from quack_lm.config import CONFIG_DIR, choices, compose, read_flags
-from quack_lm.errors import exit_on_user_error, tell_job
+from quack_lm.errors import exit_on_user_error, exit_without_teardown, tell_job
 
 
 def main(arguments: list[str]) -> int:
@@ -61,17 +60,15 @@ def main(arguments: list[str]) -> int:
         status = train(run)
     except KeyboardInterrupt:
         summarize(run, "interrupted", reason="stopped at once by a second SIGINT")
-        sys.stdout.flush()
-        os._exit(130)  # at once: without waiting for a checkpoint that is being written
+        exit_without_teardown(130)  # nor waiting for a checkpoint that is being written
     except BaseException as error:
         summarize(run, "failed", reason=f"{type(error).__name__}: {error}")
         raise
-    run.world.close()
     if run.world.is_main:
         print(f"{status} at step {run.progress.step}: validation loss {run.progress.val_loss:.4f}, {plan.run_dir}")
         if status == "interrupted" and run.stopped_by == TIME_IS_UP:
             tell_job("time_is_up")
-    return 0
+    return run.world.leave(0)
 
 
 if __name__ == "__main__":
