@@ -1,5 +1,6 @@
 """Real jobs on a real slurm: two nodes, counted GPUs and preemption, all on this machine (tests/slurm_cluster.sh)."""
 
+import contextlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from quack_lm import slurm
 from quack_lm.config import compose
 from quack_lm.errors import UserError
 from quack_lm.sweep import cluster as jobs
+from quack_lm.sweep.cell import LOG_FILE, Cell
 from quack_lm.sweep.file import override_value
 from quack_lm.sweep.plan import read_plan
 
@@ -454,6 +456,38 @@ def test_a_canceled_sweep_saves_and_goes_on_when_submitted_again_on_two_ranks(
     until(cell.is_finished, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
     assert cell.summary()["world_size"] == 2
     assert_every_step_once(cell.run_dir)
+
+
+@pytest.mark.slow
+def test_a_task_of_a_sweep_that_breaks_down_is_queued_again_and_its_neighbor_goes_on(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    two = "# Why?\nbase: [experiment=tiny]\ngrid: {stabilizer: [quack, qk_norm]}\n"
+    long = [item for item in ENDLESS if not item.startswith("trainer.steps")]
+    site.sweep("submit", *small_sweep(two, *long, "trainer.steps=150"))
+    broken, neighbor = read_plan(directory(tmp_path)).cells
+    what = lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout  # noqa: E731
+    until(lambda: all(len(steps_of(cell.run_dir)) > 25 for cell in (broken, neighbor)), what)
+    tasks = jobs.tasks_of(directory(tmp_path))
+    os.kill(trainer_of(broken), signal.SIGKILL)
+    job = str(tasks[broken.name])
+    site.wait_for(job, lambda: int(site.show(job)["Restarts"]) == 1)
+    site.wait_for(job, broken.is_finished)
+    until(neighbor.is_finished, what)
+    for cell in (broken, neighbor):
+        assert cell.status() == "completed"
+        assert_every_step_once(cell.run_dir)
+    assert site.show(str(tasks[neighbor.name]))["Restarts"] == "0"
+
+
+def trainer_of(cell: Cell) -> int:
+    """The process that holds the log of a run open as its output."""
+    log = cell.run_dir / LOG_FILE
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (path / "fd/1").samefile(log):
+                return int(path.name)
+    raise AssertionError(f"nobody writes {log}")
 
 
 def test_mistakes_are_found_before_anything_is_written_or_queued(
