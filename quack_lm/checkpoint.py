@@ -181,7 +181,7 @@ def load(
     world: World,
 ) -> None:
     """Take back weights, optimizer and stabilizer state, in place; each rank reads what it holds."""
-    _create_optimizer_state(optimizers)
+    create_optimizer_state(optimizers)
     tensors = named_tensors(model, optimizers)
     known = _stored(checkpoint)
     own = {f"stabilizer.{name}": name for name in read_state(checkpoint)["stabilizer_state"]}
@@ -297,7 +297,7 @@ def kept(checkpoints: list[Path], *, keep: int, keep_every: int) -> Iterator[Pat
             yield path
 
 
-def _create_optimizer_state(optimizers: list[Optimizer]) -> None:
+def create_optimizer_state(optimizers: list[Optimizer]) -> None:
     """Optimizers make their state at the first step; a step with no gradient and no rate makes it without a move."""
     for optimizer in optimizers:
         rates = [group["lr"] for group in optimizer.param_groups]

@@ -1,61 +1,89 @@
-"""What a checkpoint costs: the stall of the training loop and the time until it is whole, written beside it or within.
+"""What a checkpoint costs: how long the training loop stands still for one, beside the copy that it cannot do without.
 
-    python scripts/measure_checkpoints.py [PAIRS] [key=value ...]
-    python scripts/measure_checkpoints.py 5 experiment=tiny model=proxy data.dir=data/stdlib
+    python scripts/measure_checkpoints.py [TIMES] [key=value ...]
+    python scripts/measure_checkpoints.py 5 model=100m     # settings as of scripts/train.py; nothing is trained
 
-Each pair is the same run twice, in alternating order; the ratio is taken within pairs, because machines are shared.
+Each time, the same weights and optimizer state are copied to host memory, saved beside the loop, and saved within it;
+ratios are taken within a time, because machines are shared. Nothing else runs, so `whole after` is the disk's speed.
 """
 
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from quack_lm.errors import exit_on_user_error
 
-FEW = ["trainer.val_every=0", "trainer.val_sequences=1", "trainer.probe_every=0", "logger.progress=false"]
-DEFAULT = ["experiment=tiny", "attention=mla", "stabilizer=quack", "trainer.steps=60", "trainer.checkpoint_every=5"]
+DEFAULT = ["experiment=tiny", "attention=mla", "stabilizer=quack", "logger.progress=false"]
 
 
-def main(pairs: int, overrides: list[str]) -> None:
-    """Print a line per pair, and the median ratio."""
-    ratios = []
-    print("pair  stall within [s]  stall beside [s]  whole after, within [s]  whole after, beside [s]  stall ratio")
+def main(times: int, overrides: list[str]) -> None:
+    """Print a line per time, and the median ratios."""
+    import torch
+
+    from quack_lm.build import build, check_run
+    from quack_lm.checkpoint import create_optimizer_state, named_tensors
+    from quack_lm.config import compose
+    from quack_lm.parallel import local
+    from quack_lm.saver import Saver
+    from quack_lm.train import summarize
+
     with tempfile.TemporaryDirectory() as directory:
-        for pair in range(pairs):
-            order = (False, True) if pair % 2 else (True, False)
-            seen = {
-                is_async: train_once(Path(directory, f"{pair}_{is_async}"), is_async, overrides) for is_async in order
-            }
-            stalls = {is_async: summary["outside_s"]["checkpoint"] for is_async, summary in seen.items()}
-            totals = {is_async: summary["checkpoint_s"] for is_async, summary in seen.items()}
-            ratios.append(stalls[False] / stalls[True])
+        run = build(check_run(compose([*DEFAULT, *overrides, f"run_dir={directory}/run"])))
+        create_optimizer_state(run.optimizers)
+        tensors = named_tensors(run.model, run.optimizers, run.stabilizer)
+        own = [local(tensor) for tensor in tensors.values()]
+        host = [torch.empty_like(tensor, device="cpu") for tensor in own]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in own)
+        summarize(run, "running")  # makes the run directory whole, as in training
+        savers = [Saver(Path(directory, str(a)), run.world, keep=1, is_async=a) for a in (True, False)]
+        step = 0
+
+        def save(saver: Saver) -> tuple[float, float]:
+            nonlocal step
+            step += 1
+            state = {"stabilizer_state": sorted(run.stabilizer.state_dict()), "progress": {}, **run.facts}
+            before = time.perf_counter()
+            saver.save(step, tensors, state)
+            stalled = time.perf_counter() - before
+            saver.wait()
+            return stalled, time.perf_counter() - before
+
+        def copy() -> None:
+            torch._foreach_copy_(host, own)
+            run.world.synchronize()
+
+        for saver in savers:  # the first one allocates the memory that the later ones copy to
+            save(saver)
+        print(f"{size / 1e9:.3g} GB of weights and optimizer state on this rank, in {len(own)} tensors")
+        print("time  copy [s]  beside: stall [s]  whole after [s]  within: stall [s]  beside / copy  within / beside")
+        to_copy, to_beside = [], []
+        for number in range(times):
+            copied = seconds(copy)
+            (beside, whole), (within, _) = (save(saver) for saver in savers)
+            to_copy.append(beside / copied)
+            to_beside.append(within / beside)
             print(
-                f"{pair:4}  {stalls[False]:16.3f}  {stalls[True]:16.3f}  {totals[False]:23.3f}  {totals[True]:23.3f}"
-                f"  {ratios[-1]:11.2f}"
+                f"{number:4}  {copied:8.4f}  {beside:17.4f}  {whole:15.4f}  {within:17.4f}  {to_copy[-1]:13.2f}"
+                f"  {to_beside[-1]:15.2f}"
             )
     print(
-        f"the loop stalls {statistics.median(ratios):.2f} times as long without async_checkpoints (median of {pairs})"
+        f"medians of {times}: the loop stands still for {statistics.median(to_copy):.2f} times a copy, "
+        f"and {statistics.median(to_beside):.1f} times longer without trainer.async_checkpoints"
     )
 
 
-def train_once(run_dir: Path, is_async: bool, overrides: list[str]) -> dict[str, Any]:
-    """The summary of one run."""
-    from quack_lm.build import build, check_run
-    from quack_lm.config import compose
-    from quack_lm.train import summarize, train
-
-    own = [*FEW, *overrides, f"trainer.async_checkpoints={str(is_async).lower()}", f"run_dir={run_dir}"]
-    run = build(check_run(compose(own)))
-    summary = summarize(run, train(run))
-    if run.lock is not None:
-        run.lock.close()
-    return summary
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    before = time.perf_counter()
+    work()
+    return time.perf_counter() - before
 
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     count = int(arguments.pop(0)) if arguments and arguments[0].isdigit() else 3
     with exit_on_user_error():
-        main(count, [*DEFAULT, *arguments])
+        main(count, arguments)

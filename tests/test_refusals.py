@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -761,23 +763,37 @@ def test_bad_input_ends_with_one_line_that_names_it_and_leaves_nothing(
     assert snapshot(tmp_path, given.data, given.run) == before
 
 
-# What a shell and a user see: one for each script, and those where a process differs from a call.
+@pytest.fixture(scope="module")
+def seconds() -> Iterator[list[float]]:
+    """How long each real process took; the numbers are shown with -s, and judged by whoever reads them."""
+    measured: list[float] = []
+    yield measured
+    usual, slow = (statistics.quantiles(measured, n=10)[i] if len(measured) > 1 else measured[0] for i in (4, 8))
+    print(f"\n{len(measured)} refused: half in {usual:.1f} s, 9 of 10 in {slow:.1f} s, all in {max(measured):.1f} s")
+
+
+# What a shell and a user see: one for each script, and those where a process differs from a call; the others are slow.
+FEW = {
+    ("train", "three_processes"),
+    ("train", "target_os_system"),
+    ("train", "local_rank_not_a_number"),
+    ("prepare_data", "text_that_is_no_text"),
+    ("sweep", "unknown_sweep"),
+    ("report", "no_argument"),
+}
+
+
 @pytest.mark.parametrize(
-    ("table", "name"),
-    [
-        ("train", "three_processes"),
-        ("train", "target_os_system"),
-        ("train", "local_rank_not_a_number"),
-        ("prepare_data", "text_that_is_no_text"),
-        ("sweep", "unknown_sweep"),
-        ("report", "no_argument"),
-    ],
+    ("table", "name"), [pytest.param(*row, marks=() if row in FEW else pytest.mark.slow) for row in ROWS]
 )
 def test_bad_input_to_a_real_process_ends_with_exit_code_2_and_one_line(
-    table: str, name: str, given: Given, tmp_path
+    table: str, name: str, given: Given, tmp_path, seconds: list[float]
 ) -> None:
+    if name in NEED_A_MACHINE_WITHOUT_A_GPU and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
     script, arguments, bad = arranged(table, name, given, tmp_path)
-    before = snapshot(tmp_path, given.data)
+    before = snapshot(tmp_path, given.data, given.run)
+    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / f"{script}.py"), *arguments],
         capture_output=True,
@@ -785,8 +801,9 @@ def test_bad_input_to_a_real_process_ends_with_exit_code_2_and_one_line(
         cwd=tmp_path,
         env={**os.environ, **bad.env},
     )
+    seconds.append(time.perf_counter() - start)
     assert_refused(done.returncode, done.stdout, done.stderr, bad.message, tmp_path)
-    assert snapshot(tmp_path, given.data) == before
+    assert snapshot(tmp_path, given.data, given.run) == before
 
 
 def test_the_commands_that_bad_input_is_added_to_are_themselves_accepted_and_checking_writes_nothing(
