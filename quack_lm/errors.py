@@ -49,6 +49,10 @@ def exit_without_teardown(code: int) -> NoReturn:
     os._exit(code)
 
 
+def printable(text: str) -> str:
+    """The text without what a foreign file could use to steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _one_line(text: str) -> str:
-    """The text on one line, and without what a foreign file could use to steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return printable(" ".join(text.split()))

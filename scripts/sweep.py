@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quack_lm.errors import UserError, exit_on_user_error
+from quack_lm.errors import UserError, exit_on_user_error, printable
 from quack_lm.report import collected, progress, runs
 from quack_lm.sweep import cluster, cost, file, local
 from quack_lm.sweep.cell import LOG_FILE, Cell, reuse, shell_line
@@ -99,6 +99,8 @@ def parse(arguments: list[str]) -> Command:
         elif key == "dir":
             command.directory = Path(value)
         elif key == "out":
+            if command.verb != "collect":
+                raise UserError(f"{argument} has no meaning for {command.verb}, only for collect")
             command.out = Path(value)
         elif key == "reuse":
             if not (Path(value) / PLAN_FILE).is_file():
@@ -136,7 +138,7 @@ def _whole(key: str, value: str) -> int:
 
 
 def _index(value: str) -> int:
-    if not value.isdecimal():
+    if not value.isdecimal() or len(value) > 9:
         raise UserError(f"index={value} must be a whole number, SLURM_ARRAY_TASK_ID in a job array")
     return int(value)
 
@@ -166,7 +168,7 @@ def make_plan(command: Command, directory: Path) -> Plan:
 
 
 def print_plan(plan: Plan, command: Command) -> None:
-    print(plan.question, end="\n\n")
+    print(*map(printable, plan.question.splitlines()), sep="\n", end="\n\n")
     for cell in plan.cells:
         print(f"{cell.status():11} {cell.command()}")
     unfinished = sum(not cell.is_finished() for cell in plan.cells)
@@ -177,9 +179,12 @@ def print_plan(plan: Plan, command: Command) -> None:
         print("hours: unknown before a run has finished; mfu=0.4 tflops=989 would assume a speed")
     else:
         basis = f"MFU {command.mfu:g} of {command.tflops:g} TFLOP/s" if assumed else "the speed of the runs so far"
-        jobs = command.jobs or local.default_jobs(command.threads)
-        left = f"{total.hours_left:.3g} left, {total.hours_left / jobs:.3g} with jobs={jobs}"
-        print(f"device-hours: {total.hours:.3g} in all, {left} (at {basis})")
+        # An assumed device is another machine's: how many runs fit on this one says nothing there.
+        jobs = command.jobs or (1 if assumed else local.default_jobs(command.threads))
+        left = f"{total.hours_left:.3g} left" + (
+            f", {total.hours_left / jobs:.3g} with jobs={jobs}" if jobs > 1 else ""
+        )
+        print(f"device-hours: {total.hours:.3g} in all, {left} (at {basis}, without the start of each run)")
     if plan.stop:
         print(f"stop rule: {plan.stop}")
 

@@ -593,6 +593,16 @@ SWEEP: dict[str, Bad] = {
     "unknown_key_for_every_run": sweep_file(MHA, r"unknown key trainer\.step:", "trainer.step=3"),
     "value_of_an_axis": sweep_file(MHA, r"attention=mla: the sweep mine sets this key itself", "attention=mla"),
     "value_of_the_seed": sweep_file(MHA + "seeds: [0, 1]\n", r"seed=5: .* sets this key itself", "seed=5"),
+    "seed_in_the_base": sweep_file("# Why?\nbase: [seed=5]\n", r"seed=5: .* seeds: \[\.\.\.\]"),
+    "seed_on_an_axis": sweep_file("# Why?\ngrid: {seed: [1, 2]}\n", r"seed=1: .* seeds: \[\.\.\.\]"),
+    "run_dir_in_the_base": sweep_file("# Why?\nbase: [run_dir=x]\n", r"run_dir=x: a sweep names the directories"),
+    "run_dir_for_every_run": sweep_file(MHA, r"run_dir=x: a sweep names the directories", "run_dir=x"),
+    "two_axes_for_a_key": sweep_file(
+        "# Why?\ngrid: {attention: [mha], both: {a: [attention=mla]}}\n", r"attention: two axes of the sweep mine"
+    ),
+    "too_many_extra_points": sweep_file("# Why?\nextra: [" + "[a=1], " * 10_001 + "]\n", r"make 10\d\d\d runs, above"),
+    "out_of_a_plan": Bad(["plan", "sweep=quickstart", "out=x"], r"out=x has no meaning for plan, only for collect"),
+    "index_without_end": Bad(["task", "file=x", "index=" + "9" * 5000], r"index=9+ must be a whole number"),
     "unknown_scale": sweep_file(GRID, r"scale=smal: did you mean small\?", "scale=smal"),
     "no_scale": sweep_file(GRID, r"has scales: choose one with scale=big or scale=small"),
     "scale_of_a_file_without": sweep_file(MHA, r"has no scales", "scale=small"),
@@ -633,6 +643,7 @@ SWEEP: dict[str, Bad] = {
     "rule_with_an_unknown_key": sweep_file(
         "# Why?\nstop: {loss_above_best: 2, for_steps: 3, patience: 9}\n", r"stop\.patience"
     ),
+    "rule_of_a_true_step": sweep_file("# Why?\nstop: {loss_above_best: 2, for_steps: true}\n", r"stop\.for_steps=True"),
     "rule_of_nothing": sweep_file("# Why?\nstop: {}\n", r"stop\.loss_above_best"),
 }
 
@@ -686,6 +697,19 @@ REPORT: dict[str, Bad] = {
     ),
     "run_of_no_steps": bad_plan(
         plan_json(config={"trainer": {"steps": 0, "global_batch_size": 2, "seq_len": 4}}), r"cells\.0\.config"
+    ),
+    "run_at_no_rate": bad_plan(plan_json(config={"optimizer": {"_target_": "a.b.c", "lr": 0}}), r"cells\.0\.config"),
+    "run_with_a_name_without_end": bad_plan(plan_json(name="x" * 201), r"cells\.0\.name"),
+    "run_with_a_name_that_steers_the_terminal": bad_plan(plan_json(name="x\x1b]0;y\x07"), r"cells\.0\.name"),
+    "run_with_a_limit_in_words": bad_plan(
+        plan_json(config={"trainer": {"steps": 1, "global_batch_size": 2, "seq_len": 4, "unstable_logit": "x"}}),
+        r"cells\.0\.config",
+    ),
+    "directory_with_a_name_without_end": one("TMP/" + "x" * 300, r"x{300} cannot be read: File name too long"),
+    "page_is_a_directory": Bad(
+        ["TMP", "-o", "TMP/out"],
+        r"TMP/out: no report can be .* -o",
+        files=plan_json() | {"out/report.html/x": b"", "out/figures/x": b""},
     ),
     "results_are_no_parquet": one("TMP", r"TMP: results\.parquet .* is damaged", files={"results.parquet": b"PAR1"}),
     "results_of_something_else": one(

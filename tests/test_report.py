@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from quack_lm import report
+from quack_lm.errors import UserError
 from quack_lm.report import claims, collected, figures, results, runs, table
-from quack_lm.report.comparison import differences_at
+from quack_lm.report.comparison import differences_at, over_rates, speeds
 from quack_lm.report.results import middle_head
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.file import StopRule
@@ -288,7 +289,7 @@ def test_a_line_that_is_still_being_written_is_left_for_later(tmp_path, save):
 
 
 def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_missing(tmp_path, save):
-    done, diverged, missing = cells = [make_cell(tmp_path, "mha", s) for s in ("quack", "none", "brand_new")]
+    done, diverged, _ = cells = [make_cell(tmp_path, "mha", s) for s in ("quack", "none", "brand_new")]
     write_run(done, final=3.782)
     write_run(diverged, status="diverged", last_step=10)
     path = report.write(save(*cells), tmp_path / "out", command="python scripts/report.py somewhere")
@@ -303,7 +304,8 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
         assert "command: [" not in text
         assert "python scripts/report.py somewhere" in text
         assert "python scripts/sweep.py run sweep=demo" in text
-        assert f"attention=mha stabilizer=brand_new optimizer.lr=0.3 seed=0 run_dir={missing.run_dir}" in text
+        assert "python scripts/train.py attention=mha stabilizer=brand_new optimizer.lr=0.3 seed=0" in text
+        assert str(tmp_path) not in text  # pages are passed on
     assert "Held fixed: &lt;all&gt;." in page
     assert "<script" not in page
     # Nothing is fetched: each image is in the page.
@@ -311,7 +313,7 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
     assert "http" not in page
     figure_files = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
     names = ("val_loss", "train_loss", "max_logit", "max_logit_middle_head", "delta", "delta_middle_head")
-    names += ("heat_max_mha", "heat_delta_mean_mha")
+    names += ("heat_max_mha_lr0.3", "heat_delta_mean_mha_lr0.3")
     assert figure_files == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
 
 
@@ -427,9 +429,90 @@ def test_a_claim_that_the_numbers_contradict_does_not_hold(tmp_path, save):
 
 
 def test_a_low_rate_is_no_evidence_about_the_top_one(tmp_path, save):
-    measured = save_losses(tmp_path, save, {"quack": [3.9] * 2, "fixed": [3.8] * 2}, lr=0.03)
+    measured = save_losses(tmp_path, save, {"quack": [3.9] * 3, "fixed": [3.8] * 3}, lr=0.03)
     assert claim(measured, "QuacK beats the fixed factor").verdict == "not tested here"
     assert claim(measured, "at the lowest rate").verdict == "does not hold"
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
+        ({"quack": [3.80, 3.81, 3.82], "fixed": [3.82, 3.82, 3.82]}, "holds"),
+        ({"quack": [3.8], "fixed": [3.8]}, "not decided"),  # equal, but one seed says nothing of its spread
+        ({"quack": [3.8] * 3, "fixed": [3.8] * 3}, "not decided"),  # the same numbers: no two methods were run
+        ({"quack": [3.7, 3.8, 3.9], "fixed": [3.8] * 3}, "not decided"),  # the interval is wider than agreement
+    ],
+)
+def test_methods_agree_only_where_the_seeds_show_it(losses, verdict, tmp_path, save):
+    assert claim(save_losses(tmp_path, save, losses, lr=0.03), "at the lowest rate").verdict == verdict
+
+
+def test_rounding_is_no_difference(tmp_path, save):
+    measured = save_losses(tmp_path, save, {"quack": [3.8] * 3, "fixed": [3.8 + d for d in (1e-6, 2e-6, 3e-6)]})
+    assert claim(measured, "QuacK beats the fixed factor").verdict == "not decided"
+    assert differences_at(measured, measured.places()[0])[0].winner is None
+
+
+def test_two_runs_that_diverged_are_a_draw(tmp_path, save):
+    cells = [make_cell(tmp_path, "mha", s, lr=3.0, seed=seed) for s in ("quack", "fixed") for seed in range(3)]
+    for cell in cells:
+        write_run(cell, status="diverged", last_step=10)
+        summary = json.loads((cell.run_dir / "summary.json").read_text())
+        # Methods that begin with other weights have another initial loss.
+        initial = {"initial_val_loss": 6.2 if "quack" in cell.name else 6.3}
+        (cell.run_dir / "summary.json").write_text(json.dumps(summary | initial))
+    measured = results.from_runs(save(*cells))
+    assert claim(measured, "QuacK beats the fixed factor").verdict == "not decided"
+
+
+LATENT = ("none", "fixed", "qk_clip", "quack")
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
+        ({"none": [4.0] * 3, "fixed": [3.9] * 3, "qk_clip": [3.9] * 3, "quack": [3.8] * 3}, "holds"),
+        # Close to fixed, clearly; and unclear against QK clip, which is further away on average.
+        ({"none": [4.0] * 3, "fixed": [3.81] * 3, "qk_clip": [3.7, 4.0, 4.1], "quack": [3.8] * 3}, "not decided"),
+        ({"none": [4.0] * 3, "fixed": [3.9] * 3, "qk_clip": [3.7] * 3, "quack": [3.8] * 3}, "does not hold"),
+        # A rival that has not finished, and one that was never planned.
+        ({"none": [4.0] * 3, "fixed": [3.9] * 3, "qk_clip": [None] * 3, "quack": [3.8] * 3}, "not decided"),
+        ({"none": [4.0] * 3, "quack": [3.8] * 3}, "not tested here"),
+    ],
+)
+def test_the_best_is_the_one_that_beats_every_other(losses, verdict, tmp_path, save):
+    cells = []
+    for name, finals in losses.items():
+        for seed, final in enumerate(finals):
+            cells.append(make_cell(tmp_path, "mla", name, lr=3.0, seed=seed))
+            if final is not None:
+                write_run(cells[-1], final=final)
+    assert claim(results.from_runs(save(*cells)), "QuacK is best in MLA").verdict == verdict
+
+
+def test_a_rate_that_is_missing_makes_no_method_robust(tmp_path, save):
+    cells = [make_cell(tmp_path, "mha", "none", lr=lr) for lr in (0.003, 0.03, 0.3)]
+    for cell, final in zip(cells[:2], (3.7, 3.8), strict=True):
+        write_run(cell, final=final)
+    (entry,) = over_rates(results.from_runs(save(*cells)))
+    assert (entry.sensitivity, entry.missing, entry.largest_stable) == (None, [0.3], 0.03)
+    write_run(cells[2], final=4.5)
+    (entry,) = over_rates(results.from_runs(save(*cells)))
+    assert (entry.sensitivity, entry.missing, entry.largest_stable) == (pytest.approx(0.3), [], 0.3)
+    uneven = replace(cells[2], run_dir=cells[2].run_dir.with_name("uneven"))
+    uneven.config["optimizer"]["lr"] = 0.04
+    write_run(uneven, final=4.5)
+    (entry,) = over_rates(results.from_runs(save(*cells[:2], uneven)))
+    assert entry.sensitivity is None
+
+
+def test_the_settings_of_a_method_are_one_number_in_its_speed(tmp_path, save):
+    cells = [make_cell(tmp_path, "mha", "none", seed=seed) for seed in range(3)]
+    cells += [make_cell(tmp_path, "mha", "quack", seed=seed, tau=tau) for seed in range(3) for tau in (0.1, 1.0)]
+    for cell in cells:
+        write_run(cell)
+    quack = next(speed for speed in speeds(results.from_runs(save(*cells))) if speed.stabilizer == "quack")
+    assert (quack.pairs, quack.ratio) == (3, pytest.approx(1.0))
 
 
 def test_a_default_that_diverged_without_a_number_is_infinitely_large(tmp_path, save):
@@ -449,7 +532,70 @@ def test_the_first_head_out_of_range_is_found(tmp_path, save):
     write_run(cell, max_logit=100.0)
     (result,) = results.from_runs(save(cell)).results
     # Head 4 of layer 2 has 15 times the base, which passes 50 once 100 ** (step / 40) > 3.3: from step 10.5 on.
-    assert result.first_blowup() == (12, 2, 4)
+    assert result.blowup == (12, 2, 4)
+    row = "| mha, lr 0.3 | none | 0 | 12 | 2 | 4 |"
+    for directory in (tmp_path, tmp_path / "collected", tmp_path / "without_curves"):
+        if directory != tmp_path:
+            collected.write(tmp_path, directory)
+        if directory.name == "without_curves":
+            (directory / collected.CURVES_FILE).unlink()
+        report.write(directory, tmp_path / "out", command="")
+        page = (tmp_path / "out" / "report.md").read_text()
+        assert row in page
+        assert "layer 2, head 4 left its range first, seen at step 12" in page
+        assert ("The curves of these runs are not here" in page) == (directory.name == "without_curves")
+
+
+def test_bytes_that_changed_in_the_collected_files_are_seen(tmp_path, save):
+    cell = make_cell(tmp_path, "mha", "none")
+    write_run(cell)
+    collected.write(save(cell), tmp_path / "out")
+    path = tmp_path / "out" / collected.CURVES_FILE
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 3] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"curves\.parquet is damaged"):
+        collected.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "abc"},
+        {"step": -1},
+        {"unstable": 5},
+        {"reason": 5},
+        {"outside_s": [1]},
+        {"elapsed_s": "long"},
+        {"probes": None},
+    ],
+)
+def test_a_summary_of_something_else_counts_as_none(change, tmp_path, save):
+    cell = make_cell(tmp_path, "mha", "none")
+    write_run(cell)
+    summary = json.loads((cell.run_dir / "summary.json").read_text())
+    (cell.run_dir / "summary.json").write_text(json.dumps(summary | change))
+    assert results.from_runs(save(cell)).results[0].summary == {}
+    report.write(tmp_path, tmp_path / "out", command="")
+
+
+@pytest.mark.parametrize("value", ["abc", [], [[]], [[1.0], [1.0, 2.0]], [["a"]], {"a": 1}, [1.0]])
+def test_what_no_run_writes_into_its_metrics_is_left_out(value, tmp_path, save):
+    cell = make_cell(tmp_path, "mha", "none")
+    write_run(cell)
+    keys = ("val/loss", "train/loss", "logits/max", "logits/max_per_head", "logits/delta_mean_per_head")
+    with (cell.run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 50, "tokens": 9} | dict.fromkeys(keys, value)) + "\n")
+    assert results.from_runs(save(cell)).results[0].metrics[-1] == {"step": 50, "tokens": 9}
+    report.write(tmp_path, tmp_path / "out", command="")
+
+
+def test_a_name_cannot_steer_the_terminal(tmp_path, save):
+    cell = make_cell(tmp_path, "mha", "none")
+    write_run(cell, unstable=("\x1b]0;title\x07",))
+    text = runs.as_text(results.from_runs(save(cell)))
+    assert "\x1b" not in text
+    assert "\\x1b]0;title" in text
 
 
 def test_the_cost_of_a_probe_is_told_in_steps_of_the_run(tmp_path, save):

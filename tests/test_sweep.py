@@ -17,8 +17,9 @@ from quack_lm.model import count_parameters
 from quack_lm.sweep.cell import Cell, last_lines
 from quack_lm.sweep.cost import Speed, count_flops, estimate
 from quack_lm.sweep.file import Point, StopRule, known_sweeps, load, override_value
+from quack_lm.sweep.label import titles
 from quack_lm.sweep.plan import Plan, make_cells, read_plan, write_plan
-from quack_lm.sweep.rule import forget_other_rules, is_hopeless, record_stop
+from quack_lm.sweep.rule import Watch, forget_other_rules, is_hopeless, record_stop
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "sweep.py"
@@ -190,11 +191,37 @@ def test_hours_come_from_an_assumed_speed_or_from_the_runs_that_were_made(write,
     assert estimate(cells, flops).hours is None
     assert estimate(cells, flops, Speed(mfu=0.5, tflops=1.0)).hours == pytest.approx(2 * 3.6e15 / 0.5e12 / 3600)
     cells[0].run_dir.mkdir()
-    summary = {"status": "completed", "tokens_per_s": 100.0}
+    # 50 tokens/s of training, and with what is done between the steps 40.
+    summary = {"status": "completed", "tokens": 1000, "elapsed_s": 20.0, "outside_s": {"probe": 2.0, "validation": 3.0}}
     (cells[0].run_dir / "summary.json").write_text(json.dumps(summary))
     cost = estimate(cells, flops)
-    hours = cells[0].total_tokens / 100 / 3600
+    hours = cells[0].total_tokens / 40 / 3600
     assert (cost.hours, cost.hours_left) == (pytest.approx(2 * hours), pytest.approx(hours))
+
+
+def test_the_rule_reads_past_a_damaged_line(write, tmp_path):
+    good, bad = make_cells(load(write(TWO)), tmp_path)
+    for cell, loss in ((good, 1.0), (bad, 9.0)):
+        cell.run_dir.mkdir()
+        lines = [json.dumps({"step": step, "train/loss": loss}) for step in range(1, 5)]
+        lines[1:1] = ["garbage", "[" * 5000, '{"step": "x", "train/loss": 1}'] if loss > 1 else []
+        (cell.run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert Watch(RULE, [good, bad]).hopeless([good, bad]) == [bad]
+
+
+def test_runs_are_told_apart_by_what_they_have_and_others_have_not(write, tmp_path):
+    text = """\
+# Why?
+base: [experiment=tiny, attention=mla, stabilizer=quack]
+grid: {stabilizer.tau: [0.1, 1.0], optimizer.max_grad_norm: [null, 1.0]}
+"""
+    cells = make_cells(load(write(text)), tmp_path)
+    assert list(titles(cells).values()) == [
+        "mla quack tau=0.1 lr 0.03 seed 0",
+        "mla quack tau=0.1 lr 0.03 max_grad_norm=1 seed 0",
+        "mla quack tau=1 lr 0.03 seed 0",
+        "mla quack tau=1 lr 0.03 max_grad_norm=1 seed 0",
+    ]
 
 
 def test_a_run_stopped_by_a_rule_that_is_gone_goes_on(write, tmp_path):

@@ -4,6 +4,7 @@ plan.json, run directories --results--> comparison, claims (on statistics) --sec
 or collected files                 \\--> figures, heat --draw--> figures/
 """
 
+import errno
 from pathlib import Path
 
 from quack_lm.errors import UserError
@@ -16,24 +17,29 @@ from quack_lm.report.heat import HeatMaps, heat_maps
 def write(sweep_dir: Path, out_dir: Path, *, command: str) -> Path:
     """Write the report of a sweep directory, finished or not, and return the path of its page."""
     measured = collected.load(sweep_dir)
-    try:
-        (out_dir / "figures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{out_dir}: no report can be written there: {error.strerror}; choose another with -o"
-        ) from None
     pictures = []
+    files: dict[str, bytes] = {}
     lines = plots(measured)
     appendix = [plot for plot in lines if plot.is_appendix]
     shown: list[Plot | HeatMaps] = [*(plot for plot in lines if not plot.is_appendix), *heat_maps(measured), *appendix]
     for plot in shown:
-        wide = draw(plot)
-        for suffix in ("png", "pdf"):
-            (out_dir / "figures" / f"{plot.name}.{suffix}").write_bytes(save(wide, suffix))
-        narrow = save(draw(plot, columns=1))
+        figure = draw(plot)
+        wide, narrow = save(figure), save(draw(plot, columns=1))
+        figure.set_layout_engine("none")  # everything has its place now, and finding it takes most of the time
+        files |= {f"figures/{plot.name}.png": wide, f"figures/{plot.name}.pdf": save(figure, "pdf")}
         about = {"name": plot.name, "title": plot.title, "caption": plot.caption}
-        pictures.append(page.Picture(**about, wide=save(wide), narrow=narrow))
-    (out_dir / "report.md").write_text(page.as_markdown(measured, pictures, command), encoding="utf-8")
-    path = out_dir / "report.html"
-    path.write_text(page.as_html(measured, pictures, command), encoding="utf-8")
-    return path
+        pictures.append(page.Picture(**about, wide=wide, narrow=narrow))
+    files["report.md"] = page.as_markdown(measured, pictures, command).encode()
+    files["report.html"] = page.as_html(measured, pictures, command).encode()
+    # Only now, when nothing can go wrong but the writing.
+    try:
+        (out_dir / "figures").mkdir(parents=True, exist_ok=True)
+        if in_the_way := [name for name in files if (out_dir / name).is_dir()]:
+            raise IsADirectoryError(errno.EISDIR, f"{in_the_way[0]} is a directory")
+        for name, content in files.items():
+            (out_dir / name).write_bytes(content)
+    except OSError as error:
+        raise UserError(
+            f"{out_dir}: no report can be written there: {error.strerror}; choose another with -o"
+        ) from None
+    return out_dir / "report.html"

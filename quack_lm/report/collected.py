@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from quack_lm.config import flatten
 from quack_lm.errors import UserError
-from quack_lm.report.results import Result, Results, from_runs, make_results
+from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results, readable
+from quack_lm.sweep.cell import checked_summary
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import Plan, Record, reason
 
@@ -26,6 +27,8 @@ KEPT_TABLES = ("logits/max_per_head", "logits/delta_mean_per_head")
 KEPT_PREFIXES = ("train/", "val/", "logits/", "throughput/tokens")
 
 
+BLOWUP = ("blowup_step", "blowup_layer", "blowup_head")
+
 # What a run notes of the machine that is nobody else's business; these files are made to be passed on.
 PRIVATE = ("command", "host")
 
@@ -34,24 +37,34 @@ def write(directory: Path, out: Path | None = None) -> list[Path]:
     """Collect the runs of a sweep directory there, or in `out`; returns the paths of the files."""
     results = from_runs(directory)
     directory = out or directory
-    directory.mkdir(parents=True, exist_ok=True)
     rows = [_row(result) for result in results.results]
     plan = results.plan
     about = {"sweep": plan.sweep, "question": plan.question, "command": plan.command, "stop": _json(plan.stop)}
     table = _table(rows).replace_schema_metadata({f"quack_lm.{k}": v for k, v in about.items()})
-    pq.write_table(table, directory / RESULTS_FILE, compression="zstd")
+    try:
+        return _write(directory, table, rows, _curves(results))
+    except OSError as error:
+        raise UserError(f"out={directory} cannot be written to: {error.strerror}; choose another") from None
+
+
+def _write(directory: Path, table: pa.Table, rows: list[dict[str, Any]], curves: pa.Table) -> list[Path]:
+    directory.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, directory / RESULTS_FILE, compression="zstd", write_page_checksum=True)
     _write_csv(directory / "results.csv", rows)
-    curves = _curves(results)
     # Measured values rarely repeat: no dictionary, and the bytes of floats by significance, save two fifths.
     floats = [name + ".list.element.list.element" * name.endswith("_per_head") for name in curves.column_names[3:]]
-    options: dict[str, Any] = {"use_dictionary": ["run"], "use_byte_stream_split": floats}
+    options: dict[str, Any] = {"use_dictionary": ["run"], "use_byte_stream_split": floats, "write_page_checksum": True}
     pq.write_table(curves, directory / CURVES_FILE, compression="zstd", compression_level=19, **options)
     return [directory / name for name in (RESULTS_FILE, "results.csv", CURVES_FILE)]
 
 
 def load(directory: Path) -> Results:
     """The results of a sweep directory: from its runs where there is a plan, else from the collected files alone."""
-    if (directory / RESULTS_FILE).is_file() and not (directory / "plan.json").is_file():
+    try:
+        is_collected = (directory / RESULTS_FILE).is_file() and not (directory / "plan.json").is_file()
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}") from None
+    if is_collected:
         try:
             return _read(directory)
         # ArrowException, and what comes of columns that are missing or of another type.
@@ -64,7 +77,7 @@ def load(directory: Path) -> Results:
 
 
 def _read(directory: Path) -> Results:
-    table = pq.read_table(directory / RESULTS_FILE)
+    table = pq.read_table(directory / RESULTS_FILE, page_checksum_verification=True)
     about = {k.decode().removeprefix("quack_lm."): v.decode() for k, v in (table.schema.metadata or {}).items()}
     stop = json.loads(about["stop"])
     curves = _read_curves(directory / CURVES_FILE)
@@ -73,8 +86,12 @@ def _read(directory: Path) -> Results:
         overrides, config = (json.loads(row[f"{key}_json"]) for key in ("overrides", "config"))
         record = Record(name=row["run"], fingerprint=row["fingerprint"], overrides=overrides, config=config)
         cell = record.cell(directory)
-        summary, environment, stopped = (json.loads(row[f"{k}_json"]) for k in ("summary", "environment", "stop"))
-        entries.append((cell, row["status"], summary, curves.get(row["run"], []), environment, stopped))
+        found, environment, stopped = (json.loads(row[f"{k}_json"]) for k in ("summary", "environment", "stop"))
+        summary = checked_summary(found)
+        if summary is None or not isinstance(environment, dict) or not isinstance(stopped, dict):
+            raise ValueError(f"run {cell.name}: not what a run writes")
+        blowup = None if row[BLOWUP[0]] is None else Blowup(*(int(row[name]) for name in BLOWUP))
+        entries.append((cell, row["status"], summary, curves.get(row["run"], []), environment, stopped, blowup))
     plan = Plan(
         sweep=about["sweep"],
         question=about["question"],
@@ -86,8 +103,7 @@ def _read(directory: Path) -> Results:
 
 
 def _row(result: Result) -> dict[str, Any]:
-    blowup = result.first_blowup()
-    found = dict(zip(("blowup_step", "blowup_layer", "blowup_head"), blowup or (None, None, None), strict=True))
+    found = dict(zip(BLOWUP, result.blowup or (None, None, None), strict=True))
     config = {k: v for k, v in flatten(result.cell.config).items() if k != "run_dir" and not k.startswith("logger.")}
     return {
         "run": result.cell.name,
@@ -155,9 +171,9 @@ def _is_kept(key: str, value: Any) -> bool:
 def _read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The lines of each run's metrics.jsonl, as far as they were kept."""
     curves: dict[str, list[dict[str, Any]]] = {}
-    for row in pq.read_table(path).to_pylist() if path.is_file() else []:
+    for row in pq.read_table(path, page_checksum_verification=True).to_pylist() if path.is_file() else []:
         line = {key: _null(value) for key, value in row.items() if key != "run" and value is not None}
-        curves.setdefault(row["run"], []).append(line)
+        curves.setdefault(row["run"], []).append(readable(line))
     return curves
 
 

@@ -15,10 +15,14 @@ from quack_lm.report.statistics import (
     bootstrap_interval,
     excludes_zero,
     geometric_mean,
+    is_evenly_spaced,
     largest_stable_rate,
     lr_sensitivity,
     pooled_deviation,
 )
+
+# Losses that differ by less, in nats per token, differ by rounding.
+ROUNDING = 1e-3
 
 
 def settled_loss(result: Result) -> float | None:
@@ -79,16 +83,19 @@ class Difference:
 
     @property
     def winner(self) -> str | None:
-        """Who has the lower loss, where the interval excludes zero; else None."""
-        if not excludes_zero(self.interval):
+        """Who has the lower loss, where the interval excludes zero and what is only rounding; else None."""
+        if not excludes_zero(self.interval, ROUNDING):
             return None
         return self.a if self.mean < 0 else self.b
 
 
 def difference(a: Sequence[Result], b: Sequence[Result]) -> Difference | None:
-    """Paired by seed; None where no seed has finished on both sides."""
+    """Paired by seed; None where no seed has finished on both sides. Where both diverged, it is a draw."""
     first, second = losses(a), losses(b)
-    pairs = {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
+    draws = {r.seed for r in a if r.is_diverged} & {r.seed for r in b if r.is_diverged}
+    pairs = {
+        seed: 0.0 if seed in draws else first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())
+    }
     return Difference(a=a[0].method, b=b[0].method, by_seed=pairs) if pairs else None
 
 
@@ -108,15 +115,20 @@ class Noise:
 
 
 def noise(results: Results) -> Noise:
-    """Of healthy runs only: how a failing run fails is a lottery of its own."""
+    """Of healthy runs only: how a failing run fails is a lottery of its own. Differences are of what is compared: the
+    best settings of two stabilizers, where they did not compute the same (a clip that never clips is no method)."""
     groups, pairs = [], []
     for place in results.places():
-        methods = [[r for r in runs if r.is_healthy] for runs in by_method(results.at(place)).values()]
-        groups += [list(losses(runs).values()) for runs in methods]
-        for a, b in itertools.combinations([runs for runs in methods if runs], 2):
-            if pair := difference(a, b):
+        groups += [list(losses(_healthy(runs)).values()) for runs in by_method(results.at(place)).values()]
+        best = [healthy for runs in best_settings(results.at(place)).values() if (healthy := _healthy(runs))]
+        for a, b in itertools.combinations(best, 2):
+            if (pair := difference(a, b)) and any(pair.by_seed.values()):
                 pairs.append(list(pair.by_seed.values()))
     return Noise(of_losses=pooled_deviation(groups), of_differences=pooled_deviation(pairs))
+
+
+def _healthy(runs: Sequence[Result]) -> list[Result]:
+    return [r for r in runs if r.is_healthy]
 
 
 # ------------------------------------------------------------------------------------------------ over the rates
@@ -131,9 +143,10 @@ class OverRates:
     best_rate: float
     best_loss: float
     best_interval: tuple[float, float] | None
-    sensitivity: float | None  # None with one rate
+    sensitivity: float | None  # None with one rate, with rates that are missing, or not evenly spaced
     sensitivity_interval: tuple[float, float] | None
     largest_stable: float | None
+    missing: list[float]  # planned rates at which no run has finished
 
 
 def over_rates(results: Results) -> list[OverRates]:
@@ -157,19 +170,27 @@ def _over_rates(
     # A seed counts if it has run at every rate.
     seeds = set.intersection(*(set(found) for found in by_rate.values()))
     each = [lr_sensitivity({lr: found[seed] for lr, found in by_rate.items()}, initial) for seed in sorted(seeds)]
-    has_rates = len(by_rate) > 1
+    missing = sorted(lr for lr, members in runs.items() if members and lr not in by_rate)
+    # Without a rate at which it fails, a method would look robust.
+    is_complete = not missing and is_evenly_spaced(by_rate)
     return OverRates(
         attention=f"{attention} {condition}".rstrip(),
         stabilizer=stabilizer,
         best_rate=best_rate,
         best_loss=fmean(best),
         best_interval=bootstrap_interval(best),
-        sensitivity=fmean(each) if each and has_rates else None,
-        sensitivity_interval=bootstrap_interval(each) if has_rates else None,
-        largest_stable=largest_stable_rate(
-            {lr: all(r.is_healthy for r in runs[lr] if r.is_finished) for lr in by_rate}
-        ),
+        sensitivity=fmean(each) if each and is_complete else None,
+        sensitivity_interval=bootstrap_interval(each) if is_complete else None,
+        largest_stable=largest_stable_rate({lr: _are_healthy(members) for lr, members in runs.items() if members}),
+        missing=missing,
     )
+
+
+def _are_healthy(runs: Sequence[Result]) -> bool | None:
+    """None while some of them have not finished and the others are healthy."""
+    if any(r.is_finished and not r.is_healthy for r in runs):
+        return False
+    return True if all(r.is_finished for r in runs) else None
 
 
 def _by_attention(results: Results) -> dict[tuple[str, str], list[Place]]:
@@ -200,13 +221,10 @@ def speeds(results: Results, against: str = "none") -> list[Speed]:
     entries = []
     for attention in results.attentions():
         members = [r for r in results.results if r.attention == attention and r.status == "completed"]
-        reference = {_pair_key(r): r.number("tokens_per_s") for r in members if r.stabilizer == against}
+        reference = _tokens_per_s([r for r in members if r.stabilizer == against])
         for stabilizer in results.stabilizers():
-            own = [r for r in members if r.stabilizer == stabilizer]
-            speed = {r.cell.name: r.number("tokens_per_s") or 0.0 for r in own}
-            ratios = [
-                base / speed[r.cell.name] for r in own if (base := reference.get(_pair_key(r))) and speed[r.cell.name]
-            ]
+            speed = _tokens_per_s([r for r in members if r.stabilizer == stabilizer])
+            ratios = [reference[key] / own for key, own in speed.items() if key in reference]
             if ratios:
                 bounds = bootstrap_interval([math.log(ratio) for ratio in ratios])
                 entries.append(
@@ -223,5 +241,10 @@ def speeds(results: Results, against: str = "none") -> list[Speed]:
     return entries
 
 
-def _pair_key(result: Result) -> tuple[str, float, int]:
-    return result.condition, result.lr, result.seed
+def _tokens_per_s(runs: Sequence[Result]) -> dict[tuple[str, float, int], float]:
+    """By condition, rate and seed; the settings of a stabilizer are no pairs of their own, but one number."""
+    measured: dict[tuple[str, float, int], list[float]] = {}
+    for run in runs:
+        if speed := run.number("tokens_per_s"):
+            measured.setdefault((run.condition, run.lr, run.seed), []).append(speed)
+    return {key: geometric_mean(speeds) for key, speeds in measured.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
@@ -26,6 +26,8 @@ LOOKS = {
 MORE_LOOKS = (("#D55E00", "P"), ("#0072B2", "*"), ("#999999", "h"), ("#882255", "X"), ("#000000", "d"))
 DASHES: tuple = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 FILLS = ("full", "none", "left", "top")
+# Towards black where negative, towards white where positive.
+SHADES = (0.0, -0.45, 0.45, -0.7, 0.65)
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -62,8 +64,7 @@ def _draw_lines(plot: Plot, columns: int | None) -> Figure:
         if plot.ceiling is not None:
             # After all panels, which share the axis: a limit ends its growing with what is drawn.
             axes[0].set_ylim(top=min(plot.ceiling, axes[0].get_ylim()[1]))
-        for unused in axes[len(plot.panels) :]:
-            unused.set_visible(False)
+        _label_outer(axes, len(plot.panels), columns)
         figure.suptitle(_plain(plot.title), fontsize=12)
         handles = looks.legend(plot)
         figure.legend(
@@ -94,12 +95,21 @@ def _draw_heat(plot: HeatMaps, columns: int | None) -> Figure:
             axis.set_title(_plain(each.title), fontsize=10)
             axis.set_xlabel("optimizer steps")
             axis.set_ylabel("layer")
-            axis.label_outer()
-        for unused in axes[len(plot.maps) :]:
-            unused.set_visible(False)
+        _label_outer(axes, len(plot.maps), columns)
         figure.colorbar(mesh, ax=axes, label=plot.label)
         figure.suptitle(plot.title, fontsize=12)
     return figure
+
+
+def _label_outer(axes: Sequence[Axes], used: int, columns: int) -> None:
+    """Labels at the outer edges only, also of a panel above an empty place."""
+    for number, axis in enumerate(axes):
+        axis.set_visible(number < used)
+        if number + columns < used:
+            axis.set_xlabel("")
+        axis.tick_params(labelbottom=number + columns >= used, labelleft=number % columns == 0)
+        if number % columns:
+            axis.set_ylabel("")
 
 
 def save(figure: Figure, kind: str = "png") -> bytes:
@@ -117,7 +127,7 @@ def save(figure: Figure, kind: str = "png") -> bytes:
 
 
 class Looks:
-    """Color and marker of each stabilizer; settings of the same stabilizer differ in dashes and filling."""
+    """Color and marker of each stabilizer; settings of the same stabilizer differ in shade, dashes and filling."""
 
     def __init__(self, plot: Plot) -> None:
         lines = [line for panel in plot.panels for line in panel.lines]
@@ -133,7 +143,7 @@ class Looks:
         color, marker = self.looks[line.stabilizer]
         variation = self.variations[line.stabilizer].index(line.variation)
         return {
-            "color": color,
+            "color": _shade(color, SHADES[variation % len(SHADES)]),
             "marker": marker,
             "fillstyle": FILLS[variation % len(FILLS)],
             "linestyle": DASHES[(self.ranks[line.stabilizer] + variation) % len(DASHES)],
@@ -156,6 +166,12 @@ class Looks:
         return handles
 
 
+def _shade(color: str, amount: float) -> tuple[float, ...]:
+    """The color, that share of the way to white or black."""
+    goal = 1.0 if amount > 0 else 0.0
+    return tuple(part + abs(amount) * (goal - part) for part in to_rgb(color))
+
+
 def _legend_columns(handles: Sequence[Line2D], width: float) -> int:
     """As many as surely fit, in rows of about equal length."""
     widest = LEGEND_LINE_INCHES + LEGEND_LETTER_INCHES * max(len(str(handle.get_label())) for handle in handles)
@@ -172,7 +188,6 @@ def _draw_panel(axis: Axes, panel: Panel, plot: Plot, looks: Looks) -> None:
     axis.set_title(_plain(panel.title), fontsize=10)
     axis.set_xlabel(plot.x_label)
     axis.set_ylabel(plot.y_label)
-    axis.label_outer()
     axis.set_xscale("log" if plot.log_x else "linear")
     axis.set_yscale("log" if plot.log_y else "linear")
     if plot.log_x:

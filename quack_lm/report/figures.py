@@ -318,7 +318,7 @@ def _loss_by_rate(results: Results, *, is_appendix: bool = False) -> Plot | None
         caption="Mean and range over seeds of the runs that reached their last step; a run that diverged or was "
         "stopped is a cross at the top.",
         x_label="learning rate",
-        y_label="final validation loss (nats per token)",
+        y_label="validation loss (nats per token)",
         panels=panels,
         columns=min(3, len(panels)),
         log_x=True,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from quack_lm.report.figures import shown_at
 from quack_lm.report.results import Place, Result, Results
 
+FEW_PLACES = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMap:
@@ -29,10 +31,12 @@ class HeatMaps:
 
 
 def heat_maps(results: Results) -> list[HeatMaps]:
-    """For each attention at its highest rate, where differences are largest: max logit and mean change, first seeds."""
-    last = {(place.attention, place.condition): place for place in results.places() if not place.condition}
+    """Max logit and mean change of every head, of the first seeds: at each rate of a sweep of few, else for each
+    attention at its highest rate, where differences are largest."""
+    places = [place for place in results.places() if not place.condition]
+    highest = {place.attention: place for place in places}
     found = []
-    for place in last.values():
+    for place in places if len(places) <= FEW_PLACES else highest.values():
         for key, label in (("max", "max logit"), ("delta_mean", "mean |Δlogit| per step")):
             runs = [members[0] for members in shown_at(results, place)]
             maps = [drawn for run in runs if (drawn := _map(run, f"logits/{key}_per_head"))]
@@ -43,7 +47,7 @@ def heat_maps(results: Results) -> list[HeatMaps]:
 
 def _maps(place: Place, key: str, label: str, maps: list[HeatMap], seed: int) -> HeatMaps:
     return HeatMaps(
-        name=f"heat_{key}_{place.attention}",
+        name=f"heat_{key}_{place.attention}_lr{place.lr:g}",
         title=f"{label[0].upper()}{label[1:]} of every head ({place})",
         caption=f"Each row is a head, the layers are set apart by lines, seed {seed}. The color scale is logarithmic "
         "and common to all panels.",
@@ -56,6 +60,7 @@ def _map(run: Result, key: str) -> HeatMap | None:
     lines = [line for line in run.metrics if line.get(key)]
     if not lines:
         return None
+    lines = [line for line in lines if _shape(line[key]) == _shape(lines[0][key])]
     columns = [[_positive(value) for row in line[key] for value in row] for line in lines]
     return HeatMap(
         title=run.method,
@@ -63,6 +68,10 @@ def _map(run: Result, key: str) -> HeatMap | None:
         steps=[line["step"] for line in lines],
         values=[list(row) for row in zip(*columns, strict=True)],
     )
+
+
+def _shape(table: list[list[float]]) -> tuple[int, int]:
+    return len(table), len(table[0])
 
 
 def _positive(value: float | None) -> float:

@@ -15,7 +15,11 @@ CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .question { border-left: 4px solid #009E73; padding-left: .8rem; }
-.scroll { overflow-x: auto; }
+/* A shadow at the edge that hides more columns. */
+.scroll { overflow-x: auto; background: linear-gradient(to right, #fff 2rem, #fff0) left / 3rem 100% local no-repeat,
+  linear-gradient(to left, #fff 2rem, #fff0) right / 3rem 100% local no-repeat,
+  linear-gradient(to right, #0004, #0000) left / .9rem 100% no-repeat,
+  linear-gradient(to left, #0004, #0000) right / .9rem 100% no-repeat; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .55rem; text-align: left; white-space: nowrap; border-bottom: 1px solid #e3e3e3; }
 th { border-bottom: 2px solid #888; } .number { text-align: right; }
@@ -35,7 +39,7 @@ code { font-size: .8rem; overflow-wrap: anywhere; } li { margin: .3rem 0; }
 @media print {
   body { max-width: none; font-size: 10pt; padding: 0; } .scroll { overflow: visible; } table { font-size: 7.5pt; }
   th, td { padding: .15rem .3rem; } figure, tr, li { break-inside: avoid; } h2 { break-after: avoid; }
-  tr { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  tr { print-color-adjust: exact; -webkit-print-color-adjust: exact; } .commands { display: none; }
 }
 """
 
@@ -68,7 +72,7 @@ def as_html(results: Results, pictures: Sequence[Picture], report_command: str) 
 <p>{_e(runs.counts(results))}.</p>
 {"".join(_section_html(section) for section in before_figures(results))}
 <h2>Figures</h2>
-{"".join(_picture_html(picture) for picture in pictures) or "<p>No run has written any metrics yet.</p>"}
+{"".join(_picture_html(picture) for picture in pictures) or f"<p>{no_pictures(results)}</p>"}
 {"".join(_section_html(section) for section in after_figures(results))}
 <h2>Where this comes from</h2>
 <dl>
@@ -90,7 +94,7 @@ def as_markdown(results: Results, pictures: Sequence[Picture], report_command: s
         f"{runs.counts(results)}.",
         *(_section_markdown(section) for section in before_figures(results)),
         "## Figures",
-        figures or "No run has written any metrics yet.",
+        figures or no_pictures(results),
         *(_section_markdown(section) for section in after_figures(results)),
         "## Where this comes from",
         facts,
@@ -98,12 +102,20 @@ def as_markdown(results: Results, pictures: Sequence[Picture], report_command: s
     return "\n\n".join(parts) + "\n"
 
 
+def no_pictures(results: Results) -> str:
+    """Why there is no figure."""
+    if any(result.step for result in results.results):
+        return "The curves of these runs are not here (curves.parquet, or the run directories): no figures."
+    return "No run has written any metrics yet."
+
+
 def _section_html(section: Section) -> str:
     lines = (f"<code>{_e(line)}</code>" if section.are_commands else _e(line) for line in section.lines)
     items = "\n".join(f"<li>{line}</li>" for line in lines)
     table = section.table.as_html() if section.table else ""
     intro = f'<p class="small">{_e(section.intro)}</p>'
-    return f"<h2>{_e(section.title)}</h2>\n{intro}\n{table}" + (f"\n<ul>\n{items}\n</ul>\n" if items else "\n")
+    whole = f"<h2>{_e(section.title)}</h2>\n{intro}\n{table}" + (f"\n<ul>\n{items}\n</ul>\n" if items else "\n")
+    return f'<div class="commands">\n{whole}</div>\n' if section.are_commands else whole
 
 
 def _section_markdown(section: Section) -> str:

@@ -7,6 +7,7 @@ from quack_lm.outcome import kind_of_end
 from quack_lm.report.table import NO_NUMBER, Table, duration, loss, per_second
 from quack_lm.slurm import Task
 from quack_lm.sweep.cell import Cell
+from quack_lm.sweep.label import titles
 
 
 def status_table(cells: Sequence[Cell], tasks: Mapping[str, Task] | None = None) -> str:
@@ -15,7 +16,8 @@ def status_table(cells: Sequence[Cell], tasks: Mapping[str, Task] | None = None)
     `tasks`, where jobs were submitted, are slurm's newest for each run by its name.
     """
     header: tuple[str, ...] = ("run", "status", "step", "of", "loss", "tok/s", "time left")
-    rows = [_row(cell) for cell in cells]
+    names = titles(cells)
+    rows = [(names[cell.name], *_row(cell)) for cell in cells]
     counts = Counter(row[1] for row in rows)
     total = f"{len(rows)} runs: {', '.join(f'{n} {status}' for status, n in counts.items())}"
     if tasks is not None:
@@ -39,7 +41,6 @@ def _row(cell: Cell) -> tuple[str, ...]:
     left = (cell.total_steps - step) * cell.tokens_per_step / speed if speed and not cell.is_finished() else None
     kind = kind_of_end(status, cell.summary().get("reason"))
     return (
-        cell.name.rpartition("-")[0],
         kind,
         str(step),
         str(cell.total_steps),

@@ -1,28 +1,16 @@
 """What the runs of a sweep directory measured, as plain data for the table, the figures and the page."""
 
-import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quack_lm.config import choice, flatten
+from quack_lm.config import choice
 from quack_lm.outcome import kind_of_end
-from quack_lm.sweep.cell import FINISHED, LOG_FILE, Cell, last_lines, read_json
+from quack_lm.sweep.cell import FINISHED, LOG_FILE, METRICS_FILE, Cell, last_lines, metrics_line, read_json
+from quack_lm.sweep.label import labels, title
 from quack_lm.sweep.plan import Plan, read_plan
-
-# Settings that have a column, a panel or a style of their own; every other difference between runs goes into the label.
-SHOWN_ELSEWHERE = (
-    "run_dir",
-    "seed",
-    "attention._target_",
-    "stabilizer._target_",
-    "optimizer.lr",
-    "trainer.probe_parts",
-)
-
 
 # A metric's name, or what to take from a line of metrics; `...` stands for "not due at this step".
 Reader = str | Callable[[dict[str, Any]], Any]
@@ -39,6 +27,17 @@ class Place(NamedTuple):
         return f"{self.attention}, lr {self.lr:g}" + (f", {self.condition}" if self.condition else "")
 
 
+class Blowup(NamedTuple):
+    """The first probe at which a head's largest logit was out of range, and the head that was then the largest."""
+
+    step: int
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, head {self.head} left its range first, seen at step {self.step}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """One cell with what it has reached."""
@@ -51,6 +50,7 @@ class Result:
     metrics: list[dict[str, Any]]
     environment: dict[str, Any]
     stop_record: dict[str, Any]  # what the sweep's stop rule wrote, if it ended the run
+    blowup: Blowup | None  # where and when a head's logits left their range first
 
     @property
     def attention(self) -> str:
@@ -68,6 +68,11 @@ class Result:
     def method(self) -> str:
         """The stabilizer with what varies beside it, as legends and tables name it."""
         return f"{self.stabilizer} {self.variation}".rstrip()
+
+    @property
+    def title(self) -> str:
+        """All of what tells it from the other runs of the sweep."""
+        return title(self.cell.config, self.variation, self.condition)
 
     @property
     def lr(self) -> float:
@@ -119,7 +124,7 @@ class Result:
     def curve(self, read: Reader) -> list[tuple[int, float]]:
         """(step, value) wherever the metric was due; a value that was not finite is nan."""
         values = [(line["step"], line.get(read, ...) if isinstance(read, str) else read(line)) for line in self.metrics]
-        return [(step, math.nan if value is None else float(value)) for step, value in values if value is not ...]
+        return [(step, _number(value)) for step, value in values if value is not ...]
 
     @property
     def probe_cost(self) -> tuple[float, float] | None:
@@ -129,21 +134,6 @@ class Result:
         if not (seconds and n_probes and elapsed and self.step):
             return None
         return seconds / n_probes, seconds / n_probes / (elapsed / self.step)
-
-    def first_blowup(self) -> tuple[int, int, int] | None:
-        """(step, layer, head) at the first probe at which a head's largest logit left its range; the largest such."""
-        limit = self.cell.config["trainer"].get("unstable_logit", math.inf)
-        for line in self.metrics:
-            table = line.get("logits/max_per_head", [])
-            heads = [
-                (math.inf if value is None else value, layer, head)
-                for layer, row in enumerate(table)
-                for head, value in enumerate(row)
-            ]
-            largest, layer, head = max(heads, default=(-math.inf, 0, 0), key=lambda entry: entry[0])
-            if largest > limit:
-                return line["step"], layer, head
-        return None
 
     @property
     def steps_saved(self) -> int:
@@ -201,8 +191,8 @@ class Results:
         return sorted(found - planned)
 
 
-# A cell, and its status, summary, metrics, environment and stop record.
-Entry = tuple[Cell, str, dict[str, Any], list[dict[str, Any]], dict[str, Any], dict[str, Any]]
+# A cell, and its status, summary, metrics, environment, stop record and blow-up.
+Entry = tuple[Cell, str, dict[str, Any], list[dict[str, Any]], dict[str, Any], dict[str, Any], Blowup | None]
 
 
 def from_runs(directory: Path) -> Results:
@@ -210,14 +200,29 @@ def from_runs(directory: Path) -> Results:
     plan = read_plan(directory)
     entries = []
     for cell in plan.cells:
-        metrics = list(_json_lines(cell.run_dir / "metrics.jsonl"))
+        metrics = list(_metrics(cell.run_dir / METRICS_FILE))
         environment = read_json(cell.run_dir / "environment.json")
-        entries.append((cell, cell.status(), cell.summary(), metrics, environment, cell.stop_record()))
+        blowup = first_blowup(metrics, cell.config["trainer"].get("unstable_logit", math.inf))
+        entries.append((cell, cell.status(), cell.summary(), metrics, environment, cell.stop_record(), blowup))
     return make_results(directory, plan, entries)
 
 
+def first_blowup(metrics: Iterable[dict[str, Any]], limit: float) -> Blowup | None:
+    """The first line of metrics with a head above the limit; None where no head ever was."""
+    for line in metrics:
+        heads = [
+            (math.inf if value is None else value, layer, head)
+            for layer, row in enumerate(line.get("logits/max_per_head", []))
+            for head, value in enumerate(row)
+        ]
+        largest, layer, head = max(heads, default=(-math.inf, 0, 0), key=lambda entry: entry[0])
+        if largest > limit:
+            return Blowup(line["step"], layer, head)
+    return None
+
+
 def make_results(directory: Path, plan: Plan, entries: Sequence[Entry]) -> Results:
-    labels = _labels([cell.config for cell, *_ in entries])
+    named = labels([cell.config for cell, *_ in entries])
     results = [
         Result(
             cell=cell,
@@ -228,9 +233,10 @@ def make_results(directory: Path, plan: Plan, entries: Sequence[Entry]) -> Resul
             metrics=metrics,
             environment=environment,
             stop_record=record,
+            blowup=blowup,
         )
-        for (cell, status, summary, metrics, environment, record), (variation, condition) in zip(
-            entries, labels, strict=True
+        for (cell, status, summary, metrics, environment, record, blowup), (variation, condition) in zip(
+            entries, named, strict=True
         )
     ]
     # Attentions and stabilizers keep the order in which the sweep file names them.
@@ -247,47 +253,32 @@ def make_results(directory: Path, plan: Plan, entries: Sequence[Entry]) -> Resul
     return Results(directory=directory, plan=plan, results=results)
 
 
-def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            return  # the last line of a run that is being written, or was killed while writing
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield record
+def _metrics(path: Path) -> Iterable[dict[str, Any]]:
+    if path.is_file():
+        # The last line of a run that is being written, or was killed while writing, is empty.
+        yield from map(readable, filter(None, map(metrics_line, path.read_text(errors="replace").splitlines())))
+
+
+def readable(line: dict[str, Any]) -> dict[str, Any]:
+    """The numbers and the tables of numbers in a line of metrics; null where one was not finite."""
+    return {key: value for key, value in line.items() if _is_number(value) or _is_table(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
+
+
+def _is_table(value: Any) -> bool:
+    """[layer][head], of equal lengths."""
+    if not isinstance(value, list) or not all(isinstance(row, list) and row for row in value):
+        return False
+    return len({len(row) for row in value}) == 1 and all(_is_number(entry) for row in value for entry in row)
+
+
+def _number(value: Any) -> float:
+    """nan for null, which a run writes for what is not finite, and for what no run writes."""
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _ranks(names: Iterable[Any]) -> dict[Any, int]:
     return {name: rank for rank, name in enumerate(dict.fromkeys(names))}
-
-
-def _labels(configs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(variation, condition) of each config, among the configs with the same choice in the section of a setting.
-
-    A stabilizer's settings are named wherever they differ; others only where they are not what most configs have.
-    """
-    flat = [flatten(config) for config in configs]
-    labels = []
-    for config in flat:
-        variation: dict[str, None] = {}
-        condition: dict[str, None] = {}
-        for key, value in config.items():
-            section, _, name = key.rpartition(".")
-            target = f"{section}._target_"
-            peers = [other for other in flat if name == "_target_" or other.get(target) == config.get(target)]
-            values = Counter(_text(peer.get(key)) for peer in peers)
-            if len(values) == 1 or key in SHOWN_ELSEWHERE or section == "logger":
-                continue
-            text = f"{section}={value.split('.')[-2]}" if name == "_target_" else f"{name}={_text(value)}"
-            if section == "stabilizer":
-                variation[text] = None
-            elif _text(value) != values.most_common(1)[0][0]:
-                condition[text] = None
-        labels.append((" ".join(variation), " ".join(condition)))
-    return labels
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

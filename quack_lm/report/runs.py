@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from quack_lm.errors import printable
 from quack_lm.report.results import Result, Results
 from quack_lm.report.table import Table, duration, loss, per_second, significant
 
@@ -21,7 +22,7 @@ def table(results: Results) -> Table:
 def as_text(results: Results) -> str:
     """What a terminal shows after a sweep."""
     extra = [counts(results), *(f"  {line}" for line in notes(results))]
-    return "\n".join([table(results).as_text(), "", *extra])
+    return "\n".join([table(results).as_text(), "", *map(printable, extra)])
 
 
 def row(result: Result) -> tuple[str, ...]:
@@ -53,19 +54,16 @@ def notes(results: Results) -> list[str]:
         if result.stop_record:
             saved = f"{result.steps_saved} steps, {duration(result.seconds_saved)}, saved"
             reasons = [f"{results.plan.stop} ({saved})"]
+        if result.blowup:
+            reasons.append(str(result.blowup))
         if reasons:
-            lines.append(f"{title(result)}: {status(result)}: {'; '.join(dict.fromkeys(reasons))}")
+            lines.append(f"{result.title}: {status(result)}: {'; '.join(dict.fromkeys(reasons))}")
     return lines
-
-
-def title(result: Result) -> str:
-    condition = f" {result.condition}" if result.condition else ""
-    return f"{result.attention} {result.method} lr {result.lr:g}{condition} seed {result.seed}"
 
 
 def unfinished(results: Results) -> list[str]:
     """The cells that have no final result yet."""
-    return [f"{title(result)}: {status(result)}" for result in results.results if not result.is_finished]
+    return [f"{result.title}: {status(result)}" for result in results.results if not result.is_finished]
 
 
 def counts(results: Results) -> str:

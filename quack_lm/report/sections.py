@@ -6,7 +6,7 @@ from statistics import fmean, median
 
 from quack_lm.config import flatten
 from quack_lm.report import claims, runs
-from quack_lm.report.comparison import best_settings, differences_at, losses, noise, over_rates, speeds
+from quack_lm.report.comparison import ROUNDING, best_settings, differences_at, losses, noise, over_rates, speeds
 from quack_lm.report.results import Results
 from quack_lm.report.statistics import bootstrap_interval, seeds_needed
 from quack_lm.report.table import NO_NUMBER, Table, interval, loss, per_second
@@ -49,6 +49,7 @@ def before_figures(results: Results) -> list[Section]:
         _noise(results),
         _speeds(results),
         _measuring(results),
+        _blowups(results),
         Section(title="Runs to look at", intro="What the runs reported about themselves.", lines=runs.notes(results)),
         Section(
             title="Unfinished and missing runs",
@@ -69,8 +70,8 @@ def after_figures(results: Results) -> list[Section]:
         Section(title="All runs", intro=LEGEND, table=runs.table(results)),
         Section(
             title="The command of each run",
-            intro="From the root of the repository.",
-            lines=[result.cell.command() for result in results.results],
+            intro="From the root of the repository; run_dir=... chooses the directory.",
+            lines=[result.cell.bare_command() for result in results.results],
             are_commands=True,
         ),
     ]
@@ -100,6 +101,7 @@ def _over_rates(results: Results) -> Section:
             f"{loss(entry.best_loss)}{_bounds(entry.best_interval)}",
             loss(entry.sensitivity) + _bounds(entry.sensitivity_interval),
             NO_NUMBER if entry.largest_stable is None else f"{entry.largest_stable:g}",
+            ", ".join(f"{lr:g}" for lr in entry.missing),
         )
         for entry in over_rates(results)
     ]
@@ -107,12 +109,20 @@ def _over_rates(results: Results) -> Section:
         title="Over the learning rates",
         intro="Each method at its best setting for each rate; means over seeds with 95% bootstrap intervals. LR "
         "sensitivity (Wortsman et al., arXiv 2309.14322) is the mean over the rates of min(loss, initial loss) less "
-        "the best loss: small is robust. Largest stable: the largest rate at which, as at all below, every run was "
-        "healthy.",
+        "the best loss: small is robust. It needs finished runs at every planned rate, and rates evenly spaced in "
+        "their logarithm. Largest stable: the largest rate at which, as at all below, every planned run ended healthy.",
         table=Table(
-            header=("attention", "method", "best lr", "loss there", "LR sensitivity", "largest stable lr"),
+            header=(
+                "attention",
+                "method",
+                "best lr",
+                "loss there",
+                "LR sensitivity",
+                "largest stable lr",
+                "missing lr",
+            ),
             rows=rows,
-            numeric=range(2, 6),
+            numeric=range(2, 7),
         ),
     )
 
@@ -127,10 +137,11 @@ def _differences(results: Results) -> Section:
     return Section(
         title="Method against method",
         intro="Difference of the final validation losses, first less second, each at its best setting, paired by seed. "
-        "Better is said only where the 95% bootstrap interval excludes zero. With three seeds that interval is the "
-        "range, so one pair of equal methods in four is called different by chance (one in 2^(n-1) for n up to five "
-        "seeds), and this page compares many. With one seed there is no interval. Settings were chosen by the same "
-        "runs: a method with more of them has more tries.",
+        f"Better is said only where the 95% bootstrap interval excludes zero, and {ROUNDING:g} nats on its side of it. "
+        "With three seeds that interval is the range, so one pair of equal methods in four is called different by "
+        "chance (one in 2^(n-1) for n up to five seeds), and this page compares many. With fewer there is no interval. "
+        "Where both runs of a seed diverged, that seed is a draw. Settings were chosen by the same runs: a method with "
+        "more of them has more tries.",
         table=Table(header=("place", "first", "second", "difference (nats)", "pairs", "so"), rows=rows, numeric=(3, 4)),
     )
 
@@ -160,7 +171,10 @@ def _noise(results: Results) -> Section:
     if found.of_losses is not None:
         lines.append(f"The loss of a healthy method has a standard deviation of {found.of_losses:.4f} over seeds.")
     if found.of_differences is not None:
-        lines.append(f"The paired difference of two healthy methods has one of {found.of_differences:.4f}.")
+        lines.append(
+            "The paired difference of two healthy methods at their best settings has one of "
+            f"{found.of_differences:.4f}."
+        )
         needed = ", ".join(f"{seeds_needed(size, found.of_differences)} for {size}" for size in SIZES_ASKED_FOR)
         lines.append(f"Paired seeds needed to find a difference four times out of five: {needed} nats.")
     return Section(
@@ -210,9 +224,9 @@ def _measuring(results: Results) -> Section:
 
 def _blowups(results: Results) -> Section:
     rows = [
-        (str(r.place), r.method, str(r.seed), *(str(number) for number in found))
+        (str(r.place), r.method, str(r.seed), *(str(number) for number in r.blowup))
         for r in results.results
-        if (found := r.first_blowup())
+        if r.blowup
     ]
     return Section(
         title="Which head leaves its range first",

@@ -7,10 +7,12 @@ the 95% interval is the range of the values, and it misses the median of what th
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, variance
 
 LEVEL = 0.95
+# The bootstrap interval of two values is their range, and misses what they were drawn from every second time.
+FEWEST = 3
 EXACT_UP_TO = 6
 RESAMPLES = 20_000
 
@@ -19,9 +21,9 @@ Z_LEVEL, Z_POWER = 1.96, 0.84
 
 
 def bootstrap_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
-    """The interval of the mean; None for fewer than two values, which say nothing about their spread."""
+    """The interval of the mean; None for fewer than FEWEST values, which say too little about their spread."""
     n = len(values)
-    if n < 2:
+    if n < FEWEST:
         return None
     if n <= EXACT_UP_TO:
         means = sorted(fmean(sample) for sample in itertools.product(values, repeat=n))
@@ -33,9 +35,9 @@ def bootstrap_interval(values: Sequence[float], level: float = LEVEL) -> tuple[f
     return means[skipped], means[-1 - skipped]
 
 
-def excludes_zero(interval: tuple[float, float] | None) -> bool:
-    """Whether a difference with this interval may be called one."""
-    return interval is not None and (interval[0] > 0 or interval[1] < 0)
+def excludes_zero(interval: tuple[float, float] | None, margin: float = 0.0) -> bool:
+    """Whether a difference with this interval may be called one: none in it is as near to zero as `margin`."""
+    return interval is not None and (interval[0] > margin or interval[1] < -margin)
 
 
 def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:
@@ -46,8 +48,11 @@ def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:
 
 
 def seeds_needed(difference: float, deviation: float) -> int:
-    """How many paired seeds it takes to find a true difference, given the deviation of paired differences."""
-    return max(2, math.ceil(((Z_LEVEL + Z_POWER) * deviation / difference) ** 2))
+    """How many paired seeds it takes to find a true difference, given the deviation of paired differences.
+
+    For a paired t-test, by the normal approximation and Guenther's correction for it (1981, The American Statistician).
+    """
+    return math.ceil(((Z_LEVEL + Z_POWER) * deviation / difference) ** 2 + Z_LEVEL**2 / 2)
 
 
 def lr_sensitivity(losses: Mapping[float, float], initial_loss: float) -> float:
@@ -56,8 +61,16 @@ def lr_sensitivity(losses: Mapping[float, float], initial_loss: float) -> float:
     return fmean(capped) - min(capped)
 
 
-def largest_stable_rate(is_healthy: Mapping[float, bool]) -> float | None:
-    """The largest rate that, like all rates below it, is healthy."""
+def is_evenly_spaced(rates: Collection[float]) -> bool:
+    """Whether each rate is about the same multiple of the one below: 1, 3, 10, 30 is; only then is a mean over them one
+    over the logarithm of the rate."""
+    ordered = sorted(rates)
+    steps = [math.log(high / low) for low, high in itertools.pairwise(ordered)]
+    return bool(steps) and max(steps) <= 1.25 * min(steps)
+
+
+def largest_stable_rate(is_healthy: Mapping[float, bool | None]) -> float | None:
+    """The largest rate that, like all rates below it, is known (not None) to be healthy."""
     stable = None
     for rate in sorted(is_healthy):
         if not is_healthy[rate]:

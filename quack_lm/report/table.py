@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from quack_lm.errors import printable
+
 NO_NUMBER = "–"
 
 
@@ -19,8 +21,8 @@ class Table:
     classes: Sequence[str] = field(default_factory=list)
 
     def as_text(self) -> str:
-        """Columns padded with blanks."""
-        rows = [self.header, *self.rows]
+        """Columns padded with blanks, for a terminal."""
+        rows = [[printable(cell) for cell in cells] for cells in (self.header, *self.rows)]
         widths = [max(len(cells[column]) for cells in rows) for column in range(len(self.header))]
         lines = ["  ".join(self._flush(i, cell, widths[i]) for i, cell in enumerate(cells)) for cells in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))

@@ -6,14 +6,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from quack_lm.config import choice
 from quack_lm.files import read_json, take_lock
 from quack_lm.sweep.file import override_value
 
 LOG_FILE = "train.log"
+METRICS_FILE = "metrics.jsonl"
 STOP_FILE = "stopped_by_rule.json"
+
+_Seconds = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 # Statuses that running again would only repeat.
 FINISHED = ("completed", "diverged", "stopped by rule")
@@ -52,11 +57,15 @@ class Cell:
         """The run as one line to paste into a shell."""
         return shell_line(["python", "scripts/train.py", *self.arguments()])
 
+    def bare_command(self) -> str:
+        """The same without the directory, for a reader who has another one."""
+        return shell_line(["python", "scripts/train.py", *self.overrides])
+
     # -------------------------------------------------------------------------------------------- what it has reached
 
     def summary(self) -> dict[str, Any]:
         """What the run wrote about itself so far; empty before it wrote anything, or where that is damaged."""
-        return read_json(self.run_dir / "summary.json")
+        return checked_summary(read_json(self.run_dir / "summary.json")) or {}
 
     def stop_record(self) -> dict[str, Any]:
         """What the stop rule of the sweep wrote when it ended this run; empty where it did not."""
@@ -97,15 +106,45 @@ class Cell:
 
     def last_line(self, key: str) -> dict[str, Any]:
         """The newest line of metrics.jsonl that has this key; empty where there is none near the end."""
-        path = self.run_dir / "metrics.jsonl"
+        path = self.run_dir / METRICS_FILE
         for line in reversed(tail(path).split("\n") if path.is_file() else []):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # cut by our window, or still being written
-            if isinstance(record, dict) and key in record:
+            # One that is cut by our window, or is still being written, is empty.
+            if key in (record := metrics_line(line)):
                 return record
         return {}
+
+
+class _Summary(pydantic.BaseModel):
+    """What is read of a summary.json, which may come from somebody else."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+
+    status: str = ""
+    reason: str | None = None
+    unstable: list[str] | None = None
+    step: Annotated[int, pydantic.Field(ge=0, lt=2**63)] = 0
+    tokens: Annotated[int, pydantic.Field(ge=0, lt=2**63)] = 0
+    elapsed_s: _Seconds = 0.0
+    outside_s: dict[str, _Seconds] | None = None
+    probes: int = 0
+
+
+def checked_summary(found: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary, if what is read of it is what it should be; else None."""
+    try:
+        _Summary.model_validate(found)
+    except pydantic.ValidationError:
+        return None
+    return found
+
+
+def metrics_line(line: str | bytes) -> dict[str, Any]:
+    """What a line of metrics.jsonl says; empty where it is damaged, or not such a line."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) and type(record.get("step")) is int else {}
 
 
 def shell_line(arguments: Sequence[str]) -> str:

@@ -1,4 +1,7 @@
-"""What a sweep costs: tokens, FLOPs, and the hours that they take at a speed that is assumed or was measured."""
+"""What a sweep costs: tokens, FLOPs, and the hours that they take at a speed that is assumed or was measured.
+
+Measured hours include validation, probes and checkpoints, and not the start of a run, which nothing records.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -61,13 +64,19 @@ def _seconds_measured(cells: Sequence[Cell]) -> dict[str, float]:
     """At the mean speed of the same attention and stabilizer where one has run, else of the attention, else of all."""
     measured: dict[tuple[str, ...], list[float]] = {}
     for cell in cells:
-        if speed := cell.summary().get("tokens_per_s"):
+        if seconds := _seconds_per_token(cell):
             for kind in _kinds(cell):
-                measured.setdefault(kind, []).append(speed)
+                measured.setdefault(kind, []).append(seconds)
     if not measured:
         return {}
-    speeds = {cell.name: next(measured[kind] for kind in _kinds(cell) if kind in measured) for cell in cells}
-    return {cell.name: cell.total_tokens / fmean(speeds[cell.name]) for cell in cells}
+    found = {cell.name: next(measured[kind] for kind in _kinds(cell) if kind in measured) for cell in cells}
+    return {cell.name: cell.total_tokens * fmean(found[cell.name]) for cell in cells}
+
+
+def _seconds_per_token(cell: Cell) -> float | None:
+    summary = cell.summary()
+    times = [summary.get("elapsed_s"), *(summary.get("outside_s") or {}).values()]
+    return sum(times) / summary["tokens"] if summary.get("tokens") and all(times[:1]) else None
 
 
 def _kinds(cell: Cell) -> list[tuple[str, ...]]:

@@ -39,7 +39,7 @@ class StopRule:
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
     loss_above_best: Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False)]
-    for_steps: pydantic.PositiveInt
+    for_steps: Annotated[int, pydantic.Field(gt=0, strict=True)]
 
     def __str__(self) -> str:
         return f"training loss above {self.loss_above_best:g} x the best at the same step for {self.for_steps} steps"
@@ -168,9 +168,9 @@ def _check(raw: dict[str, Any], question: str, name: str, path: Path) -> Sweep:
     seeds = raw.get("seeds", [0])
     if not seeds:
         raise UserError(f"{path}: seeds is empty; give at least one, for example [0]")
-    n_runs = math.prod(map(len, grid.values())) * len(seeds)
+    n_runs = (math.prod(map(len, grid.values())) + len(raw.get("extra", []))) * len(seeds)
     if n_runs > MOST_RUNS:
-        raise UserError(f"{path}: grid and seeds make {n_runs} runs, above {MOST_RUNS}: split the sweep")
+        raise UserError(f"{path}: grid, extra and seeds make {n_runs} runs, above {MOST_RUNS}: split the sweep")
     _check_exclusions(path, grid | {"seed": [str(seed) for seed in seeds]}, exclude)
     return Sweep(
         name=name,

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ from quack_lm.config import CONFIG_DIR
 from quack_lm.files import take_lock
 from quack_lm.sweep.cell import LOG_FILE, Cell, last_lines
 from quack_lm.sweep.file import StopRule
+from quack_lm.sweep.label import titles
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
 
 TRAIN_SCRIPT = CONFIG_DIR.parent / "scripts" / "train.py"
@@ -76,7 +77,8 @@ def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None
     failed: list[Cell] = []
     signals_passed_on = 0
     watch = Watch(stop, cells) if stop else None
-    with _signals() as received, _progress(cells) as bar:
+    named = titles(cells)
+    with _signals() as received, _progress(cells) as bar, _none_left_behind(running):
         watched_at = time.monotonic()
         while pending or running:
             if len(received) > signals_passed_on:
@@ -87,7 +89,7 @@ def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None
                 signals_passed_on = len(received)
             _start_what_fits(pending, free, running, threads)
             if watch and not received and time.monotonic() - watched_at > RULE_POLL_S:
-                running = _stop_hopeless(watch, running)
+                running[:] = _stop_hopeless(watch, running)
                 watched_at = time.monotonic()
             for entry in [entry for entry in running if entry.process.poll() is not None]:
                 running.remove(entry)
@@ -97,9 +99,20 @@ def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None
                 elif not received and not entry.cell.is_finished():
                     failed.append(entry.cell)
                 bar.write(_ending(entry, bool(received)), file=sys.stderr)
-            _advance(bar, cells, running)
+            _advance(bar, cells, running, named)
             time.sleep(POLL_S if pending or running else 0)
     return Outcome(failed=failed, signal=received[0] if received else None)
+
+
+@contextmanager
+def _none_left_behind(running: Sequence[Running]) -> Iterator[None]:
+    """Whatever ends the sweep itself also asks its runs to save and end."""
+    try:
+        yield
+    except BaseException:
+        for entry in running:
+            entry.process.send_signal(signal.SIGTERM)
+        raise
 
 
 def _start_what_fits(pending: list[Cell], free: list[Slot], running: list[Running], threads: int) -> None:
@@ -182,12 +195,12 @@ def _progress(cells: Sequence[Cell]) -> "tqdm[Any]":
     )
 
 
-def _advance(bar: "tqdm[Any]", cells: Sequence[Cell], running: Sequence[Running]) -> None:
+def _advance(bar: "tqdm[Any]", cells: Sequence[Cell], running: Sequence[Running], named: Mapping[str, str]) -> None:
     if bar.disable:
         return
     bar.n = _steps_settled(cells)
     finished = sum(cell.is_finished() for cell in cells)
-    names = ", ".join(entry.cell.name.rpartition("-")[0] for entry in running)
+    names = ", ".join(named[entry.cell.name] for entry in running)
     bar.set_postfix_str(f"{finished}/{len(cells)} runs done, now {names or '-'}")
 
 

@@ -1,6 +1,7 @@
 """The plan of a sweep: its cells, composed and checked, and the plan.json that records them."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,13 +36,14 @@ class _Choice(pydantic.BaseModel):
 
 
 class _Optimizer(_Choice):
-    lr: pydantic.FiniteFloat
+    lr: Annotated[pydantic.FiniteFloat, pydantic.Field(gt=0)]
 
 
 class _Trainer(pydantic.BaseModel):
     steps: pydantic.PositiveInt
     seq_len: pydantic.PositiveInt
     global_batch_size: pydantic.PositiveInt
+    unstable_logit: pydantic.PositiveFloat = math.inf
 
 
 class _Config(pydantic.BaseModel):
@@ -56,7 +58,7 @@ class Record(pydantic.BaseModel):
     """A cell as plan.json and the collected files have it, which may come from somebody else."""
 
     # One name, not a path: what is read and written lies in the sweep's directory.
-    name: Annotated[str, pydantic.Field(pattern=r"^[^/\x00.][^/\x00]*$")]
+    name: Annotated[str, pydantic.Field(pattern=r"^[^/\x00-\x1f\x7f.][^/\x00-\x1f\x7f]*$", max_length=200)]
     fingerprint: str
     overrides: list[str]
     config: dict[str, Any]
@@ -95,7 +97,7 @@ def reason(error: Exception) -> str:
 def make_cells(sweep: Sweep, directory: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     """Every run of the sweep, composed and checked; `overrides` join the base of each."""
     points = sweep.points()
-    _refuse_overridden_axes(sweep, points, overrides)
+    _refuse_lost_settings(sweep, points, overrides)
     cells: dict[str, Cell] = {}
     for point in points:
         cell = _cell([*sweep.base, f"seed={point.seed}", *overrides, *point.overrides], directory, sweep.name)
@@ -149,10 +151,24 @@ def _cell(overrides: list[str], directory: Path, sweep: str) -> Cell:
     return Cell(overrides=[*mirror, *overrides], config=config, fingerprint=identity, run_dir=run_dir)
 
 
-def _refuse_overridden_axes(sweep: Sweep, points: list[Point], overrides: Sequence[str]) -> None:
-    """A command-line value for a key that the grid sets would have no effect, silently."""
-    axes = set(itertools.chain.from_iterable([o.split("=")[0] for o in point.overrides] for point in points))
+def _refuse_lost_settings(sweep: Sweep, points: list[Point], overrides: Sequence[str]) -> None:
+    """A value that another one replaces in every cell would have no effect, silently."""
+    axes = set(itertools.chain.from_iterable(map(_key, point.overrides) for point in points))
     axes |= {"seed"} if len(sweep.seeds) > 1 else set()
     for override in overrides:
-        if override.split("=")[0] in axes:
+        if _key(override) in axes:
             raise UserError(f"{override}: the sweep {sweep.name} sets this key itself, cell by cell; change its file")
+    for override in [*sweep.base, *overrides, *itertools.chain.from_iterable(point.overrides for point in points)]:
+        if _key(override) == "run_dir":
+            raise UserError(f"{override}: a sweep names the directories of its runs itself; remove it, and use dir=")
+    for override in [*sweep.base, *itertools.chain.from_iterable(point.overrides for point in points)]:
+        if _key(override) == "seed":
+            raise UserError(f"{override}: a sweep file gives its seeds as seeds: [...]; remove it")
+    for point in points:
+        keys = [_key(override) for override in point.overrides]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise UserError(f"{twice}: two axes of the sweep {sweep.name} set this key; only one can count")
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].strip()

@@ -6,13 +6,12 @@ A cell is hopeless once its training loss has been above `loss_above_best` times
 sweep at the same step, for `for_steps` steps in a row, up to its newest.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from quack_lm.files import write_json
-from quack_lm.sweep.cell import STOP_FILE, Cell
+from quack_lm.sweep.cell import METRICS_FILE, STOP_FILE, Cell, metrics_line
 from quack_lm.sweep.file import StopRule
 
 
@@ -36,7 +35,7 @@ class Watch:
         return [cell for cell in running if is_hopeless(self.losses[cell.name], best, self.rule)]
 
     def _follow(self, cell: Cell) -> None:
-        path, start = cell.run_dir / "metrics.jsonl", self._read[cell.name]
+        path, start = cell.run_dir / METRICS_FILE, self._read[cell.name]
         if not path.is_file():
             return
         if path.stat().st_size < start:  # the run went back to a checkpoint and dropped what came after it
@@ -47,10 +46,10 @@ class Watch:
         whole = new[: new.rfind(b"\n") + 1]  # the last line may still be being written
         self._read[cell.name] = start + len(whole)
         for line in whole.splitlines():
-            record = json.loads(line)
+            record = metrics_line(line)
             if "train/loss" in record:
                 loss = record["train/loss"]
-                self.losses[cell.name][record["step"]] = math.inf if loss is None else loss
+                self.losses[cell.name][record["step"]] = loss if isinstance(loss, int | float) else math.inf
 
 
 def is_hopeless(losses: dict[int, float], best: dict[int, float], rule: StopRule) -> bool:
