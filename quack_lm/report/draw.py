@@ -27,7 +27,7 @@ MORE_LOOKS = (("#D55E00", "P"), ("#0072B2", "*"), ("#999999", "h"), ("#882255", 
 DASHES: tuple = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 FILLS = ("full", "none", "left", "top")
 # Towards black where negative, towards white where positive.
-SHADES = (0.0, -0.45, 0.45, -0.7, 0.65)
+SHADES = (0.0, -0.45, 0.45, -0.65, 0.65)
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -119,21 +119,23 @@ def save(figure: Figure, kind: str = "png") -> bytes:
         figure.savefig(buffer, format=kind)
     if kind != "png":
         return buffer.getvalue()
-    # A palette is a third of the bytes: a page with twenty figures should still travel by mail.
+    # A palette is a quarter of the bytes: a page with twenty figures should still travel by mail.
     small = io.BytesIO()
     with Image.open(buffer) as picture:
-        picture.convert("RGB").quantize(256).save(small, "png", optimize=True)
+        picture.convert("RGB").quantize(128, kmeans=3).save(small, "png", optimize=True)
     return small.getvalue()
 
 
 class Looks:
-    """Color and marker of each stabilizer; settings of the same stabilizer differ in shade, dashes and filling."""
+    """Color and marker of each stabilizer; its settings differ in dashes and filling, side by side also in shade."""
 
     def __init__(self, plot: Plot) -> None:
         lines = [line for panel in plot.panels for line in panel.lines]
         others = sorted({line.stabilizer for line in lines} - set(LOOKS))
         self.looks = LOOKS | {name: MORE_LOOKS[i % len(MORE_LOOKS)] for i, name in enumerate(others)}
         self.ranks = {name: rank for rank, name in enumerate(self.looks)}
+        crowds = [[line.stabilizer for line in panel.lines] for panel in plot.panels]
+        self.shades = SHADES if any(len(set(crowd)) < len(crowd) for crowd in crowds) else SHADES[:1]
         self.variations: dict[str, list[str]] = {}
         for line in lines:
             known = self.variations.setdefault(line.stabilizer, [])
@@ -143,7 +145,7 @@ class Looks:
         color, marker = self.looks[line.stabilizer]
         variation = self.variations[line.stabilizer].index(line.variation)
         return {
-            "color": _shade(color, SHADES[variation % len(SHADES)]),
+            "color": _shade(color, self.shades[variation % len(self.shades)]),
             "marker": marker,
             "fillstyle": FILLS[variation % len(FILLS)],
             "linestyle": DASHES[(self.ranks[line.stabilizer] + variation) % len(DASHES)],

@@ -185,7 +185,7 @@ def _curve_line(runs: Sequence[Result], read: Reader, *, smooth: bool, log_y: bo
     unstable: list[tuple[float, float]] = []
     for run, points in zip(runs, curves, strict=True):
         finite = [point for point in points if math.isfinite(point[1])]
-        if run.is_diverged or run.stop_record:
+        if (run.is_diverged or run.stop_record) and run.metrics:
             # A run that was over before its first value still gets its cross.
             diverged.append(finite[-1] if finite else (float(run.step), None))
         elif run.unstable:
