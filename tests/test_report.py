@@ -533,17 +533,16 @@ def test_the_first_head_out_of_range_is_found(tmp_path, save):
     (result,) = results.from_runs(save(cell)).results
     # Head 4 of layer 2 has 15 times the base, which passes 50 once 100 ** (step / 40) > 3.3: from step 10.5 on.
     assert result.blowup == (12, 2, 4)
-    row = "| mha, lr 0.3 | none | 0 | 12 | 2 | 4 |"
-    for directory in (tmp_path, tmp_path / "collected", tmp_path / "without_curves"):
+    row = "| mha, lr 0.3 | none | 1 of 1 | 12 | 2 | 4 | 0 |"
+    for directory in (tmp_path, tmp_path / "without_curves"):
         if directory != tmp_path:
             collected.write(tmp_path, directory)
-        if directory.name == "without_curves":
             (directory / collected.CURVES_FILE).unlink()
         report.write(directory, tmp_path / "out", command="")
         page = (tmp_path / "out" / "report.md").read_text()
         assert row in page
         assert "layer 2, head 4 left its range first, seen at step 12" in page
-        assert ("The curves of these runs are not here" in page) == (directory.name == "without_curves")
+        assert ("The curves of these runs are not here" in page) == (directory != tmp_path)
 
 
 def test_bytes_that_changed_in_the_collected_files_are_seen(tmp_path, save):
@@ -558,35 +557,22 @@ def test_bytes_that_changed_in_the_collected_files_are_seen(tmp_path, save):
         collected.load(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"step": "abc"},
-        {"step": -1},
-        {"unstable": 5},
-        {"reason": 5},
-        {"outside_s": [1]},
-        {"elapsed_s": "long"},
-        {"probes": None},
-    ],
-)
-def test_a_summary_of_something_else_counts_as_none(change, tmp_path, save):
-    cell = make_cell(tmp_path, "mha", "none")
-    write_run(cell)
-    summary = json.loads((cell.run_dir / "summary.json").read_text())
-    (cell.run_dir / "summary.json").write_text(json.dumps(summary | change))
-    assert results.from_runs(save(cell)).results[0].summary == {}
-    report.write(tmp_path, tmp_path / "out", command="")
-
-
-@pytest.mark.parametrize("value", ["abc", [], [[]], [[1.0], [1.0, 2.0]], [["a"]], {"a": 1}, [1.0]])
-def test_what_no_run_writes_into_its_metrics_is_left_out(value, tmp_path, save):
-    cell = make_cell(tmp_path, "mha", "none")
-    write_run(cell)
+def test_what_no_run_writes_is_left_out(tmp_path, save):
+    summaries = [{"step": "abc"}, {"step": -1}, {"unstable": 5}, {"reason": 5}, {"outside_s": [1]}, {"probes": None}]
+    values = ["abc", [], [[]], [[1.0], [1.0, 2.0]], [["a"]], {"a": 1}, [1.0]]
     keys = ("val/loss", "train/loss", "logits/max", "logits/max_per_head", "logits/delta_mean_per_head")
-    with (cell.run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 50, "tokens": 9} | dict.fromkeys(keys, value)) + "\n")
-    assert results.from_runs(save(cell)).results[0].metrics[-1] == {"step": 50, "tokens": 9}
+    cells = [make_cell(tmp_path, "mha", "none", seed=seed) for seed in range(len(summaries) + 1)]
+    for cell in cells:
+        write_run(cell)
+    for cell, change in zip(cells, summaries, strict=False):
+        summary = json.loads((cell.run_dir / "summary.json").read_text())
+        (cell.run_dir / "summary.json").write_text(json.dumps(summary | change))
+    with (cells[-1].run_dir / "metrics.jsonl").open("a") as file:
+        for value in values:
+            file.write(json.dumps({"step": 50, "tokens": 9} | dict.fromkeys(keys, value)) + "\n")
+    measured = results.from_runs(save(*cells)).results
+    assert [bool(result.summary) for result in measured] == [False] * len(summaries) + [True]
+    assert measured[-1].metrics[-len(values) :] == [{"step": 50, "tokens": 9}] * len(values)
     report.write(tmp_path, tmp_path / "out", command="")
 
 

@@ -6,7 +6,16 @@ from statistics import fmean, median
 
 from quack_lm.config import flatten
 from quack_lm.report import claims, runs
-from quack_lm.report.comparison import ROUNDING, best_settings, differences_at, losses, noise, over_rates, speeds
+from quack_lm.report.comparison import (
+    ROUNDING,
+    best_settings,
+    by_method,
+    differences_at,
+    losses,
+    noise,
+    over_rates,
+    speeds,
+)
 from quack_lm.report.results import Results
 from quack_lm.report.statistics import bootstrap_interval, seeds_needed
 from quack_lm.report.table import NO_NUMBER, Table, interval, loss, per_second
@@ -34,8 +43,8 @@ class Section:
 
 
 def before_figures(results: Results) -> list[Section]:
-    """Conclusions first; a section with nothing to say is left out."""
-    found = [
+    """Conclusions, and what is missing for them; a section with nothing to say is left out."""
+    return _with_content(
         Section(
             title="What the paper shows, and what these runs show",
             intro="Computed from the runs: a claim holds where every place that can test it bears it out, and a "
@@ -45,6 +54,17 @@ def before_figures(results: Results) -> list[Section]:
         ),
         _over_rates(results),
         _conditions(results),
+        Section(
+            title="Unfinished and missing runs",
+            intro=f"{results.plan.command} starts or continues them.",
+            lines=runs.unfinished(results),
+        ),
+    )
+
+
+def after_figures(results: Results) -> list[Section]:
+    """Everything one by one."""
+    return _with_content(
         _differences(results),
         _noise(results),
         _speeds(results),
@@ -52,21 +72,10 @@ def before_figures(results: Results) -> list[Section]:
         _blowups(results),
         Section(title="Runs to look at", intro="What the runs reported about themselves.", lines=runs.notes(results)),
         Section(
-            title="Unfinished and missing runs",
-            intro=f"{results.plan.command} starts or continues them.",
-            lines=runs.unfinished(results),
-        ),
-        Section(
             title="Runs outside the plan",
             intro="In this directory, but in no cell of the present sweep file, and shown nowhere above.",
             lines=results.not_in_plan(),
         ),
-    ]
-    return [section for section in found if section.has_content()]
-
-
-def after_figures(results: Results) -> list[Section]:
-    return [
         Section(title="All runs", intro=LEGEND, table=runs.table(results)),
         Section(
             title="The command of each run",
@@ -74,7 +83,11 @@ def after_figures(results: Results) -> list[Section]:
             lines=[result.cell.bare_command() for result in results.results],
             are_commands=True,
         ),
-    ]
+    )
+
+
+def _with_content(*sections: Section) -> list[Section]:
+    return [section for section in sections if section.has_content()]
 
 
 def provenance(results: Results, report_command: str) -> dict[str, str]:
@@ -223,16 +236,20 @@ def _measuring(results: Results) -> Section:
 
 
 def _blowups(results: Results) -> Section:
-    rows = [
-        (str(r.place), r.method, str(r.seed), *(str(number) for number in r.blowup))
-        for r in results.results
-        if r.blowup
-    ]
+    rows = []
+    for place in results.places():
+        for method, members in by_method(results.at(place)).items():
+            if found := [r for r in members if r.blowup]:
+                first = min(found, key=lambda r: r.blowup or ())
+                numbers = (*(first.blowup or ()), first.seed)
+                rows.append((str(place), method, f"{len(found)} of {len(members)}", *map(str, numbers)))
     return Section(
         title="Which head leaves its range first",
-        intro="The first probe at which a head's largest logit was above trainer.unstable_logit, and the head that was "
-        "then the largest; layers and heads count from 0.",
-        table=Table(header=("place", "method", "seed", "step", "layer", "head"), rows=rows, numeric=range(2, 6)),
+        intro="The earliest probe of any seed at which a head's largest logit was above trainer.unstable_logit, and "
+        "the head that was then the largest; layers and heads count from 0. Each run's own is below.",
+        table=Table(
+            header=("place", "method", "runs", "step", "layer", "head", "seed"), rows=rows, numeric=range(2, 7)
+        ),
     )
 
 
