@@ -13,7 +13,7 @@ import pytest
 
 from quack_lm import report
 from quack_lm.errors import UserError
-from quack_lm.report import claims, collected, figures, results, runs, table
+from quack_lm.report import claims, collected, figures, page, results, runs, table
 from quack_lm.report.comparison import differences_at, over_rates, speeds
 from quack_lm.report.results import middle_head
 from quack_lm.sweep.cell import Cell
@@ -116,6 +116,11 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path
 
     return write
+
+
+def as_markdown(directory: Path) -> str:
+    """The page without its pictures, which take seconds to draw."""
+    return page.as_markdown(collected.load(directory), [], "")
 
 
 def lines_of(plots: list[figures.Plot], name: str) -> dict[str, figures.Line]:
@@ -293,8 +298,8 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
     write_run(done, final=3.782)
     write_run(diverged, status="diverged", last_step=10)
     path = report.write(save(*cells), tmp_path / "out", command="python scripts/report.py somewhere")
-    page, markdown = path.read_text(), (tmp_path / "out" / "report.md").read_text()
-    for text in (page, markdown):
+    html, markdown = path.read_text(), (tmp_path / "out" / "report.md").read_text()
+    for text in (html, markdown):
         assert "mha brand_new lr 0.3 seed 0: pending" in text
         assert "diverged@10" in text
         assert "3.782" in text
@@ -306,11 +311,11 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
         assert "python scripts/sweep.py run sweep=demo" in text
         assert "python scripts/train.py attention=mha stabilizer=brand_new optimizer.lr=0.3 seed=0" in text
         assert str(tmp_path) not in text  # pages are passed on
-    assert "Held fixed: &lt;all&gt;." in page
-    assert "<script" not in page
+    assert "Held fixed: &lt;all&gt;." in html
+    assert "<script" not in html
     # Nothing is fetched: each image is in the page.
-    assert page.count('src="data:image/png;base64,') == page.count("<img ") == 8
-    assert "http" not in page
+    assert html.count('src="data:image/png;base64,') == html.count("<img ") == 8
+    assert "http" not in html
     figure_files = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
     names = ("val_loss", "train_loss", "max_logit", "max_logit_middle_head", "delta", "delta_middle_head")
     names += ("heat_max_mha_lr0.3", "heat_delta_mean_mha_lr0.3")
@@ -319,16 +324,23 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
 
 def test_report_of_a_sweep_that_has_not_started_is_a_page_without_figures(tmp_path, save):
     directory = save(make_cell(tmp_path, "mha", "none"))
-    page = report.write(directory, tmp_path / "out", command="x").read_text()
-    assert "1 runs: 1 pending" in page
-    assert "No run has written any metrics yet" in page
+    html = report.write(directory, tmp_path / "out", command="x").read_text()
+    assert "1 runs: 1 pending" in html
+    assert "No run has written any metrics yet" in html
+
+
+def test_a_page_without_the_curves_says_so(tmp_path, save):
+    cell = make_cell(tmp_path, "mha", "none")
+    write_run(cell)
+    (cell.run_dir / "metrics.jsonl").unlink()
+    assert "The curves of these runs are not here" in report.write(save(cell), tmp_path / "out", command="").read_text()
 
 
 def test_runs_that_the_plan_no_longer_has_are_listed(tmp_path, save):
     kept, dropped = make_cell(tmp_path, "mha", "none"), make_cell(tmp_path, "mha", "none", seed=7)
     write_run(kept)
     write_run(dropped)
-    assert dropped.name in report.write(save(kept), tmp_path / "out", command="x").read_text()
+    assert dropped.name in as_markdown(save(kept))
 
 
 def test_the_script_writes_beside_the_runs_and_says_where(tmp_path, save):
@@ -374,7 +386,6 @@ def test_the_report_works_from_the_collected_files_alone(tmp_path, save):
             was, now = old.curve(key), new.curve(key)
             assert [step for step, _ in was] == [step for step, _ in now]
             assert [v for _, v in was] == pytest.approx([v for _, v in now], rel=1e-6, nan_ok=True)
-    report.write(tmp_path / "b", tmp_path / "out", command="x")
     rows = (tmp_path / "b" / "results.csv").read_text().splitlines()
     assert len(rows) == 4
     assert "config.optimizer.lr" in rows[0]
@@ -538,11 +549,9 @@ def test_the_first_head_out_of_range_is_found(tmp_path, save):
         if directory != tmp_path:
             collected.write(tmp_path, directory)
             (directory / collected.CURVES_FILE).unlink()
-        report.write(directory, tmp_path / "out", command="")
-        page = (tmp_path / "out" / "report.md").read_text()
-        assert row in page
-        assert "layer 2, head 4 left its range first, seen at step 12" in page
-        assert ("The curves of these runs are not here" in page) == (directory != tmp_path)
+        text = as_markdown(directory)
+        assert row in text
+        assert "layer 2, head 4 left its range first, seen at step 12" in text
 
 
 def test_bytes_that_changed_in_the_collected_files_are_seen(tmp_path, save):
@@ -587,9 +596,8 @@ def test_a_name_cannot_steer_the_terminal(tmp_path, save):
 def test_the_cost_of_a_probe_is_told_in_steps_of_the_run(tmp_path, save):
     own = make_cell(tmp_path, "mla", "quack")
     write_run(own)
-    report.write(save(own), tmp_path / "report", command="")
     # 5 s for 10 probes, beside 12.5 s for 40 steps.
-    assert "| mla | probe | 500 ms | 1.60 | 1 |" in (tmp_path / "report" / "report.md").read_text()
+    assert "| mla | probe | 500 ms | 1.60 | 1 |" in as_markdown(save(own))
 
 
 def test_the_methods_are_put_side_by_side_under_each_choice(tmp_path, save):
@@ -604,7 +612,6 @@ def test_the_methods_are_put_side_by_side_under_each_choice(tmp_path, save):
         write_run(cell, final=3.9 if "none" in cell.name else 3.7)
     for cell in other:
         write_run(cell, final=3.5 if "none" in cell.name else 3.6)
-    report.write(save(*usual, *other), tmp_path / "report", command="")
-    page = (tmp_path / "report" / "report.md").read_text()
-    assert "| mla, lr 0.3 | as most runs | 3.900 [3.900, 3.900] | 3.700 [3.700, 3.700] | quack < none |" in page
-    assert "| mla, lr 0.3 | max_grad_norm=1 | 3.500 | 3.600 | none < quack |" in page
+    text = as_markdown(save(*usual, *other))
+    assert "| mla, lr 0.3 | as most runs | 3.900 [3.900, 3.900] | 3.700 [3.700, 3.700] | quack < none |" in text
+    assert "| mla, lr 0.3 | max_grad_norm=1 | 3.500 | 3.600 | none < quack |" in text
