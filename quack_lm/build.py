@@ -51,10 +51,10 @@ from quack_lm.watchdog import Watchdog
 
 T = TypeVar("T")
 
-# Longer than the watchdog waits: it tells more about a hang than a collective that gives up. And the ranks may arrive
-# far apart, for one per machine reads every byte of the data first.
-JOIN_TIMEOUT_S = 3600.0
+# Longer than the watchdog waits: it tells more about a hang than a collective that gives up.
 GRACE_S = 60.0
+# The ranks arrive far apart, for one per machine reads every byte of the data first: at least at this rate.
+READ_BYTES_PER_S = 1e8
 # What a node that died had locked is free again when the file server has noticed.
 LOCK_WAIT_S = 180.0
 
@@ -184,14 +184,28 @@ def default_run_dir(config: dict[str, Any]) -> Path:
 
 def build(plan: Plan) -> Run:
     """Start the processes' group, take the run directory, and build every object of the run."""
-    settings, config = plan.settings, plan.config
+    settings = plan.settings
     world = start_world(
         device=plan.device,
         # One float32 process needs no wrapping; in bfloat16 it gets FSDP's precision rules like many would.
         is_wrapped=launched_world()[1] > 1 or settings.precision != "float32",
         replicas=settings.replicas,
-        timeout_s=max(JOIN_TIMEOUT_S, settings.timeout_s + GRACE_S),
+        timeout_s=settings.timeout_s + GRACE_S + _bytes_read_first(plan) / READ_BYTES_PER_S,
     )
+    # From here on the ranks wait for each other, and none may hang; of a restart, one may wait for the lock.
+    limit_s = settings.timeout_s + (LOCK_WAIT_S if slurm.is_restart() else 0.0)
+    with Watchdog(limit_s, rank=world.rank).watching():
+        return _assemble(plan, world)
+
+
+def _bytes_read_first(plan: Plan) -> int:
+    """What some rank reads before it joins the others: all data, and the checkpoints until one is whole."""
+    checkpoints = sum(path.stat().st_size for path in (plan.run_dir / CHECKPOINTS).rglob("*") if path.is_file())
+    return plan.data.n_bytes + checkpoints
+
+
+def _assemble(plan: Plan, world: World) -> Run:
+    settings, config = plan.settings, plan.config
     lock = _by_main(world, plan.run_dir, lambda: _take_run_dir(plan))
     # Before: rank 0 has chosen a checkpoint. After: every rank has its name.
     chosen = world.texts(plan.resumes_from.name if plan.resumes_from else "")[0]

@@ -133,6 +133,11 @@ class TokenData:
         _check_shards(directory, manifest, verify_checksums=verify_checksums)
         return cls(directory, manifest, digest)
 
+    @property
+    def n_bytes(self) -> int:
+        """Of all shards."""
+        return sum(self.manifest.split(name).tokens for name in SPLITS) * self.manifest.token_dtype.itemsize
+
     def windows(self, split: SplitName, seq_len: int) -> "Windows":
         """The windows of a split, memory-mapped."""
         tokens = self.manifest.split(split).tokens

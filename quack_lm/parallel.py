@@ -146,7 +146,13 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
         if "RANK" not in os.environ:  # tasks of srun, which says who they are but not where to meet
             address, port = slurm.rendezvous()
             os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+        except RuntimeError as error:  # no mistake in the settings: a slow or broken machine, and another try may work
+            raise RuntimeError(
+                f"rank {rank} did not reach the other {size - 1} within {timeout_s:.0f} s: look for ranks that wrote "
+                "nothing, at MASTER_ADDR, and at the network"
+            ) from error
     if replicas > 1:
         mesh = init_device_mesh(device, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
     else:

@@ -46,8 +46,7 @@ def main(arguments: list[str]) -> int:
         # On the CPU whatever the run uses: a GPU that does not work must not keep the ranks from telling.
         world = start_world(device="cpu", is_wrapped=launched_world()[1] > 1, timeout_s=JOIN_TIMEOUT_S)
     except RuntimeError as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"the processes did not reach each other, check MASTER_ADDR and the network: {first}") from None
+        raise UserError(str(error)) from None
     patient = world.host_group(timeout_s=DATA_TIMEOUT_S)
     mine = own_rows(config, device)
     world.barrier(patient)

@@ -298,6 +298,32 @@ def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(tmp_path: Path, t
 
 
 @pytest.mark.slow
+def test_a_rank_that_hangs_before_the_first_step_ends_the_run_with_every_ranks_stack(
+    tmp_path: Path, tiny_data: list[str]
+) -> None:
+    # The main rank asks git for the revision, and this git does not answer; the other rank waits for it.
+    git = tmp_path / "bin/git"
+    git.parent.mkdir()
+    git.write_text("#!/bin/sh\nexec sleep 60\n")
+    git.chmod(0o755)
+    run_dir, path = tmp_path / "run", f"{git.parent}:{os.environ['PATH']}"
+    process = start([*tiny_data, *FAULTS, *LONG], run_dir, 2, PATH=path)
+    assert process.wait(timeout=100) != 0
+    first, second = stacks_of(run_dir)
+    assert re.search(r"build\.py\", line \d+, in _git", first)
+    assert re.search(r"build\.py\", line \d+, in _by_main", second)
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_ends_the_run_in_words(tmp_path: Path, tiny_data: list[str]) -> None:
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29741"}
+    process = start([*tiny_data, *FAULTS, "trainer.timeout_s=1"], tmp_path / "run", **alone)
+    assert process.wait(timeout=150) == 1
+    assert "rank 0 did not reach the other 1 within 61 s: look for ranks that wrote nothing" in log_of(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_run(tmp_path: Path, tiny_data: list[str]) -> None:
     run_dir = tmp_path / "run"
     process = start([*tiny_data, *FAULTS, *LONG], run_dir, 2)
