@@ -142,10 +142,16 @@ def check_run(config: dict[str, Any]) -> Plan:
     run_dir = Path(config["run_dir"] or default_run_dir(config))
     seen = _seen(run_dir, settings)
     resumes_from, finished = check_run_dir(run_dir, config, settings)
-    if resumes_from and checkpoint.read_state(resumes_from)["manifest_sha256"] != data.manifest_sha256:
-        raise UserError(
-            f"data.dir={corpus.dir} is not the data set that run_dir={run_dir} was trained on; choose another run_dir"
-        )
+    recipe: Recipe = instantiate(config["optimizer"])
+    stabilizer: Stabilizer = instantiate(config["stabilizer"])
+    _initialize(stabilizer, LogitWeights(reference.attentions))  # on the meta device
+    if resumes_from:
+        if checkpoint.read_state(resumes_from)["manifest_sha256"] != data.manifest_sha256:
+            raise UserError(
+                f"data.dir={corpus.dir} is not the data set that run_dir={run_dir} was trained on; choose another "
+                "run_dir"
+            )
+        _check_checkpoint(resumes_from, reference, recipe, stabilizer)
     # Last: it takes minutes, and nothing else that is wrong should wait for it.
     if corpus.verify_checksums and not finished:
         open_data(corpus, config["model"]["vocab_size"])
@@ -154,8 +160,8 @@ def check_run(config: dict[str, Any]) -> Plan:
         run_dir=run_dir,
         settings=settings,
         logger=instantiate(config["logger"]),
-        recipe=instantiate(config["optimizer"]),
-        stabilizer=instantiate(config["stabilizer"]),
+        recipe=recipe,
+        stabilizer=stabilizer,
         model=make_model(config, eot_id=data.manifest.eot_id if corpus.mask_documents else None),
         data=data,
         device=device,
@@ -210,16 +216,10 @@ def build(plan: Plan) -> Run:
     weights = LogitWeights(model.attentions)
     if resumes_from:
         checkpoint.load(resumes_from, model, optimizers, plan.stabilizer, world)
-    elif plan.stabilizer.needs_norms:
-        plan.stabilizer.initialize(weights.paths, weights.norms(plan.stabilizer.needs_norms))
+    else:
+        _initialize(plan.stabilizer, weights)
 
-    try:
-        progress = Progress.from_json(state.get("progress", {}))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{plan.resumes_from}: the progress in its state.json cannot be read ({error}); remove it to use the one "
-            "before"
-        ) from None
+    progress = _progress_of(resumes_from) if resumes_from else Progress()
     batch_tokens = settings.global_batch_size * settings.seq_len
     log = RunLog(plan.run_dir, plan.logger, world, batch_tokens=batch_tokens, total_steps=settings.steps)
     split = {"micro_batch_size": settings.micro_batch_size, "rank": world.rank, "world_size": world.size}
@@ -355,6 +355,32 @@ def _check_same_run(where: str, before: dict[str, Any], config: dict[str, Any]) 
         differences = ", ".join(f"{key}={before.get(key)}, not {now.get(key)}" for key in changed[:KEYS_NAMED])
         more = f" (and {len(changed) - KEYS_NAMED} more keys)" if len(changed) > KEYS_NAMED else ""
         raise UserError(f"{where} holds a run with {differences}{more}; choose another run_dir")
+
+
+def _check_checkpoint(found: Path, model: Transformer, recipe: Recipe, stabilizer: Stabilizer) -> None:
+    """UserError where a checkpoint does not hold a run's progress, and every tensor of these on the meta device."""
+    _progress_of(found)
+    optimizers = recipe.build(model)
+    checkpoint.create_optimizer_state(optimizers)
+    checkpoint.check_tensors(found, checkpoint.named_tensors(model, optimizers, stabilizer))
+
+
+def _progress_of(found: Path) -> Progress:
+    state = checkpoint.read_state(found)
+    try:
+        progress = Progress.from_json(state["progress"])
+        if progress.step != state["step"]:
+            raise ValueError(f"it is of step {progress.step}")
+    except ValueError as error:
+        raise UserError(
+            f"{found}: the progress in its state.json cannot be used ({error}); remove it to use the one before"
+        ) from None
+    return progress
+
+
+def _initialize(stabilizer: Stabilizer, weights: LogitWeights) -> None:
+    if stabilizer.needs_norms:
+        stabilizer.initialize(weights.paths, weights.norms(stabilizer.needs_norms))
 
 
 def _seen(run_dir: Path, settings: TrainerSettings) -> tuple[list[str], str | None]:

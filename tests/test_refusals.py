@@ -132,17 +132,38 @@ def bad_checkpoint(damage: Callable[[Path], object], message: str = r"TMP/run/ch
     return bad_run(forge, message)
 
 
-def reshaped(checkpoint: Path) -> None:
-    """A checkpoint with every name that the run expects, and a tensor of another shape."""
+def bad_progress(message: str, **changes: Any) -> Bad:
+    return bad_checkpoint(
+        edited("state.json", lambda s: s["progress"].update(changes)),
+        rf"TMP/run/checkpoints/step_00000002: the progress in its state\.json cannot be used \({message}",
+    )
+
+
+def with_a_pipe(checkpoint: Path) -> None:
+    """A checkpoint that lists a file which nobody writes to."""
+    os.mkfifo(checkpoint / "pipe")
+    edited("manifest.json", lambda m: m["files"].update(pipe={"bytes": 0, "sha256": "0" * 64}))(checkpoint)
+
+
+def resaved(
+    edit: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    *,
+    part: str = "model.",
+    about: str = "",
+) -> Callable[[Path], None]:
+    """A checkpoint with another first matrix of this part of it, or with other words about where its pieces lie."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    (path,) = checkpoint.glob("*.safetensors")
-    with safe_open(path, "pt") as file:
-        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    name = next(name for name in tensors if name.startswith("model.") and tensors[name].ndim == 2)
-    tensors[name] = tensors[name][:1, :1].clone()
-    save_file(tensors, path, about)
+    def damage(checkpoint: Path) -> None:
+        (path,) = checkpoint.glob("*.safetensors")
+        with safe_open(path, "pt") as file:
+            own, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        name = next(name for name in tensors if name.startswith(part) and tensors[name].ndim == 2)
+        tensors[name] = edit(tensors[name]).clone()
+        save_file(tensors, path, own | {"DCP_SHARDING_INFO": about} if about else own)
+
+    return damage
 
 
 def sweep_file(text: str | bytes, message: str, *arguments: str) -> Bad:
@@ -167,7 +188,7 @@ def doubling(levels: int = 60) -> str:
 # The environment of one process among many; a row adds what is wrong with it.
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 SMALL = ["model.n_layers=1", "trainer.val_sequences=2", "trainer.probe_sequences=2", "trainer.device=cpu"]
-RUN = [*SMALL, "optimizer.warmup_steps=0", "trainer.steps=4"]
+RUN = [*SMALL, "stabilizer=quack", "optimizer.warmup_steps=0", "trainer.steps=4"]
 
 # Each is appended to: experiment=tiny, a prepared data set, trainer.steps=1, run_dir=TMP/run.
 TRAIN: dict[str, Bad] = {
@@ -431,7 +452,56 @@ TRAIN: dict[str, Bad] = {
     "state_of_other_data": bad_checkpoint(
         edited("state.json", lambda s: s.update(manifest_sha256="0" * 64)), r"data\.dir=\S+ is not the data set"
     ),
-    "tensors_of_another_shape": bad_checkpoint(reshaped),
+    "state_without_progress": bad_checkpoint(
+        edited("state.json", lambda s: s.update(progress={})), r"step_\S+: the progress .*step: Field required"
+    ),
+    "state_without_a_key_of_progress": bad_checkpoint(
+        edited("state.json", lambda s: s["progress"].pop("probes")), r"step_\S+: the progress .*probes: Field required"
+    ),
+    "state_with_progress_of_another_step": bad_progress(r"it is of step 1\)", step=1),
+    "state_with_a_negative_step": bad_progress(r"step: .*greater than or equal to 0", step=-5),
+    "state_with_a_step_beyond_64_bits": bad_progress(r"step: .*less than 9223372036854775808", step=2**70),
+    "state_with_a_step_that_is_true": bad_progress(r"step: .*integer", step=True),
+    "state_with_a_list_of_seconds": bad_progress(r"outside_s: .*dictionary", outside_s=[1]),
+    "state_with_seconds_in_words": bad_progress(r"outside_s\.probe: .*number", outside_s={"probe": "1"}),
+    "state_with_endless_seconds": bad_progress(r"elapsed_s: .*finite", elapsed_s="inf"),
+    "state_with_a_list_of_losses": bad_progress(r"best_val_loss: .*number", best_val_loss=[1]),
+    "state_without_seconds": bad_progress(r"elapsed_s: .*number", elapsed_s=None),
+    "state_without_the_stabilizers_state": bad_checkpoint(
+        edited("state.json", lambda s: s.update(stabilizer_state=[])), r"step_\S+: .*another stabilizer"
+    ),
+    "state_with_one_more_of_the_stabilizers": bad_checkpoint(
+        edited("state.json", lambda s: s["stabilizer_state"].append("initial.w_x")), r"step_\S+: .*another stabilizer"
+    ),
+    "manifest_with_endless_bytes": bad_run(
+        lambda run: edited("manifest.json", lambda m: m["files"]["state.json"].update(bytes=float("inf")))(
+            next(run.glob("checkpoints/*"))
+        ),
+        r"none of the 1 checkpoints .*manifest\.json is not what a run writes",
+    ),
+    "checkpoint_has_a_pipe": bad_run(
+        lambda run: with_a_pipe(next(run.glob("checkpoints/*"))),
+        r"none of the 1 checkpoints .*pipe is no ordinary",
+    ),
+    "tensors_of_another_shape": bad_checkpoint(resaved(lambda matrix: matrix[:1, :1])),
+    "tensors_with_rows_missing": bad_checkpoint(
+        resaved(lambda matrix: matrix[:-1]), r"step_\S+: it has \d+ rows of mod"
+    ),
+    "tensors_of_another_dtype": bad_checkpoint(
+        resaved(lambda matrix: matrix.int()), r"step_\S+: it has model\.\S+ as torch\.int32, not torch\.float32"
+    ),
+    "tensors_of_the_optimizer_of_another_dtype": bad_checkpoint(
+        resaved(lambda matrix: matrix.half(), part="optimizer."),
+        r"step_\S+: it has optimizer\.\S+ as torch\.float16, not torch\.float32",
+    ),
+    "tensors_of_the_stabilizer_of_another_shape": bad_checkpoint(
+        resaved(lambda table: table[:, :-1], part="stabilizer."), r"step_\S+: it has another shape of stabilizer\."
+    ),
+    "places_of_tensors_in_no_json": bad_checkpoint(resaved(about="{"), r"step_\S+ is damaged \(JSONDecodeError"),
+    "places_of_tensors_in_a_list": bad_checkpoint(resaved(about="[]"), r"step_\S+ is damaged \(TypeError"),
+    "places_of_tensors_missing": bad_checkpoint(resaved(about='{"x": 1}'), r"step_\S+ is damaged \(KeyError"),
+    "places_of_tensors_in_words": bad_checkpoint(resaved(about='"here"'), r"step_\S+ is damaged \(TypeError"),
+    "places_of_tensors_nested": bad_checkpoint(resaved(about="[" * 99_999), r"step_\S+ is damaged \(RecursionError"),
     "tensors_are_a_pickle": bad_checkpoint(written("*.safetensors", b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.")),
     # more that a config from somebody else could try
     "target_train": one("trainer._target_=quack_lm.train.train", r"trainer\._target_='quack_lm\.train\.train'"),
