@@ -324,6 +324,11 @@ def check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettin
         raise UserError(
             f"run_dir={run_dir}: {existing} is not a directory that can be written to; choose another run_dir"
         )
+    place = run_dir / CHECKPOINTS
+    if (place.exists() or place.is_symlink()) and not (
+        place.is_dir() and os.access(place, os.R_OK | os.W_OK | os.X_OK)
+    ):
+        raise UserError(f"{place} is not a directory that can be written to; mend that, or choose another run_dir")
     if not (run_dir / "config.yaml").exists():
         if (run_dir / "metrics.jsonl").exists() or (run_dir / CHECKPOINTS).exists():
             raise UserError(f"run_dir={run_dir} holds results without their config.yaml; choose another run_dir")
@@ -338,11 +343,27 @@ def check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettin
         raise UserError(
             f"run_dir={run_dir} already holds this run; trainer.resume=auto continues it, or choose another run_dir"
         )
+    finished = _finished(run_dir, settings)
     # One process reads every byte and chooses; the others take its choice once they have met.
-    found = checkpoint.newest_valid(run_dir / CHECKPOINTS) if launched_world()[0] == 0 else None
+    found = checkpoint.newest_valid(place) if launched_world()[0] == 0 else None
     if found:
         _check_same_run(str(found), checkpoint.read_state(found)["config"], config)
-    return found, _finished(run_dir, settings)
+    elif launched_world()[0] == 0 and not finished:
+        _check_none_is_missing(run_dir)
+    return found, finished
+
+
+def _check_none_is_missing(run_dir: Path) -> None:
+    """UserError unless a run without a checkpoint never had one: to begin again is to discard its log.
+
+    Its summary knows: there is one before the log has a line, and each names the newest whole checkpoint.
+    """
+    last = read_json(run_dir / "summary.json").get("checkpoint_step", "unknown")
+    if (run_dir / "metrics.jsonl").exists() and last is not None:
+        raise UserError(
+            f"run_dir={run_dir} has the log of a run and no checkpoint (the last one, by its summary.json: step "
+            f"{last}); put its checkpoints back, or choose another run_dir to start again from step 0"
+        )
 
 
 def _check_same_run(where: str, before: dict[str, Any], config: dict[str, Any]) -> None:

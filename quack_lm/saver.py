@@ -41,6 +41,7 @@ class Saver:
         self.about = about or {}  # what every checkpoint of the run says beside its own state
         self.trouble: str | None = None
         self.total_s = 0.0  # from the call of `save` until the checkpoint is whole
+        self.whole_step = first_step or None  # of the newest whole checkpoint, as rank 0 knows it
         self._writer = TensorWriter(world, is_async=is_async)
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: Future[Any] | None = None  # first the tensors', then the commit's
@@ -96,11 +97,15 @@ class Saver:
             _set_aside(target)
             self._refused.discard(target)
         checkpoint.commit(self._aside(step), target, {"step": step, **self.about, **state}, kinds)
+        self.whole_step = step
         self.total_s += time.perf_counter() - self._began
         self._prune()
 
     def _prune(self) -> None:
         others = [path for path in checkpoint.found(self.directory) if path not in self._refused]
+        # By size alone: the newest was read when its manifest was made, and to read every byte of the others at each
+        # save would multiply what a save costs. One whose bits turned since counts as kept until a run wants to
+        # continue from it, which reads every byte and takes the one before; the newest is there in any case.
         whole = [path for path in others if not checkpoint.damage(path)]
         kept = set(checkpoint.kept(whole, keep=self.keep, keep_every=self.keep_every))
         for old in whole:

@@ -44,7 +44,7 @@ class Bad(NamedTuple):
     message: str
     files: dict[str, bytes] = {}  # noqa: RUF012
     env: dict[str, str] = {}  # noqa: RUF012
-    arrange: Callable[[Path, Given], None] | None = None
+    arrange: Callable[[Path, Given], object] | None = None
 
 
 def one(argument: str, message: str, **more: Any) -> Bad:
@@ -430,6 +430,32 @@ TRAIN: dict[str, Bad] = {
     "run_not_to_be_resumed": bad_run(
         lambda run: None, r"run_dir=TMP/run already holds this run; trainer\.resume=auto", "trainer.resume=never"
     ),
+    "run_without_its_checkpoints": bad_run(
+        lambda run: shutil.rmtree(run / "checkpoints"), r"run_dir=TMP/run has the log of a run and no .*: step 2\)"
+    ),
+    "run_without_its_checkpoints_and_summary": bad_run(
+        lambda run: [shutil.rmtree(run / "checkpoints"), (run / "summary.json").unlink()],
+        r"run_dir=TMP/run has the log of a run and no checkpoint .*: step unknown\)",
+    ),
+    "run_with_an_empty_directory_of_checkpoints": bad_run(
+        lambda run: shutil.rmtree(next(run.glob("checkpoints/*"))), r"run_dir=TMP/run has the log of a run and no "
+    ),
+    "run_whose_checkpoints_are_a_file": bad_run(
+        lambda run: [shutil.rmtree(run / "checkpoints"), (run / "checkpoints").touch()],
+        r"TMP/run/checkpoints is not a directory that can be written to",
+    ),
+    "run_whose_checkpoints_are_a_link_to_nothing": bad_run(
+        lambda run: [shutil.rmtree(run / "checkpoints"), (run / "checkpoints").symlink_to(run / "nowhere")],
+        r"TMP/run/checkpoints is not a directory that can be written to",
+    ),
+    "run_whose_checkpoints_are_read_only": bad_run(
+        lambda run: (run / "checkpoints").chmod(0o500), r"TMP/run/checkpoints is not a directory that can be written to"
+    ),
+    "fresh_run_whose_checkpoints_are_a_link_to_nothing": Bad(
+        [],
+        r"TMP/run/checkpoints is not a directory that can be written to",
+        arrange=lambda tmp_path, given: [(tmp_path / "run").mkdir(), (tmp_path / "run/checkpoints").symlink_to("x")],
+    ),
     # checkpoints
     "checkpoint_is_cut": bad_run(
         written("checkpoints/*/*.safetensors", b"\0" * 100), r"none of the 1 checkpoints in .*100 bytes"
@@ -778,7 +804,13 @@ TABLES = {
     "report": REPORT,
 }
 ROWS = [(table, name) for table, rows in TABLES.items() for name in rows]
-NEED_A_MACHINE_WITHOUT_A_GPU = {"gpu_without_a_gpu"}
+
+
+def skip_where_it_is_no_mistake(name: str) -> None:
+    if name == "gpu_without_a_gpu" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    if name == "run_whose_checkpoints_are_read_only" and os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
 
 
 @pytest.fixture(scope="module")
@@ -822,8 +854,7 @@ def assert_refused(code: Any, stdout: str, stderr: str, message: str, tmp_path: 
 def test_bad_input_ends_with_one_line_that_names_it_and_leaves_nothing(
     table: str, name: str, given: Given, tmp_path, monkeypatch, capsys
 ) -> None:
-    if name in NEED_A_MACHINE_WITHOUT_A_GPU and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+    skip_where_it_is_no_mistake(name)
     script, arguments, bad = arranged(table, name, given, tmp_path)
     monkeypatch.chdir(tmp_path)
     for key, value in bad.env.items():
@@ -859,8 +890,7 @@ FEW = {
 def test_bad_input_to_a_real_process_ends_with_exit_code_2_and_one_line(
     table: str, name: str, given: Given, tmp_path, seconds: list[float]
 ) -> None:
-    if name in NEED_A_MACHINE_WITHOUT_A_GPU and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+    skip_where_it_is_no_mistake(name)
     script, arguments, bad = arranged(table, name, given, tmp_path)
     before = snapshot(tmp_path, given.data, given.run)
     start = time.perf_counter()

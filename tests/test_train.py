@@ -233,6 +233,23 @@ def test_a_run_that_is_stopped_or_killed_continues_to_the_same_end(
     assert len(list((tmp_path / "straight/checkpoints").iterdir())) == 2
 
 
+def test_a_run_without_a_checkpoint_begins_again_only_if_it_never_had_one(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides, run_dir = [*tiny_data, "logger.log_every=1"], tmp_path / "run"
+    endless = [*overrides, "trainer.steps=100000"]
+    process = subprocess.Popen(command(endless, run_dir), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    wait_for_step(run_dir, 3, process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert summary(run_dir)["checkpoint_step"] is None
+    assert run_here(overrides, run_dir)["checkpoint_step"] == 8
+    assert [line["step"] for line in records(run_dir)] == list(range(9))
+    # A sweep takes over finished runs like this.
+    shutil.rmtree(run_dir / "checkpoints")
+    assert check_run(compose([*SMALL, *overrides, f"run_dir={run_dir}"])).finished == "completed"
+    with pytest.raises(UserError, match=r"no checkpoint \(the last one, by its summary\.json: step 8\)"):
+        check_run(compose([*SMALL, *overrides, "trainer.steps=9", f"run_dir={run_dir}"]))
+
+
 def test_a_run_whose_loss_is_no_number_ends_cleanly_as_diverged(tmp_path: Path, tiny_data: list[str]) -> None:
     # The rate overflows float32 in the first steps.
     done = run_process([*tiny_data, "optimizer=adamw", "optimizer.lr=1e38", "trainer.steps=40"], tmp_path / "run")
