@@ -18,7 +18,7 @@ import yaml
 from quack_lm import checkpoint, slurm
 from quack_lm.attention.base import Attention
 from quack_lm.attention.scores import check_backend
-from quack_lm.config import choice, fingerprint, identity, instantiate, read_yaml
+from quack_lm.config import choice, fingerprint, identity, instantiate, read_yaml, refuse_password
 from quack_lm.corpus import Corpus
 from quack_lm.data import EvalBatches, TokenData, TrainBatches
 from quack_lm.errors import UserError
@@ -129,6 +129,9 @@ def make_model(config: dict[str, Any], *, eot_id: int | None = None, backend: st
 def check_run(config: dict[str, Any]) -> Plan:
     """Check everything that a config promises against the data, the machine and the run directory; write nothing."""
     settings: TrainerSettings = instantiate(config["trainer"])
+    logger: LoggerSettings = instantiate(config["logger"])
+    if logger.wandb == "online":  # which prints its address
+        refuse_password("WANDB_BASE_URL in the environment", os.environ.get("WANDB_BASE_URL", ""))
     _, world_size, _ = launched_world()
     device = default_device() if settings.device == "auto" else settings.device
     check_world(device=device, replicas=settings.replicas)
@@ -159,7 +162,7 @@ def check_run(config: dict[str, Any]) -> Plan:
         config={**config, "run_dir": str(run_dir)},
         run_dir=run_dir,
         settings=settings,
-        logger=instantiate(config["logger"]),
+        logger=logger,
         recipe=recipe,
         stabilizer=stabilizer,
         model=make_model(config, eot_id=data.manifest.eot_id if corpus.mask_documents else None),

@@ -1,6 +1,7 @@
 """The one exception for a user's mistake, and how a script ends on it."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -50,5 +51,7 @@ def exit_without_teardown(code: int) -> NoReturn:
 
 
 def _one_line(text: str) -> str:
-    """The text on one line, and without what a foreign file could use to steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    """The text on one line, without what a foreign file could use to steer a terminal, and without passwords."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    # What a URL has before an @; of its beginning, a path keeps one slash, and a grammar may take the colon away.
+    return re.sub(r"(:/+|//)\S*@", r"\1***@", line)

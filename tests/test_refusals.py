@@ -51,6 +51,11 @@ def one(argument: str, message: str, **more: Any) -> Bad:
     return Bad([argument], message, **more)
 
 
+def secret(argument: str, message: str, *more: str) -> Bad:
+    """An argument with a password that no line may repeat."""
+    return Bad([argument, *more], rf"^(?!.*hunter2).*{message}")
+
+
 # ------------------------------------------------------------------------------------------------ ways to do damage
 
 
@@ -541,6 +546,26 @@ TRAIN: dict[str, Bad] = {
         ["data=local", "data.files=['https://duck:hunter2@pond.example/x.jsonl']"],
         r"^error: data\.files has a password in its URL(?!.*hunter2)",
     ),
+    "token_in_a_url": secret("logger.name='https://hunter2@pond.example/x'", r"logger\.name has a password"),
+    "token_in_a_url_that_is_replaced": secret(
+        "logger.name='https://hunter2@pond.example/x'", r"logger\.name has a password", "logger.name=pond"
+    ),
+    "password_for_a_number": secret("trainer.steps='https://duck:hunter2@h/x'", r"trainer\.steps has a password"),
+    "password_for_a_tokenizer": secret("data.tokenizer=https://duck:hunter2@h/x", r"data\.tokenizer has a password"),
+    "password_for_a_choice": secret("attention='https://duck:hunter2@h/x'", r"attention has a password"),
+    "password_in_what_cannot_be_read": secret("logger.tags=[https://duck:hunter2@h/x", r"cannot read .*//\*\*\*@h/x"),
+    "password_in_a_key": secret("https://duck:hunter2@h/x=3", r"cannot read 'https://\*\*\*@h/x=3'"),
+    "password_in_a_flag": secret("--https://duck:hunter2@h/x", r"unknown flag --https://\*\*\*@h/x"),
+    "password_in_the_name_of_a_file": secret(
+        "--config=https://duck:hunter2@h/x", r"--config https:/\*\*\*@h/x: no such"
+    ),
+    "password_in_a_dictionary": secret("logger.name={https://duck:hunter2@h: 1}", r"logger\.name=.*//\*\*\*@h: 1"),
+    "password_in_a_sweep_of_values": secret("seed=https://duck:hunter2@h,1", r"seed=https://\*\*\*@h,1: one run"),
+    "password_for_wandb": Bad(
+        ["logger.wandb=online"],
+        r"^error: WANDB_BASE_URL in the environment has a password in its URL(?!.*hunter2)",
+        env={"WANDB_BASE_URL": "https://hunter2@wandb.example"},
+    ),
     "data_set_of_the_hub_that_is_a_loader": Bad(["data=cosmopedia_v2", "data.name=pickle"], r"data\.name='pickle': "),
 }
 
@@ -573,6 +598,7 @@ CONFIG_FILES: dict[str, tuple[bytes, str]] = {
     ),
     "foreign_section": (b"seed: 1\nhook: {_target_: os.system, command: touch pwned}\n", r"unknown key hook"),
     "resolver": (b"seed: 1\nrun_dir: '${oc.env:HOME}'\n", r"run_dir='\$\{oc\.env:HOME\}'.*plain references"),
+    "password_for_a_number": (b"seed: 'https://duck:hunter2@h/x'\nrun_dir: x\n", r"^(?!.*hunter2).*seed='https://\*"),
     "number_as_a_key": (b"seed: 1\n3: 4\n", r"unknown key 3"),
     "anchors_into_themselves": (b"seed: &a [*a]\n", r"seed|TMP/file\.yaml"),
     "not_utf8": ("seed: größer\n".encode("latin-1"), r"--config TMP/file\.yaml: not a readable yaml"),
@@ -691,6 +717,9 @@ SWEEP: dict[str, Bad] = {
     "value_of_the_seed": sweep_file(MHA + "seeds: [0, 1]\n", r"seed=5: .* sets this key itself", "seed=5"),
     "unknown_scale": sweep_file(GRID, r"scale=smal: did you mean small\?", "scale=smal"),
     "no_scale": sweep_file(GRID, r"has scales: choose one with scale=big or scale=small"),
+    "token_in_a_url_for_every_run": sweep_file(
+        MHA, r"^(?!.*hunter2).*logger\.name has a password", "logger.name='https://hunter2@pond.example/x'"
+    ),
     "scale_of_a_file_without": sweep_file(MHA, r"has no scales", "scale=small"),
     "scale_with_an_unknown_key": sweep_file(
         GRID.replace("{base", "{sedes: [1], base"), r"unknown key scales\.small\.sedes; did you mean", "scale=small"
