@@ -18,7 +18,7 @@ import yaml
 from quack_lm import checkpoint, slurm
 from quack_lm.attention.base import Attention
 from quack_lm.attention.scores import check_backend
-from quack_lm.config import choice, fingerprint, identity, instantiate, read_yaml
+from quack_lm.config import choice, fingerprint, identity, instantiate, read_yaml, refuse_password
 from quack_lm.corpus import Corpus
 from quack_lm.data import EvalBatches, TokenData, TrainBatches
 from quack_lm.errors import UserError
@@ -129,6 +129,9 @@ def make_model(config: dict[str, Any], *, eot_id: int | None = None, backend: st
 def check_run(config: dict[str, Any]) -> Plan:
     """Check everything that a config promises against the data, the machine and the run directory; write nothing."""
     settings: TrainerSettings = instantiate(config["trainer"])
+    logger: LoggerSettings = instantiate(config["logger"])
+    if logger.wandb == "online":  # which prints its address
+        refuse_password("WANDB_BASE_URL in the environment", os.environ.get("WANDB_BASE_URL", ""))
     _, world_size, _ = launched_world()
     device = default_device() if settings.device == "auto" else settings.device
     check_world(device=device, replicas=settings.replicas)
@@ -142,10 +145,16 @@ def check_run(config: dict[str, Any]) -> Plan:
     run_dir = Path(config["run_dir"] or default_run_dir(config))
     seen = _seen(run_dir, settings)
     resumes_from, finished = check_run_dir(run_dir, config, settings)
-    if resumes_from and checkpoint.read_state(resumes_from)["manifest_sha256"] != data.manifest_sha256:
-        raise UserError(
-            f"data.dir={corpus.dir} is not the data set that run_dir={run_dir} was trained on; choose another run_dir"
-        )
+    recipe: Recipe = instantiate(config["optimizer"])
+    stabilizer: Stabilizer = instantiate(config["stabilizer"])
+    _initialize(stabilizer, LogitWeights(reference.attentions))  # on the meta device
+    if resumes_from:
+        if checkpoint.read_state(resumes_from)["manifest_sha256"] != data.manifest_sha256:
+            raise UserError(
+                f"data.dir={corpus.dir} is not the data set that run_dir={run_dir} was trained on; choose another "
+                "run_dir"
+            )
+        _check_checkpoint(resumes_from, reference, recipe, stabilizer)
     # Last: it takes minutes, and nothing else that is wrong should wait for it.
     if corpus.verify_checksums and not finished:
         open_data(corpus, config["model"]["vocab_size"])
@@ -153,9 +162,9 @@ def check_run(config: dict[str, Any]) -> Plan:
         config={**config, "run_dir": str(run_dir)},
         run_dir=run_dir,
         settings=settings,
-        logger=instantiate(config["logger"]),
-        recipe=instantiate(config["optimizer"]),
-        stabilizer=instantiate(config["stabilizer"]),
+        logger=logger,
+        recipe=recipe,
+        stabilizer=stabilizer,
         model=make_model(config, eot_id=data.manifest.eot_id if corpus.mask_documents else None),
         data=data,
         device=device,
@@ -224,16 +233,10 @@ def _assemble(plan: Plan, world: World) -> Run:
     weights = LogitWeights(model.attentions)
     if resumes_from:
         checkpoint.load(resumes_from, model, optimizers, plan.stabilizer, world)
-    elif plan.stabilizer.needs_norms:
-        plan.stabilizer.initialize(weights.paths, weights.norms(plan.stabilizer.needs_norms))
+    else:
+        _initialize(plan.stabilizer, weights)
 
-    try:
-        progress = Progress.from_json(state.get("progress", {}))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{plan.resumes_from}: the progress in its state.json cannot be read ({error}); remove it to use the one "
-            "before"
-        ) from None
+    progress = _progress_of(resumes_from) if resumes_from else Progress()
     batch_tokens = settings.global_batch_size * settings.seq_len
     log = RunLog(plan.run_dir, plan.logger, world, batch_tokens=batch_tokens, total_steps=settings.steps)
     split = {"micro_batch_size": settings.micro_batch_size, "rank": world.rank, "world_size": world.size}
@@ -338,6 +341,11 @@ def check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettin
         raise UserError(
             f"run_dir={run_dir}: {existing} is not a directory that can be written to; choose another run_dir"
         )
+    place = run_dir / CHECKPOINTS
+    if (place.exists() or place.is_symlink()) and not (
+        place.is_dir() and os.access(place, os.R_OK | os.W_OK | os.X_OK)
+    ):
+        raise UserError(f"{place} is not a directory that can be written to; mend that, or choose another run_dir")
     if not (run_dir / "config.yaml").exists():
         if (run_dir / "metrics.jsonl").exists() or (run_dir / CHECKPOINTS).exists():
             raise UserError(f"run_dir={run_dir} holds results without their config.yaml; choose another run_dir")
@@ -352,11 +360,27 @@ def check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettin
         raise UserError(
             f"run_dir={run_dir} already holds this run; trainer.resume=auto continues it, or choose another run_dir"
         )
+    finished = _finished(run_dir, settings)
     # One process reads every byte and chooses; the others take its choice once they have met.
-    found = checkpoint.newest_valid(run_dir / CHECKPOINTS) if launched_world()[0] == 0 else None
+    found = checkpoint.newest_valid(place) if launched_world()[0] == 0 else None
     if found:
         _check_same_run(str(found), checkpoint.read_state(found)["config"], config)
-    return found, _finished(run_dir, settings)
+    elif launched_world()[0] == 0 and not finished:
+        _check_none_is_missing(run_dir)
+    return found, finished
+
+
+def _check_none_is_missing(run_dir: Path) -> None:
+    """UserError unless a run without a checkpoint never had one: to begin again is to discard its log.
+
+    Its summary knows: there is one before the log has a line, and each names the newest whole checkpoint.
+    """
+    last = read_json(run_dir / "summary.json").get("checkpoint_step", "unknown")
+    if (run_dir / "metrics.jsonl").exists() and last is not None:
+        raise UserError(
+            f"run_dir={run_dir} has the log of a run and no checkpoint (the last one, by its summary.json: step "
+            f"{last}); put its checkpoints back, or choose another run_dir to start again from step 0"
+        )
 
 
 def _check_same_run(where: str, before: dict[str, Any], config: dict[str, Any]) -> None:
@@ -369,6 +393,32 @@ def _check_same_run(where: str, before: dict[str, Any], config: dict[str, Any]) 
         differences = ", ".join(f"{key}={before.get(key)}, not {now.get(key)}" for key in changed[:KEYS_NAMED])
         more = f" (and {len(changed) - KEYS_NAMED} more keys)" if len(changed) > KEYS_NAMED else ""
         raise UserError(f"{where} holds a run with {differences}{more}; choose another run_dir")
+
+
+def _check_checkpoint(found: Path, model: Transformer, recipe: Recipe, stabilizer: Stabilizer) -> None:
+    """UserError where a checkpoint does not hold a run's progress, and every tensor of these on the meta device."""
+    _progress_of(found)
+    optimizers = recipe.build(model)
+    checkpoint.create_optimizer_state(optimizers)
+    checkpoint.check_tensors(found, checkpoint.named_tensors(model, optimizers, stabilizer))
+
+
+def _progress_of(found: Path) -> Progress:
+    state = checkpoint.read_state(found)
+    try:
+        progress = Progress.from_json(state["progress"])
+        if progress.step != state["step"]:
+            raise ValueError(f"it is of step {progress.step}")
+    except ValueError as error:
+        raise UserError(
+            f"{found}: the progress in its state.json cannot be used ({error}); remove it to use the one before"
+        ) from None
+    return progress
+
+
+def _initialize(stabilizer: Stabilizer, weights: LogitWeights) -> None:
+    if stabilizer.needs_norms:
+        stabilizer.initialize(weights.paths, weights.norms(stabilizer.needs_norms))
 
 
 def _seen(run_dir: Path, settings: TrainerSettings) -> tuple[list[str], str | None]:

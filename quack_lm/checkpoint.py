@@ -7,7 +7,9 @@
 
 A directory is a checkpoint only if its manifest matches it. Nothing in it is a pickle: a checkpoint from a stranger can
 run no code. No state of a random generator is in it, because no training step draws a number: the order of the data
-and the initial weights are functions of the seed. `saver.py` decides when and where checkpoints are written.
+and the initial weights are functions of the seed. Nor are the largest logits that QK clip follows: `step.py` clears
+them after every step, and a checkpoint is taken between steps. `saver.py` decides when and where checkpoints are
+written.
 """
 
 import errno
@@ -20,14 +22,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
@@ -39,6 +39,7 @@ from quack_lm.stabilizers.base import Stabilizer
 STATE = "state.json"
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_\d{8,}")
+OF_STABILIZER = "stabilizer."
 HASHING_THREADS = 8
 # The bytes of a file are put together in memory before they are written: safetensors knows no other way.
 FILE_BYTES = 1 << 30
@@ -66,6 +67,26 @@ class Digest:
 
     bytes: int
     sha256: str
+
+
+class Kind(NamedTuple):
+    """What is known of a tensor without its values; of a sharded one, of the whole."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def kinds(tensors: dict[str, Tensor]) -> dict[str, Kind]:
+    """The kind of each tensor."""
+    return {name: Kind(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+class Piece(NamedTuple):
+    """A part of a tensor as it lies in a file: where it begins in the whole, and its own shape and dtype."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def found(directory: Path) -> list[Path]:
@@ -101,14 +122,16 @@ def damage(checkpoint: Path, *, verify_checksums: bool = False) -> str | None:
     """What is wrong with a checkpoint, or None; without checksums, its files are still checked for their sizes."""
     try:
         listed = read_manifest(checkpoint)
-        sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != MANIFEST}
-        for name in sorted(listed.keys() | sizes.keys()):
-            if name not in sizes:
+        paths = {path.name: path for path in checkpoint.iterdir() if path.name != MANIFEST}
+        for name in sorted(listed.keys() | paths.keys()):
+            if name not in paths:
                 return f"{name} is missing"
             if name not in listed:
                 return f"{name} is not in its {MANIFEST}"
-            if sizes[name] != listed[name].bytes:
-                return f"{name} has {sizes[name]} bytes, not {listed[name].bytes}"
+            if not paths[name].is_file():  # to read a pipe is to wait for ever
+                return f"{name} is no ordinary file"
+            if (size := paths[name].stat().st_size) != listed[name].bytes:
+                return f"{name} has {size} bytes, not {listed[name].bytes}"
         if verify_checksums:
             with ThreadPoolExecutor(HASHING_THREADS) as threads:
                 digests = threads.map(lambda name: file_digest(checkpoint / name), listed)
@@ -129,19 +152,19 @@ def read_manifest(checkpoint: Path) -> dict[str, Digest]:
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
         listed = {name: Digest(int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):  # int() of Infinity
         raise ValueError(f"its {MANIFEST} is not what a run writes") from None
     if STATE not in listed or any(Path(name).name != name for name in listed):
         raise ValueError(f"its {MANIFEST} is not what a run writes")
     return listed
 
 
-def commit(aside: Path, target: Path, state: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
+def commit(aside: Path, target: Path, state: dict[str, Any], wanted: dict[str, Kind]) -> None:
     """Give written tensors their state, their manifest and, once the disk has all of it, their name.
 
-    `shapes` are those of the whole tensors; OSError where the files of all ranks do not hold all of them.
+    OSError where the files of all ranks do not hold every tensor that is wanted.
     """
-    if wrong := _first_wrong(_stored(aside), shapes):
+    if wrong := _first_wrong(_stored(aside), wanted):
         raise OSError(errno.EIO, f"{wrong}, though all ranks have written")
     write_atomically(aside / STATE, json.dumps(state, indent=2) + "\n")
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
@@ -173,6 +196,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ) from None
 
 
+def check_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """UserError where a checkpoint does not hold these tensors of `named_tensors`, whole, of the same kinds.
+
+    Their values are not asked for: they may lie on the meta device.
+    """
+    wrong = _first_wrong(_stored(checkpoint), kinds(tensors))
+    listed = read_state(checkpoint)["stabilizer_state"]
+    if listed != sorted(name.removeprefix(OF_STABILIZER) for name in tensors if name.startswith(OF_STABILIZER)):
+        wrong = f"its {STATE} lists a stabilizer_state of another stabilizer"
+    if wrong:
+        raise UserError(f"{checkpoint}: {wrong}; remove it to use the one before, or use another run_dir")
+
+
 def load(
     checkpoint: Path,
     model: nn.Module,
@@ -180,42 +216,53 @@ def load(
     stabilizer: Stabilizer,
     world: World,
 ) -> None:
-    """Take back weights, optimizer and stabilizer state, in place; each rank reads what it holds."""
+    """Take back weights, optimizer and stabilizer state, in place; each rank reads what it holds.
+
+    The stabilizer has been initialized, if only on the meta device: its state says what there is to read.
+    """
     create_optimizer_state(optimizers)
-    tensors = named_tensors(model, optimizers)
-    known = _stored(checkpoint)
-    own = {f"stabilizer.{name}": name for name in read_state(checkpoint)["stabilizer_state"]}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    shapes |= {key: known[key].size if key in known else torch.Size() for key in own}
-    if wrong := _first_wrong(known, shapes):
-        raise UserError(f"{checkpoint}: {wrong}; remove it to use the one before, or use another run_dir")
-    for key in own:
-        tensors[key] = torch.empty(known[key].size, dtype=known[key].properties.dtype, device=world.device)
+    own = {name: torch.empty_like(value, device=world.device) for name, value in stabilizer.state_dict().items()}
+    tensors = named_tensors(model, optimizers) | {f"{OF_STABILIZER}{name}": value for name, value in own.items()}
+    check_tensors(checkpoint, tensors)
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.mesh is None)
-    stabilizer.load_state_dict({name: tensors[key] for key, name in own.items()})
+    stabilizer.load_state_dict(own)
 
 
-def _stored(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+def _stored(checkpoint: Path) -> dict[str, list[Piece]]:
     """What lies in a checkpoint's files of tensors, from their headers alone; UserError if one cannot be read."""
+    pieces: dict[str, list[Piece]] = {}
     try:
-        found = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise UserError(f"{checkpoint} is damaged ({error}); remove it to use the one before") from None
-    return {name: meta for name, meta in found.items() if isinstance(meta, TensorStorageMetadata)}
+        # By place: replicas have the same one.
+        for place, part in HuggingFaceStorageReader(str(checkpoint)).read_metadata().storage_data.items():
+            # A number is stored as one element, with or without a dimension.
+            start, shape = tuple(place.offset) or (0,), tuple(part.shape) or (1,)
+            pieces.setdefault(place.fqn, []).append(Piece(start, shape, part.dtype))
+    except Exception as error:  # a header is a stranger's json, whose reader expects its own and raises anything
+        raise UserError(
+            f"{checkpoint} is damaged ({type(error).__name__}: {error}); remove it to use the one before"
+        ) from None
+    return pieces
 
 
-def _first_wrong(stored: dict[str, TensorStorageMetadata], shapes: dict[str, torch.Size]) -> str | None:
-    """What is missing of these tensors; torch.distributed.checkpoint would leave rows of a lost file as they are."""
-    for name, shape in shapes.items():
+def _first_wrong(stored: dict[str, list[Piece]], wanted: dict[str, Kind]) -> str | None:
+    """What is missing of these tensors; torch.distributed.checkpoint would leave rows of a lost file as they are, and
+    would round numbers of another dtype."""
+    for name, (shape, dtype) in wanted.items():
         if name not in stored:
             return f"it lacks {name}: a file is missing, or it belongs to another model"
-        # A number is stored as one element, with or without a dimension.
-        if len(shape) and stored[name].size != shape:
-            return f"it has another shape of {name}"
-        # Replicas have the same place.
-        pieces = {tuple(chunk.offsets): chunk.sizes.numel() for chunk in stored[name].chunks}
-        if sum(pieces.values()) != shape.numel():
-            return f"it lacks a part of {name}: a file is missing"
+        if other := {str(piece.dtype) for piece in stored[name]} - {str(dtype)}:
+            return f"it has {name} as {min(other)}, not {dtype}"
+        n_rows, *row = shape or (1,)
+        covered = 0
+        for piece in sorted(stored[name], key=lambda piece: (piece.start, piece.shape)):
+            if piece.shape[1:] != tuple(row):
+                return f"it has another shape of {name}"
+            # Tensors are sharded by rows alone.
+            if piece.start != (covered, *(0 for _ in row)):
+                return f"it lacks a part of {name}: a file is missing"
+            covered += piece.shape[0]
+        if covered != n_rows:
+            return f"it has {covered} rows of {name}, not {n_rows}: a file is missing, or it belongs to another model"
     return None
 
 
@@ -286,7 +333,7 @@ def named_tensors(
         for parameter, state in optimizer.state.items():
             tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
     if stabilizer is not None:
-        tensors |= {f"stabilizer.{name}": value for name, value in stabilizer.state_dict().items()}
+        tensors |= {f"{OF_STABILIZER}{name}": value for name, value in stabilizer.state_dict().items()}
     return tensors
 
 

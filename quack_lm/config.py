@@ -251,6 +251,8 @@ def _parse_one(text: str) -> Override:
         raise UserError(f"{text}: one run takes one value per key; use scripts/sweep.py for several")
     if override.is_delete() or override.package is not None:
         raise UserError(f"{text}: write key=value; keys cannot be deleted or moved")
+    # Here too, for the command itself is written down, with what a later override replaces.
+    refuse_password(override.key_or_group, str(override.value()))
     return override
 
 
@@ -374,11 +376,19 @@ def _refuse_unstorable(key: str, value: Any) -> None:
         raise UserError(f"{key}={value!r} has a NUL character; remove it")
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{key}={value!r} is not UTF-8 text; no file could hold it")
-    if isinstance(value, str) and re.search(r"://[^/@\s]*:[^/@\s]*@", value):
-        # The value is not repeated: it would stand in a log.
-        raise UserError(f"{key} has a password in its URL, which every run would write down; take user:password@ out")
+    if isinstance(value, str):
+        refuse_password(key, value)
     if isinstance(value, int) and abs(value) >= 2**63:
         raise UserError(f"{key}={value} is beyond 64 bits; give a smaller number")
+
+
+def refuse_password(key: str, value: str) -> None:
+    """UserError where a URL has something before the @ of its host: a token needs no colon to be one."""
+    if re.search(r"://[^/@\s]+@", value):
+        # The value is not repeated: it would stand in a log.
+        raise UserError(
+            f"{key} has a password in its URL, or a token, which would be written down; take what is before the @ out"
+        )
 
 
 def _refuse_unknown(prefix: str, values: dict[Any, Any], known: list[str]) -> None:

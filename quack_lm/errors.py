@@ -1,6 +1,7 @@
 """The one exception for a user's mistake, and how a script ends on it."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -55,4 +56,6 @@ def printable(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    return printable(" ".join(text.split()))
+    """The text on one line, printable, and without passwords."""
+    # What a URL has before an @; of its beginning, a path keeps one slash, and a grammar may take the colon away.
+    return re.sub(r"(:/+|//)\S*@", r"\1***@", printable(" ".join(text.split())))

@@ -6,9 +6,13 @@ beside it, a list of reasons to call it unstable.
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, create_model
+
+# What 64 bits hold: a step goes into tensors.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +48,21 @@ def kind_of_end(status: str, reason: str | None) -> str:
 class Progress:
     """What a run knows of itself; a checkpoint carries it."""
 
-    step: int = 0
+    step: Count = 0
     best_loss: float | None = None
-    steps_above: int = 0
+    steps_above: Count = 0
     initial_val_loss: float | None = None
     val_loss: float | None = None
-    val_step: int | None = None
+    val_step: Count | None = None
     best_val_loss: float | None = None
     max_logit: float | None = None
     peak_logit: float | None = None
     delta_mean: float | None = None
-    elapsed_s: float = 0.0  # training alone
-    timed_s: float = 0.0  # the same without warm-up intervals
-    timed_tokens: int = 0
-    outside_s: dict[str, float] = field(default_factory=dict)  # probe, validation, checkpoint
-    probes: int = 0
+    elapsed_s: Seconds = 0.0  # training alone
+    timed_s: Seconds = 0.0  # the same without warm-up intervals
+    timed_tokens: Count = 0
+    outside_s: dict[str, Seconds] = field(default_factory=dict)  # probe, validation, checkpoint
+    probes: Count = 0
 
     def as_json(self) -> dict[str, Any]:
         """For `from_json`: what is not finite travels as a word, because JSON has no number for it."""
@@ -67,8 +71,16 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
-        """What `as_json` gave."""
+        """What `as_json` gave, every key of it; ValueError in one line for anything else."""
         own: dict[str, Any] = {k: float(v) if isinstance(v, str) else v for k, v in values.items()}
+        # Strict, since what would only be odd here ends a run far from here, or makes its results wrong.
+        fields: Any = {name: (hint, ...) for name, hint in get_type_hints(cls, include_extras=True).items()}
+        schema = create_model(cls.__name__, __config__=ConfigDict(strict=True, extra="forbid"), **fields)
+        try:
+            schema.model_validate(own)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         return cls(**own)
 
     def take_losses(self, losses: list[float], rules: StabilityRules) -> str | None:

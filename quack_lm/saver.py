@@ -13,11 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quack_lm import checkpoint
-from quack_lm.checkpoint import TensorWriter
+from quack_lm.checkpoint import Kind, TensorWriter
 from quack_lm.parallel import World
 
 
@@ -42,10 +41,11 @@ class Saver:
         self.about = about or {}  # what every checkpoint of the run says beside its own state
         self.trouble: str | None = None
         self.total_s = 0.0  # from the call of `save` until the checkpoint is whole
+        self.whole_step = first_step or None  # of the newest whole checkpoint, as rank 0 knows it
         self._writer = TensorWriter(world, is_async=is_async)
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: Future[Any] | None = None  # first the tensors', then the commit's
-        self._uncommitted: tuple[int, dict[str, Any], dict[str, torch.Size]] | None = None
+        self._uncommitted: tuple[int, dict[str, Any], dict[str, Kind]] | None = None
         self._began = 0.0
         # What lies beyond the step that the run continues from was refused: neither counted nor deleted.
         self._refused = {path for path in checkpoint.found(directory) if checkpoint.step_of(path) > first_step}
@@ -65,8 +65,8 @@ class Saver:
         # Before: rank 0 has made the directory, or could not. After: every rank knows which.
         if any(self.world.largest(self.trouble is not None)):
             return
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self._work, self._uncommitted = self._writer.write(aside, tensors), (step, state, shapes)
+        entry = (step, state, checkpoint.kinds(tensors))
+        self._work, self._uncommitted = self._writer.write(aside, tensors), entry
         if not self._writer.is_async:
             self.wait()
 
@@ -91,17 +91,21 @@ class Saver:
             shutil.rmtree(left)
         aside.mkdir(parents=True)
 
-    def _commit(self, step: int, state: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
+    def _commit(self, step: int, state: dict[str, Any], kinds: dict[str, Kind]) -> None:
         target = self.directory / checkpoint.name_of(step)
         if target.exists():  # a damaged one: a valid one would have been continued
             _set_aside(target)
             self._refused.discard(target)
-        checkpoint.commit(self._aside(step), target, {"step": step, **self.about, **state}, shapes)
+        checkpoint.commit(self._aside(step), target, {"step": step, **self.about, **state}, kinds)
+        self.whole_step = step
         self.total_s += time.perf_counter() - self._began
         self._prune()
 
     def _prune(self) -> None:
         others = [path for path in checkpoint.found(self.directory) if path not in self._refused]
+        # By size alone: the newest was read when its manifest was made, and to read every byte of the others at each
+        # save would multiply what a save costs. One whose bits turned since counts as kept until a run wants to
+        # continue from it, which reads every byte and takes the one before; the newest is there in any case.
         whole = [path for path in others if not checkpoint.damage(path)]
         kept = set(checkpoint.kept(whole, keep=self.keep, keep_every=self.keep_every))
         for old in whole:

@@ -303,6 +303,7 @@ def summarize(run: Run, status: str, *, reason: str | None = None, tokens_per_s:
         "elapsed_s": progress.elapsed_s,
         "outside_s": progress.outside_s,
         "checkpoint_s": run.saver.total_s,
+        "checkpoint_step": run.saver.whole_step,
         "probes": progress.probes,
         **run.facts,
     }

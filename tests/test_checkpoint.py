@@ -103,6 +103,10 @@ def make_foreign(path: Path) -> None:
     path.write_text("{}")
 
 
+def make_endless(path: Path) -> None:
+    path.write_text('{"files": {"state.json": {"bytes": Infinity, "sha256": ""}}}')
+
+
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "cut tensors": (SHARD, cut, "has .* bytes, not"),
     "empty tensors": (SHARD, lambda path: path.write_bytes(b""), "has 0 bytes, not"),
@@ -113,6 +117,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "no manifest": ("manifest.json", Path.unlink, "no manifest.json"),
     "cut manifest": ("manifest.json", cut, "not what a run writes|is missing|another sha256"),
     "foreign manifest": ("manifest.json", make_foreign, "not what a run writes"),
+    "manifest with endless bytes": ("manifest.json", make_endless, "not what a run writes"),
+    "a pipe for the state": ("state.json", lambda path: path.unlink() or os.mkfifo(path), "is no ordinary file"),
     "one more file": ("stranger.safetensors", lambda path: path.write_bytes(b"x"), "is not in its manifest"),
     "nothing at all": (".", lambda path: [p.unlink() for p in path.iterdir()] and None, "no manifest.json"),
 }

@@ -44,11 +44,16 @@ class Bad(NamedTuple):
     message: str
     files: dict[str, bytes] = {}  # noqa: RUF012
     env: dict[str, str] = {}  # noqa: RUF012
-    arrange: Callable[[Path, Given], None] | None = None
+    arrange: Callable[[Path, Given], object] | None = None
 
 
 def one(argument: str, message: str, **more: Any) -> Bad:
     return Bad([argument], message, **more)
+
+
+def secret(argument: str, message: str, *more: str) -> Bad:
+    """An argument with a password that no line may repeat."""
+    return Bad([argument, *more], rf"^(?!.*hunter2).*{message}")
 
 
 # ------------------------------------------------------------------------------------------------ ways to do damage
@@ -132,17 +137,38 @@ def bad_checkpoint(damage: Callable[[Path], object], message: str = r"TMP/run/ch
     return bad_run(forge, message)
 
 
-def reshaped(checkpoint: Path) -> None:
-    """A checkpoint with every name that the run expects, and a tensor of another shape."""
+def bad_progress(message: str, **changes: Any) -> Bad:
+    return bad_checkpoint(
+        edited("state.json", lambda s: s["progress"].update(changes)),
+        rf"TMP/run/checkpoints/step_00000002: the progress in its state\.json cannot be used \({message}",
+    )
+
+
+def with_a_pipe(checkpoint: Path) -> None:
+    """A checkpoint that lists a file which nobody writes to."""
+    os.mkfifo(checkpoint / "pipe")
+    edited("manifest.json", lambda m: m["files"].update(pipe={"bytes": 0, "sha256": "0" * 64}))(checkpoint)
+
+
+def resaved(
+    edit: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    *,
+    part: str = "model.",
+    about: str = "",
+) -> Callable[[Path], None]:
+    """A checkpoint with another first matrix of this part of it, or with other words about where its pieces lie."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    (path,) = checkpoint.glob("*.safetensors")
-    with safe_open(path, "pt") as file:
-        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    name = next(name for name in tensors if name.startswith("model.") and tensors[name].ndim == 2)
-    tensors[name] = tensors[name][:1, :1].clone()
-    save_file(tensors, path, about)
+    def damage(checkpoint: Path) -> None:
+        (path,) = checkpoint.glob("*.safetensors")
+        with safe_open(path, "pt") as file:
+            own, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        name = next(name for name in tensors if name.startswith(part) and tensors[name].ndim == 2)
+        tensors[name] = edit(tensors[name]).clone()
+        save_file(tensors, path, own | {"DCP_SHARDING_INFO": about} if about else own)
+
+    return damage
 
 
 def sweep_file(text: str | bytes, message: str, *arguments: str) -> Bad:
@@ -167,7 +193,7 @@ def doubling(levels: int = 60) -> str:
 # The environment of one process among many; a row adds what is wrong with it.
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 SMALL = ["model.n_layers=1", "trainer.val_sequences=2", "trainer.probe_sequences=2", "trainer.device=cpu"]
-RUN = [*SMALL, "optimizer.warmup_steps=0", "trainer.steps=4"]
+RUN = [*SMALL, "stabilizer=quack", "optimizer.warmup_steps=0", "trainer.steps=4"]
 
 # Each is appended to: experiment=tiny, a prepared data set, trainer.steps=1, run_dir=TMP/run.
 TRAIN: dict[str, Bad] = {
@@ -409,6 +435,32 @@ TRAIN: dict[str, Bad] = {
     "run_not_to_be_resumed": bad_run(
         lambda run: None, r"run_dir=TMP/run already holds this run; trainer\.resume=auto", "trainer.resume=never"
     ),
+    "run_without_its_checkpoints": bad_run(
+        lambda run: shutil.rmtree(run / "checkpoints"), r"run_dir=TMP/run has the log of a run and no .*: step 2\)"
+    ),
+    "run_without_its_checkpoints_and_summary": bad_run(
+        lambda run: [shutil.rmtree(run / "checkpoints"), (run / "summary.json").unlink()],
+        r"run_dir=TMP/run has the log of a run and no checkpoint .*: step unknown\)",
+    ),
+    "run_with_an_empty_directory_of_checkpoints": bad_run(
+        lambda run: shutil.rmtree(next(run.glob("checkpoints/*"))), r"run_dir=TMP/run has the log of a run and no "
+    ),
+    "run_whose_checkpoints_are_a_file": bad_run(
+        lambda run: [shutil.rmtree(run / "checkpoints"), (run / "checkpoints").touch()],
+        r"TMP/run/checkpoints is not a directory that can be written to",
+    ),
+    "run_whose_checkpoints_are_a_link_to_nothing": bad_run(
+        lambda run: [shutil.rmtree(run / "checkpoints"), (run / "checkpoints").symlink_to(run / "nowhere")],
+        r"TMP/run/checkpoints is not a directory that can be written to",
+    ),
+    "run_whose_checkpoints_are_read_only": bad_run(
+        lambda run: (run / "checkpoints").chmod(0o500), r"TMP/run/checkpoints is not a directory that can be written to"
+    ),
+    "fresh_run_whose_checkpoints_are_a_link_to_nothing": Bad(
+        [],
+        r"TMP/run/checkpoints is not a directory that can be written to",
+        arrange=lambda tmp_path, given: [(tmp_path / "run").mkdir(), (tmp_path / "run/checkpoints").symlink_to("x")],
+    ),
     # checkpoints
     "checkpoint_is_cut": bad_run(
         written("checkpoints/*/*.safetensors", b"\0" * 100), r"none of the 1 checkpoints in .*100 bytes"
@@ -431,7 +483,56 @@ TRAIN: dict[str, Bad] = {
     "state_of_other_data": bad_checkpoint(
         edited("state.json", lambda s: s.update(manifest_sha256="0" * 64)), r"data\.dir=\S+ is not the data set"
     ),
-    "tensors_of_another_shape": bad_checkpoint(reshaped),
+    "state_without_progress": bad_checkpoint(
+        edited("state.json", lambda s: s.update(progress={})), r"step_\S+: the progress .*step: Field required"
+    ),
+    "state_without_a_key_of_progress": bad_checkpoint(
+        edited("state.json", lambda s: s["progress"].pop("probes")), r"step_\S+: the progress .*probes: Field required"
+    ),
+    "state_with_progress_of_another_step": bad_progress(r"it is of step 1\)", step=1),
+    "state_with_a_negative_step": bad_progress(r"step: .*greater than or equal to 0", step=-5),
+    "state_with_a_step_beyond_64_bits": bad_progress(r"step: .*less than 9223372036854775808", step=2**70),
+    "state_with_a_step_that_is_true": bad_progress(r"step: .*integer", step=True),
+    "state_with_a_list_of_seconds": bad_progress(r"outside_s: .*dictionary", outside_s=[1]),
+    "state_with_seconds_in_words": bad_progress(r"outside_s\.probe: .*number", outside_s={"probe": "1"}),
+    "state_with_endless_seconds": bad_progress(r"elapsed_s: .*finite", elapsed_s="inf"),
+    "state_with_a_list_of_losses": bad_progress(r"best_val_loss: .*number", best_val_loss=[1]),
+    "state_without_seconds": bad_progress(r"elapsed_s: .*number", elapsed_s=None),
+    "state_without_the_stabilizers_state": bad_checkpoint(
+        edited("state.json", lambda s: s.update(stabilizer_state=[])), r"step_\S+: .*another stabilizer"
+    ),
+    "state_with_one_more_of_the_stabilizers": bad_checkpoint(
+        edited("state.json", lambda s: s["stabilizer_state"].append("initial.w_x")), r"step_\S+: .*another stabilizer"
+    ),
+    "manifest_with_endless_bytes": bad_run(
+        lambda run: edited("manifest.json", lambda m: m["files"]["state.json"].update(bytes=float("inf")))(
+            next(run.glob("checkpoints/*"))
+        ),
+        r"none of the 1 checkpoints .*manifest\.json is not what a run writes",
+    ),
+    "checkpoint_has_a_pipe": bad_run(
+        lambda run: with_a_pipe(next(run.glob("checkpoints/*"))),
+        r"none of the 1 checkpoints .*pipe is no ordinary",
+    ),
+    "tensors_of_another_shape": bad_checkpoint(resaved(lambda matrix: matrix[:1, :1])),
+    "tensors_with_rows_missing": bad_checkpoint(
+        resaved(lambda matrix: matrix[:-1]), r"step_\S+: it has \d+ rows of mod"
+    ),
+    "tensors_of_another_dtype": bad_checkpoint(
+        resaved(lambda matrix: matrix.int()), r"step_\S+: it has model\.\S+ as torch\.int32, not torch\.float32"
+    ),
+    "tensors_of_the_optimizer_of_another_dtype": bad_checkpoint(
+        resaved(lambda matrix: matrix.half(), part="optimizer."),
+        r"step_\S+: it has optimizer\.\S+ as torch\.float16, not torch\.float32",
+    ),
+    "tensors_of_the_stabilizer_of_another_shape": bad_checkpoint(
+        resaved(lambda table: table[:, :-1], part="stabilizer."), r"step_\S+: it has another shape of stabilizer\."
+    ),
+    "places_of_tensors_in_no_json": bad_checkpoint(resaved(about="{"), r"step_\S+ is damaged \(JSONDecodeError"),
+    "places_of_tensors_in_a_list": bad_checkpoint(resaved(about="[]"), r"step_\S+ is damaged \(TypeError"),
+    "places_of_tensors_missing": bad_checkpoint(resaved(about='{"x": 1}'), r"step_\S+ is damaged \(KeyError"),
+    "places_of_tensors_in_words": bad_checkpoint(resaved(about='"here"'), r"step_\S+ is damaged \(TypeError"),
+    "places_of_tensors_nested": bad_checkpoint(resaved(about="[" * 99_999), r"step_\S+ is damaged \(RecursionError"),
     "tensors_are_a_pickle": bad_checkpoint(written("*.safetensors", b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.")),
     # more that a config from somebody else could try
     "target_train": one("trainer._target_=quack_lm.train.train", r"trainer\._target_='quack_lm\.train\.train'"),
@@ -444,6 +545,26 @@ TRAIN: dict[str, Bad] = {
     "password_in_a_url": Bad(
         ["data=local", "data.files=['https://duck:hunter2@pond.example/x.jsonl']"],
         r"^error: data\.files has a password in its URL(?!.*hunter2)",
+    ),
+    "token_in_a_url": secret("logger.name='https://hunter2@pond.example/x'", r"logger\.name has a password"),
+    "token_in_a_url_that_is_replaced": secret(
+        "logger.name='https://hunter2@pond.example/x'", r"logger\.name has a password", "logger.name=pond"
+    ),
+    "password_for_a_number": secret("trainer.steps='https://duck:hunter2@h/x'", r"trainer\.steps has a password"),
+    "password_for_a_tokenizer": secret("data.tokenizer=https://duck:hunter2@h/x", r"data\.tokenizer has a password"),
+    "password_for_a_choice": secret("attention='https://duck:hunter2@h/x'", r"attention has a password"),
+    "password_in_what_cannot_be_read": secret("logger.tags=[https://duck:hunter2@h/x", r"cannot read .*//\*\*\*@h/x"),
+    "password_in_a_key": secret("https://duck:hunter2@h/x=3", r"cannot read 'https://\*\*\*@h/x=3'"),
+    "password_in_a_flag": secret("--https://duck:hunter2@h/x", r"unknown flag --https://\*\*\*@h/x"),
+    "password_in_the_name_of_a_file": secret(
+        "--config=https://duck:hunter2@h/x", r"--config https:/\*\*\*@h/x: no such"
+    ),
+    "password_in_a_dictionary": secret("logger.name={https://duck:hunter2@h: 1}", r"logger\.name=.*//\*\*\*@h: 1"),
+    "password_in_a_sweep_of_values": secret("seed=https://duck:hunter2@h,1", r"seed=https://\*\*\*@h,1: one run"),
+    "password_for_wandb": Bad(
+        ["logger.wandb=online"],
+        r"^error: WANDB_BASE_URL in the environment has a password in its URL(?!.*hunter2)",
+        env={"WANDB_BASE_URL": "https://hunter2@wandb.example"},
     ),
     "data_set_of_the_hub_that_is_a_loader": Bad(["data=cosmopedia_v2", "data.name=pickle"], r"data\.name='pickle': "),
 }
@@ -477,6 +598,7 @@ CONFIG_FILES: dict[str, tuple[bytes, str]] = {
     ),
     "foreign_section": (b"seed: 1\nhook: {_target_: os.system, command: touch pwned}\n", r"unknown key hook"),
     "resolver": (b"seed: 1\nrun_dir: '${oc.env:HOME}'\n", r"run_dir='\$\{oc\.env:HOME\}'.*plain references"),
+    "password_for_a_number": (b"seed: 'https://duck:hunter2@h/x'\nrun_dir: x\n", r"^(?!.*hunter2).*seed='https://\*"),
     "number_as_a_key": (b"seed: 1\n3: 4\n", r"unknown key 3"),
     "anchors_into_themselves": (b"seed: &a [*a]\n", r"seed|TMP/file\.yaml"),
     "not_utf8": ("seed: größer\n".encode("latin-1"), r"--config TMP/file\.yaml: not a readable yaml"),
@@ -605,6 +727,9 @@ SWEEP: dict[str, Bad] = {
     "index_without_end": Bad(["task", "file=x", "index=" + "9" * 5000], r"index=9+ must be a whole number"),
     "unknown_scale": sweep_file(GRID, r"scale=smal: did you mean small\?", "scale=smal"),
     "no_scale": sweep_file(GRID, r"has scales: choose one with scale=big or scale=small"),
+    "token_in_a_url_for_every_run": sweep_file(
+        MHA, r"^(?!.*hunter2).*logger\.name has a password", "logger.name='https://hunter2@pond.example/x'"
+    ),
     "scale_of_a_file_without": sweep_file(MHA, r"has no scales", "scale=small"),
     "scale_with_an_unknown_key": sweep_file(
         GRID.replace("{base", "{sedes: [1], base"), r"unknown key scales\.small\.sedes; did you mean", "scale=small"
@@ -732,7 +857,13 @@ TABLES = {
     "report": REPORT,
 }
 ROWS = [(table, name) for table, rows in TABLES.items() for name in rows]
-NEED_A_MACHINE_WITHOUT_A_GPU = {"gpu_without_a_gpu"}
+
+
+def skip_where_it_is_no_mistake(name: str) -> None:
+    if name == "gpu_without_a_gpu" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    if name == "run_whose_checkpoints_are_read_only" and os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
 
 
 @pytest.fixture(scope="module")
@@ -776,8 +907,7 @@ def assert_refused(code: Any, stdout: str, stderr: str, message: str, tmp_path: 
 def test_bad_input_ends_with_one_line_that_names_it_and_leaves_nothing(
     table: str, name: str, given: Given, tmp_path, monkeypatch, capsys
 ) -> None:
-    if name in NEED_A_MACHINE_WITHOUT_A_GPU and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+    skip_where_it_is_no_mistake(name)
     script, arguments, bad = arranged(table, name, given, tmp_path)
     monkeypatch.chdir(tmp_path)
     for key, value in bad.env.items():
@@ -813,8 +943,7 @@ FEW = {
 def test_bad_input_to_a_real_process_ends_with_exit_code_2_and_one_line(
     table: str, name: str, given: Given, tmp_path, seconds: list[float]
 ) -> None:
-    if name in NEED_A_MACHINE_WITHOUT_A_GPU and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+    skip_where_it_is_no_mistake(name)
     script, arguments, bad = arranged(table, name, given, tmp_path)
     before = snapshot(tmp_path, given.data, given.run)
     start = time.perf_counter()

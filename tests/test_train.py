@@ -79,10 +79,10 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith("throughput/")} for line in lines]
 
 
-def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Everything in the newest checkpoint of a single-process run."""
+def final_tensors(run_dir: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Everything in the newest checkpoint, by file: each rank's have the same names."""
     newest = sorted((run_dir / "checkpoints").glob("step_*"))[-1]
-    return {k: v for file in newest.glob("*.safetensors") for k, v in load_file(file).items()}
+    return {(file.name, k): v for file in newest.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
@@ -174,6 +174,34 @@ def test_a_continued_run_equals_one_that_never_stopped(
     assert_same_tensors(tmp_path / "straight", tmp_path / "stopped")
 
 
+PAIRS = [f"{attention}/{stabilizer}" for attention in choices("attention") for stabilizer in choices("stabilizer")]
+
+
+@pytest.mark.parametrize(
+    "pairs", [["mla/qk_clip"], pytest.param(PAIRS, marks=pytest.mark.slow)], ids=["one pair", "every pair"]
+)
+def test_a_continued_run_of_two_ranks_equals_one_that_never_stopped(
+    pairs: list[str], tmp_path: Path, tiny_data: list[str]
+) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    overrides = [*SMALL, *tiny_data, "logger.log_every=1", "trainer.val_every=2", "trainer.probe_every=2"]
+    done = subprocess.run(
+        [*launcher, "tests/resume_worker.py", str(tmp_path), *pairs, "--", *overrides],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    for pair in pairs:
+        straight, stopped = tmp_path / pair / "straight", tmp_path / pair / "stopped"
+        assert (stopped / "checkpoints/step_00000004").exists()
+        assert summary(stopped)["world_size"] == 2
+        assert len({file for file, _ in final_tensors(straight)}) == 2
+        assert records(straight) == records(stopped)
+        assert_same_tensors(straight, stopped)
+
+
 def test_a_checkpoint_of_two_ranks_continues_on_one(tmp_path: Path, tiny_data: list[str]) -> None:
     overrides = [*tiny_data, "attention=mla", "stabilizer=quack", "logger.log_every=1", "trainer.probe_every=2"]
     run_here(overrides, tmp_path / "straight")
@@ -231,6 +259,23 @@ def test_a_run_that_is_stopped_or_killed_continues_to_the_same_end(
     assert records(tmp_path / "straight") == records(tmp_path / "stopped")
     assert_same_tensors(tmp_path / "straight", tmp_path / "stopped")
     assert len(list((tmp_path / "straight/checkpoints").iterdir())) == 2
+
+
+def test_a_run_without_a_checkpoint_begins_again_only_if_it_never_had_one(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides, run_dir = [*tiny_data, "logger.log_every=1"], tmp_path / "run"
+    endless = [*overrides, "trainer.steps=100000"]
+    process = subprocess.Popen(command(endless, run_dir), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    wait_for_step(run_dir, 3, process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert summary(run_dir)["checkpoint_step"] is None
+    assert run_here(overrides, run_dir)["checkpoint_step"] == 8
+    assert [line["step"] for line in records(run_dir)] == list(range(9))
+    # A sweep takes over finished runs like this.
+    shutil.rmtree(run_dir / "checkpoints")
+    assert check_run(compose([*SMALL, *overrides, f"run_dir={run_dir}"])).finished == "completed"
+    with pytest.raises(UserError, match=r"no checkpoint \(the last one, by its summary\.json: step 8\)"):
+        check_run(compose([*SMALL, *overrides, "trainer.steps=9", f"run_dir={run_dir}"]))
 
 
 def test_a_run_whose_loss_is_no_number_ends_cleanly_as_diverged(tmp_path: Path, tiny_data: list[str]) -> None:

@@ -56,7 +56,11 @@ class Recipe(ABC):
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         betas = (self.adamw_beta1, self.adamw_beta2)
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=self.adamw_eps, fused=True)
+        # On the meta device, where the state is made only to see what a checkpoint must hold, no kernel is fused.
+        is_fused = not any(p.is_meta for p in parameters)
+        return torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=lr, betas=betas, eps=self.adamw_eps, fused=is_fused
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

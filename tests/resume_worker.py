@@ -1,0 +1,36 @@
+"""Runs that never stop and runs that are continued, many in one group of processes; run by tests/test_train.py.
+
+torchrun --nproc-per-node 2 tests/resume_worker.py DIRECTORY attention/stabilizer ... -- key=value ...
+"""
+
+import sys
+from functools import cache
+
+from quack_lm import build
+from quack_lm.config import compose
+from quack_lm.train import train
+
+# Low enough that heads are clipped at every step.
+EXTRA = {"qk_clip": ["stabilizer.threshold=0.1"]}
+
+
+def main(directory: str, pairs: list[str], overrides: list[str]) -> None:
+    """Each pair straight to the end, and in two pieces."""
+    # A process group each would take longer than its run.
+    build.start_world = start_world = cache(build.start_world)
+    for pair in pairs:
+        attention, stabilizer = pair.split("/")
+        for name, more in (("straight", []), ("stopped", ["trainer.steps=4"]), ("stopped", [])):
+            own = [f"attention={attention}", f"stabilizer={stabilizer}", *EXTRA.get(stabilizer, []), *more]
+            run = build.build(build.check_run(compose([*overrides, *own, f"run_dir={directory}/{pair}/{name}"])))
+            train(run)
+            if run.lock is not None:
+                run.lock.close()  # as the end of its process would
+            run.world.barrier()
+    assert start_world.cache_info().misses == 1
+    run.world.leave(0)
+
+
+if __name__ == "__main__":
+    at = sys.argv.index("--")
+    main(sys.argv[1], sys.argv[2:at], sys.argv[at + 1 :])
