@@ -22,7 +22,7 @@ from quack_lm.config import choice, fingerprint, identity, instantiate, read_yam
 from quack_lm.corpus import Corpus
 from quack_lm.data import EvalBatches, TokenData, TrainBatches
 from quack_lm.errors import UserError
-from quack_lm.files import read_json, take_lock, write_atomically, write_json
+from quack_lm.files import open_regular, read_json, take_lock, write_atomically, write_json
 from quack_lm.metrics import (
     LoggerSettings,
     RunLog,
@@ -397,7 +397,7 @@ def _take_run_dir(plan: Plan) -> IO[str]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Appending: a run that is refused leaves not even a new time on the file.
-        lock = (run_dir / ".lock").open("a")
+        lock = open_regular(run_dir / ".lock", "a")
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}; choose another run_dir") from None
     if not take_lock(lock, wait_s=LOCK_WAIT_S if slurm.is_restart() else 0.0):
