@@ -4,7 +4,10 @@ The rows below go through the scripts' own main blocks. What a manifest may not 
 may not be in test_corpus.py, a damaged checkpoint and a run directory in use in test_train.py.
 """
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import re
 import shutil
@@ -103,6 +106,26 @@ def replaced_by_a_pipe(file: str) -> Callable[[Path], None]:
     return damage
 
 
+def linked_to_zeros(file: str) -> Callable[[Path], None]:
+    """A file without an end."""
+
+    def damage(directory: Path) -> None:
+        (directory / file).unlink()
+        (directory / file).symlink_to("/dev/zero")
+
+    return damage
+
+
+def pipe(name: str) -> dict[str, Any]:
+    """A pipe in TMP, which nobody writes to."""
+
+    def arrange(tmp_path: Path, given: Given) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(tmp_path / name)
+
+    return {"arrange": arrange}
+
+
 def bad_data(damage: Callable[[Path], object], message: str) -> Bad:
     return one(
         "data.dir=TMP/data", rf"data\.dir: TMP/data\S* is damaged or foreign: .*{message}", **damaged_data(damage)
@@ -143,6 +166,27 @@ def reshaped(checkpoint: Path) -> None:
     name = next(name for name in tensors if name.startswith("model.") and tensors[name].ndim == 2)
     tensors[name] = tensors[name][:1, :1].clone()
     save_file(tensors, path, about)
+
+
+def bad_tokenizer(damage: Callable[[Path], object], message: str) -> Bad:
+    """The tokenizer of the data set is copied to TMP/t and damaged."""
+
+    def arrange(tmp_path: Path, given: Given) -> None:
+        shutil.copytree(given.data / "tokenizer", tmp_path / "t")
+        damage(tmp_path / "t")
+
+    return one("data.tokenizer=TMP/t", rf"data\.tokenizer=TMP/t: {message}", arrange=arrange)
+
+
+def tokenizer_settings(**changes: Any) -> Callable[[Path], None]:
+    return edited("tokenizer_config.json", lambda settings: settings.update(changes))
+
+
+def words_without_an_unknown(state: dict[str, Any]) -> None:
+    """A tokenizer that loads, and fails at the first word that it does not know."""
+    vocabulary = {"<|endoftext|>": 0} | {f"w{number}": number for number in range(1, 300)}
+    state["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
+    state["added_tokens"] = []
 
 
 def sweep_file(text: str | bytes, message: str, *arguments: str) -> Bad:
@@ -368,6 +412,8 @@ TRAIN: dict[str, Bad] = {
     ),
     "shard_is_a_link": bad_data(linked_out("val_00000.bin"), r"link to a file outside"),
     "shard_is_a_pipe": bad_data(replaced_by_a_pipe("val_00000.bin"), r"no ordinary file"),
+    "shard_is_endless": bad_data(linked_to_zeros("val_00000.bin"), r"link to a file outside"),
+    "tokenizer_is_a_pipe": bad_data(replaced_by_a_pipe("tokenizer/tokenizer.json"), r"no ordinary file"),
     "tokenizer_is_a_link": bad_data(linked_out("tokenizer/tokenizer.json"), r"link to a file outside"),
     "tokenizer_has_code": bad_data(
         lambda data: (data / "tokenizer/tokenization_mine.py").write_text("print(1)"), r"does not know this file"
@@ -405,6 +451,14 @@ TRAIN: dict[str, Bad] = {
         r"run_dir=TMP/old holds a run with .*another run_dir",
         files={"old/config.yaml": b"seed: 1\n"},
     ),
+    "run_dir_whose_config_is_a_pipe": one(
+        "run_dir=TMP/old", r"run_dir=TMP/old: .*config\.yaml is no ordinary file", **pipe("old/config.yaml")
+    ),
+    "run_dir_whose_config_is_endless": bad_run(linked_to_zeros("config.yaml"), r"config\.yaml is no ordinary file"),
+    "run_dir_whose_lock_is_a_pipe": bad_run(replaced_by_a_pipe(".lock"), r"run_dir=.*\.lock is no ordinary file"),
+    "run_dir_whose_lock_is_endless": bad_run(linked_to_zeros(".lock"), r"run_dir=.*\.lock is no ordinary file"),
+    "run_dir_whose_log_is_a_pipe": bad_run(replaced_by_a_pipe("metrics.jsonl"), r"metrics\.jsonl is no ordinary file"),
+    "run_dir_whose_log_is_endless": bad_run(linked_to_zeros("metrics.jsonl"), r"metrics\.jsonl is no ordinary file"),
     "run_of_another_seed": bad_run(lambda run: None, r"run_dir=TMP/run holds a run with seed=0, not 7", "seed=7"),
     "run_not_to_be_resumed": bad_run(
         lambda run: None, r"run_dir=TMP/run already holds this run; trainer\.resume=auto", "trainer.resume=never"
@@ -499,6 +553,23 @@ CONFIG_FILES: dict[str, tuple[bytes, str]] = {
 
 # ------------------------------------------------------------------------------------------------ preparing data
 
+
+def parquet(columns: dict[str, list[Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+NOT_OURS = r"not a transformers tokenizer directory"
+ROWS_OF_TEXT = b"".join(json.dumps({"text": f"document {number} " * 9}).encode() + b"\n" for number in range(999))
+
+
+def table_file(name: str, content: bytes, message: str = r"cannot read it", format: str = "jsonl") -> Bad:
+    """The only file of the corpus, named in the message."""
+    arguments = [f"data.format={format}", f"data.files=[TMP/{name}]"]
+    return Bad(arguments, rf"data\.files: TMP/{re.escape(name)}.*{message}", files={name: content})
+
+
 # Each is appended to: data=local data.dir=TMP/new/set data.files=[TMP/text.txt] data.workers=0 data.vocab_size=300.
 PREPARE: dict[str, Bad] = {
     "unknown_key": one("data.fiels=[x]", r"unknown key data\.fiels:.*did you mean data\.files\?"),
@@ -517,12 +588,32 @@ PREPARE: dict[str, Bad] = {
     ),
     "text_as_parquet": one("data.format=parquet", r"data\.files: TMP/text\.txt \(parquet\): cannot read it"),
     "text_as_jsonl": one("data.format=jsonl", r"data\.files: .*TMP/text\.txt.*cannot read it"),
+    "jsonl_empty": table_file("x.jsonl", b"", r"no documents"),
+    "jsonl_of_a_blank_line": table_file("x.jsonl", b"\n", r"no documents"),
+    "jsonl_of_numbers": table_file("x.jsonl", b"1\n2\n", r""),
+    "jsonl_nested": table_file("x.jsonl", b'{"text": ' + b"[" * 99_999 + b"\n"),
+    "jsonl_torn_late": table_file("x.jsonl", ROWS_OF_TEXT + b'{"text": \n'),
+    "gzip_cut": table_file("x.jsonl.gz", gzip.compress(ROWS_OF_TEXT)[:-99]),
+    "gzip_empty": table_file("x.jsonl.gz", gzip.compress(b""), r"no documents"),
+    "gzip_that_is_none": table_file("x.jsonl.gz", b"\x1f\x8b" + ROWS_OF_TEXT),
+    "xz_cut": table_file("x.jsonl.xz", lzma.compress(ROWS_OF_TEXT)[:-99]),
+    "bz2_cut": table_file("x.jsonl.bz2", bz2.compress(ROWS_OF_TEXT)[:-99]),
+    "zip_that_is_none": table_file("x.jsonl.zip", b"PK\x03\x04" + bytes(99)),
+    "parquet_empty": table_file("x.parquet", b"", format="parquet"),
+    "parquet_cut": table_file("x.parquet", parquet({"text": ["a", "b"]})[:-9], format="parquet"),
+    "second_file_is_cut": Bad(
+        ["data.format=jsonl", "data.files=[TMP/a.jsonl,TMP/b.jsonl.gz,TMP/c.jsonl]"],
+        r"data\.files: TMP/b\.jsonl\.gz: cannot read it",
+        files={"a.jsonl": ROWS_OF_TEXT, "b.jsonl.gz": gzip.compress(ROWS_OF_TEXT)[:-99], "c.jsonl": ROWS_OF_TEXT},
+    ),
+    "lock_is_a_pipe": one("data.dir=TMP/set", r"data\.dir=.*TMP/set\.lock is no ordinary", **pipe("set.lock")),
     "blank_files": one("data.files=[TMP/blank.txt]", r"no documents", files={"blank.txt": b" \n"}),
     "too_small_for_its_vocabulary": one(
         "data.vocab_size=60000", r"data\.vocab_size=60000 .*too small.*set data\.vocab"
     ),
     "too_small_for_three_splits": one("data.vocab_size=257", r"data\.val_fraction|data\.probe_fraction|split"),
-    "vocabulary_beyond_64_bits": one("data.vocab_size=10000000000000000000", r"\w+\.vocab_size=\d+ is beyond 64 bits"),
+    "vocabulary_beyond_64_bits": one("data.vocab_size=10000000000000000000", r"data\.vocab_size=1(0+): .*less than"),
+    "vocabulary_beyond_any_text": one("data.vocab_size=10000001", r"data\.vocab_size=10000001: .*less than or equal"),
     "empty_shards": one("data.shard_tokens=0", r"data\.shard_tokens=0: .*greater than 0"),
     "fraction_not_a_number": one("data.val_fraction=nan", r"data\.val_fraction=nan: "),
     "fraction_of_everything": one("data.val_fraction=1.0", r"data\.val_fraction=1\.0: .*less than 1"),
@@ -532,6 +623,24 @@ PREPARE: dict[str, Bad] = {
         "data.tokenizer=TMP/t",
         r"data\.tokenizer=TMP/t: not a transformers",
         files={"t/tokenizer.json": b'{"version": '},
+    ),
+    "tokenizer_is_a_list": bad_tokenizer(written("tokenizer.json", "[]"), NOT_OURS),
+    "tokenizer_is_null": bad_tokenizer(written("tokenizer.json", "null"), NOT_OURS),
+    "tokenizer_is_nested": bad_tokenizer(written("tokenizer.json", "[" * 99_999), NOT_OURS),
+    "tokenizer_is_a_pipe": bad_tokenizer(replaced_by_a_pipe("tokenizer.json"), rf"{NOT_OURS}.*no ordinary file"),
+    "tokenizer_is_endless": bad_tokenizer(linked_to_zeros("tokenizer.json"), rf"{NOT_OURS}.*no ordinary file"),
+    "tokenizer_with_settings_in_a_list": bad_tokenizer(written("tokenizer_config.json", "[]"), NOT_OURS),
+    "tokenizer_of_a_number": bad_tokenizer(tokenizer_settings(tokenizer_class=5), NOT_OURS),
+    "tokenizer_mapped_to_a_number": bad_tokenizer(tokenizer_settings(auto_map=5), NOT_OURS),
+    "tokenizer_with_a_number_for_a_token": bad_tokenizer(tokenizer_settings(added_tokens_decoder={"x": 5}), NOT_OURS),
+    "tokenizer_of_a_missing_package": bad_tokenizer(
+        tokenizer_settings(tokenizer_class="MarianTokenizer"), rf"{NOT_OURS}.*requires"
+    ),
+    "tokenizer_of_another_missing_package": bad_tokenizer(
+        tokenizer_settings(tokenizer_class="MistralCommonBackend"), rf"{NOT_OURS}.*requires"
+    ),
+    "tokenizer_without_the_words": bad_tokenizer(
+        edited("tokenizer.json", words_without_an_unknown), r"it cannot encode a document: .*UNK"
     ),
     "directory_is_a_file": one("data.dir=TMP/text.txt", r"data\.dir=TMP/text\.txt.*choose another data\.dir"),
     "directory_below_a_file": one("data.dir=TMP/text.txt/set", r"data\.dir=TMP/text\.txt/set"),
@@ -653,12 +762,6 @@ def plan_json(**changes: Any) -> dict[str, bytes]:
     return {"plan.json": json.dumps(plan).encode()}
 
 
-def parquet(columns: dict[str, list[Any]]) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
-    return sink.getvalue().to_pybytes()
-
-
 def bad_plan(files: dict[str, bytes], message: str) -> Bad:
     return one("TMP", rf"TMP/plan\.json is damaged or foreign \({message}", files=files)
 
@@ -748,6 +851,7 @@ def assert_refused(code: Any, stdout: str, stderr: str, message: str, tmp_path: 
 
 
 # In one process, through the scripts' main blocks: a process each would take most of an hour to import torch.
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("table", "name"), ROWS)
 def test_bad_input_ends_with_one_line_that_names_it_and_leaves_nothing(
     table: str, name: str, given: Given, tmp_path, monkeypatch, capsys
