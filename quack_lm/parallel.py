@@ -111,11 +111,9 @@ def launched_world() -> tuple[int, int, int]:
 
 
 def _launched(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    least = 1 if name.endswith("SIZE") else 0
-    if not text.isdecimal() or len(text) > 9 or int(text) < least:
-        raise UserError(f"{name}={text!r} in the environment is not a whole number of at least {least}: unset it")
-    return int(text)
+    if name not in os.environ:
+        return default
+    return slurm.number(os.environ, name, least=1 if name.endswith("SIZE") else 0)
 
 
 def ranks_on_this_machine() -> int:
@@ -154,12 +152,25 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
     return World(rank, size, local_rank, place, mesh)
 
 
-def check_world(*, device: str, replicas: int) -> None:
-    """Raise UserError where the launched processes and the config do not fit."""
+def check_launch() -> None:
+    """Raise UserError where the environment does not say who this process is and where the ranks are to meet."""
     _, size, _ = launched_world()
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and name not in os.environ:
+        if _launched("WORLD_SIZE", 1) > 1 and name not in os.environ:
             raise UserError(f"WORLD_SIZE={size} is set in the environment and {name} is not: start with torchrun")
+    if "RANK" in os.environ:
+        if not os.environ.get("MASTER_ADDR", "unset").strip():
+            raise UserError("MASTER_ADDR='' in the environment is no host: start with torchrun, or unset it")
+        if "MASTER_PORT" in os.environ:
+            slurm.number(os.environ, "MASTER_PORT", **slurm.PORTS)
+    elif slurm.current_step():
+        slurm.port()
+
+
+def check_world(*, device: str, replicas: int) -> None:
+    """Raise UserError where the launched processes and the config do not fit."""
+    check_launch()
+    _, size, _ = launched_world()
     if size % replicas:
         raise UserError(f"trainer.replicas={replicas} must divide the number of processes, {size}")
     if device == "cuda" and not torch.cuda.is_available():

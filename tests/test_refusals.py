@@ -213,6 +213,35 @@ LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "1
 SMALL = ["model.n_layers=1", "trainer.val_sequences=2", "trainer.probe_sequences=2", "trainer.device=cpu"]
 RUN = [*SMALL, "optimizer.warmup_steps=0", "trainer.steps=4"]
 
+# One task of two that srun started.
+STEP = {
+    **{"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"},
+    **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1"},
+}
+
+
+def launched(message: str, base: dict[str, str] = LAUNCHED, **changes: str) -> Bad:
+    return one("trainer.device=cpu", message, env=base | changes)
+
+
+LAUNCHES: dict[str, Bad] = {
+    "port_not_a_number": launched(r"MASTER_PORT='abc' in the environment", MASTER_PORT="abc"),
+    "port_beyond_all_ports": launched(r"MASTER_PORT='999999' in the environment", MASTER_PORT="999999"),
+    "port_negative": launched(r"MASTER_PORT='-1' in the environment", MASTER_PORT="-1"),
+    "port_empty": launched(r"MASTER_PORT='' in the environment", MASTER_PORT=""),
+    "address_empty": launched(r"MASTER_ADDR='' in the environment is no host", MASTER_ADDR=""),
+    "port_of_many_not_a_number": launched(r"MASTER_PORT='abc'", MASTER_PORT="abc", WORLD_SIZE="2"),
+    "task_not_a_number": launched(r"SLURM_PROCID='first' in the environment", STEP, SLURM_PROCID="first"),
+    "task_negative": launched(r"SLURM_PROCID='-1' in the environment", STEP, SLURM_PROCID="-1"),
+    "task_beyond_the_step": launched(r"SLURM_PROCID=5 must be below SLURM_STEP_NUM_TASKS=2", STEP, SLURM_PROCID="5"),
+    "task_of_no_node": launched(r"slurm's variables of this step .*IndexError", STEP, SLURM_NODEID="1"),
+    "task_beyond_its_node": launched(r"SLURM_LOCALID=0 below the 0 tasks", STEP, SLURM_STEP_TASKS_PER_NODE="0"),
+    "step_of_nobody": launched(r"SLURM_STEP_NUM_TASKS='0' in the environment", STEP, SLURM_STEP_NUM_TASKS="0"),
+    "job_not_a_number": launched(r"SLURM_JOB_ID='abc' in the environment", STEP, SLURM_JOB_ID="abc"),
+    "port_of_a_step_not_a_number": launched(r"MASTER_PORT='abc' in the environment", STEP, MASTER_PORT="abc"),
+    "world_of_words_inside_a_step": launched(r"WORLD_SIZE='two' in the environment", STEP, WORLD_SIZE="two"),
+}
+
 # Each is appended to: experiment=tiny, a prepared data set, trainer.steps=1, run_dir=TMP/run.
 TRAIN: dict[str, Bad] = {
     # names
@@ -385,6 +414,7 @@ TRAIN: dict[str, Bad] = {
     "world_without_an_address": one(
         "seed=0", r"WORLD_SIZE=2 .* MASTER_ADDR is not", env={"WORLD_SIZE": "2", "RANK": "0"}
     ),
+    **LAUNCHES,
     # data sets
     "manifest_is_a_list": bad_data(written("manifest.json", "[]"), r""),
     "manifest_is_no_json": bad_data(written("manifest.json", b"\xff\xfe"), r""),
@@ -803,8 +833,14 @@ REPORT: dict[str, Bad] = {
 
 # ------------------------------------------------------------------------------------------------ the tests
 
+# What keeps the ranks from meeting keeps preflight from making its table; what else is wrong is a line of that table.
+PREFLIGHT = LAUNCHES | {
+    name: TRAIN[name]
+    for name in ("world_without_a_rank", "world_without_an_address", "rank_not_a_number", "unknown_key")
+}
 TABLES = {
     "train": TRAIN,
+    "preflight": PREFLIGHT,
     "config": {name: one("--config=TMP/file.yaml", m, files={"file.yaml": c}) for name, (c, m) in CONFIG_FILES.items()},
     "prepare_data": PREPARE,
     "sweep": SWEEP,
@@ -834,7 +870,7 @@ def arranged(table: str, name: str, given: Given, tmp_path: Path) -> tuple[str, 
             *("data=local", "data.dir=TMP/new/set", "data.files=[TMP/text.txt]", "data.workers=0"),
             "data.vocab_size=300",
         ],
-    }.get(table, [])
+    }.get("train" if table == "preflight" else table, [])
     if table == "prepare_data":
         (tmp_path / "text.txt").write_text("a text of a few words, too short for much of a vocabulary\n" * 9)
     script = "train" if table == "config" else table
@@ -881,6 +917,7 @@ FEW = {
     ("train", "three_processes"),
     ("train", "target_os_system"),
     ("train", "local_rank_not_a_number"),
+    ("preflight", "world_without_an_address"),
     ("prepare_data", "text_that_is_no_text"),
     ("sweep", "unknown_sweep"),
     ("report", "no_argument"),
