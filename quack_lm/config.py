@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from quack_lm.errors import UserError
+from quack_lm.files import open_regular
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
@@ -47,6 +48,7 @@ SECTIONS = {
 SCALARS: dict[str, Any] = {"run_dir": str | None, "seed": pydantic.NonNegativeInt}
 
 DEEPEST_YAML = 50
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 # Two configs that differ only here describe the same run: the keys change where it writes, not what it computes.
 NOT_IDENTITY = ("run_dir", "logger", "trainer.resume", "trainer.keep_every", "trainer.async_checkpoints")
@@ -166,13 +168,13 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def _read_yaml(path: Path, what: str, load: Callable[[str], Any]) -> Any:
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{what}: it is no ordinary file")
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            text = file.read()
         _refuse_traps(text, what)
         return load(text)
     except OSError as error:
-        raise UserError(f"{what}: {(error.strerror or str(error)).lower()}") from None
+        said = error.strerror or str(error)
+        raise UserError(f"{what}: {said[:1].lower()}{said[1:]}") from None
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
         raise UserError(f"{what}: not a readable yaml file: {error.problem}{line}") from None
@@ -380,6 +382,8 @@ def _refuse_unstorable(key: str, value: Any) -> None:
         refuse_password(key, value)
     if isinstance(value, int) and abs(value) >= 2**63:
         raise UserError(f"{key}={value} is beyond 64 bits; give a smaller number")
+    if isinstance(value, float) and abs(value) > FLOAT32_MAX:
+        raise UserError(f"{key}={value} is beyond float32, in which a run computes; give a smaller number")
 
 
 def refuse_password(key: str, value: str) -> None:

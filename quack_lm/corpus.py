@@ -40,7 +40,8 @@ class Corpus(ABC):
     """What every source of text has in common: its tokens, its splits, and how training reads it."""
 
     dir: str
-    vocab_size: PositiveInt
+    # Beyond what any text needs: the library that trains a tokenizer makes room for all of it at once.
+    vocab_size: Annotated[int, Field(gt=0, le=10_000_000)]
     # A transformers tokenizer, as a directory or hub name. None: train a byte-level BPE on the train documents.
     tokenizer: str | None
     val_fraction: Fraction
@@ -69,9 +70,11 @@ class Corpus(ABC):
     def input_files(self) -> list[Path]:
         """The local files that the documents come from."""
 
-    def source(self) -> str:
-        """The keys that say where the text comes from, for messages."""
+    def source(self, file: int | None = None) -> str:
+        """The keys that say where the text comes from, for messages: from all files, or from that of a number."""
         files = [str(path) for path in self.input_files()]
+        if file is not None:
+            files = files[file : file + 1] or files
         return "data.files: " + ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
     def split_of(self, text: str) -> SplitName:
@@ -99,7 +102,7 @@ class StdlibCorpus(Corpus):
             paths += [Path(directory, name) for name in names if name.endswith(".py")]
         return sorted(path for path in paths if path.is_file())
 
-    def source(self) -> str:
+    def source(self, file: int | None = None) -> str:
         return f"the standard library in {sysconfig.get_paths()['stdlib']}"
 
     def stream(self) -> "IterableDataset":
@@ -145,11 +148,12 @@ class HubCorpus(Corpus):
             if len(formats) > 1:
                 raise UserError("data.files: parquet and jsonl files cannot be mixed")
             return _stream_tables(formats.pop(), paths, self.text_field)
-        return _select_text(self._hub_stream(), self.text_field)
+        with readable(self.source):
+            return _select_text(self._hub_stream(), self.text_field)
 
-    def source(self) -> str:
+    def source(self, file: int | None = None) -> str:
         if self.files:
-            return super().source()
+            return super().source(file)
         return f"data.name={self.name} data.subset={self.subset} data.split={self.split}"
 
     def _hub_stream(self) -> "IterableDataset":
@@ -159,8 +163,7 @@ class HubCorpus(Corpus):
         # What is not streamed may be in the cache, and HF_HUB_OFFLINE says to look nowhere else.
         if self.streaming or not huggingface_hub.constants.is_offline_mode():
             require_hub(f"data.name={self.name}")
-        with readable(self.source):
-            loaded = datasets.load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming)
+        loaded = datasets.load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming)
         return loaded if self.streaming else loaded.to_iterable_dataset()
 
 
@@ -171,12 +174,31 @@ def _resolve_files(patterns: list[str]) -> list[Path]:
     paths: set[str] = set()
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
-        found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        found = [pattern] if os.path.isfile(pattern) else _expand(pattern)
         files = [os.path.abspath(path) for path in found if os.path.isfile(path)]
         if not files:
             raise UserError(f"data.files: {pattern} matches no file in {Path.cwd()}: give existing paths or globs")
         paths.update(files)
     return [Path(path) for path in sorted(paths)]
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """`glob.glob` with recursion, but below a `**` each directory is entered once: links may lead in circles."""
+    parts = Path(glob.escape(os.getcwd()), pattern).parts
+    if "**" not in parts:
+        yield from glob.glob(pattern)
+        return
+    stars = parts.index("**")
+    rest = parts[stars + 1 :] or ("*",)
+    seen: set[str] = set()
+    for top in sorted(glob.glob(os.path.join(*parts[:stars]))):
+        for directory, folders, _ in os.walk(top, followlinks=True):
+            real = os.path.realpath(directory)
+            # As for glob, what begins with a dot is hidden.
+            folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+            if real not in seen:
+                seen.add(real)
+                yield from _expand(os.path.join(glob.escape(directory), *rest))
 
 
 def _stream_files(documents: Callable[[list[str]], Iterator[dict[str, str]]], paths: list[Path]) -> "IterableDataset":
@@ -214,12 +236,14 @@ def _stream_tables(format: str, paths: list[Path], text_field: str) -> "Iterable
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     builder = {"jsonl": "json", "parquet": "parquet"}[format]
     with readable(lambda: f"data.files: {paths[0]} ({format})"):
-        stream = datasets.load_dataset(builder, data_files=[str(path) for path in paths], split="train", streaming=True)
+        # It takes each path for a pattern, and could find another file by it.
+        patterns = [glob.escape(str(path)) for path in paths]
+        stream = datasets.load_dataset(builder, data_files=patterns, split="train", streaming=True)
         return _select_text(stream, text_field)
 
 
 def _select_text(stream: "IterableDataset", text_field: str) -> "IterableDataset":
-    columns = stream.column_names or list(next(iter(stream), {}))
+    columns = stream.column_names or list(next(iter(stream)))
     if text_field not in columns:
         raise UserError(f"data.text_field={text_field}: no such column; the columns are {', '.join(columns) or 'none'}")
     # Columns are dropped before rows become Python objects, which is where the time goes.
@@ -228,16 +252,17 @@ def _select_text(stream: "IterableDataset", text_field: str) -> "IterableDataset
 
 
 @contextlib.contextmanager
-def readable(source: Callable[[], str]) -> Iterator[None]:
+def readable(source: Callable[[], str], *, trouble: str = "cannot read it") -> Iterator[None]:
     """Turn what libraries raise over unreadable input into one line that names the input."""
     try:
         yield
     except UserError:
         raise
-    # pyarrow and datasets derive what they raise over broken files from these.
-    except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{source()}: cannot read it: {lines[0]}") from error
+    # Broken archives raise EOFError or what their module defines, and so on.
+    except Exception as error:
+        nothing = "no documents in it" if isinstance(error, StopIteration) else type(error).__name__
+        lines = str(error).strip().splitlines() or [nothing]
+        raise UserError(f"{source()}: {trouble}: {lines[0]}") from error
 
 
 def require_hub(what: str) -> None:
@@ -258,9 +283,17 @@ def require_hub(what: str) -> None:
 
 def read_texts(corpus: Corpus, stream: "IterableDataset") -> Iterator[str]:
     """The text of each row; "" where a row has none."""
-    with readable(corpus.source):
+    with readable(lambda: corpus.source(_file_at(stream))):
         for row in stream:
             text = row["text"]
             if text is not None and not isinstance(text, str):
                 raise UserError(f"data.text_field: expected a column of text, found {type(text).__name__} {text!r:.60}")
             yield text if text and not text.isspace() else ""
+
+
+def _file_at(stream: "IterableDataset") -> int | None:
+    """The number of the file that a stream is in, where its position tells: None for what has no files."""
+    state: Any = stream.state_dict()
+    while isinstance(state, dict) and "shard_idx" not in state:
+        state = state.get("examples_iterable")
+    return state["shard_idx"] if state else None

@@ -24,6 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from quack_lm.errors import UserError
+from quack_lm.files import open_regular
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -316,7 +317,8 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
     path = directory / MANIFEST
     try:
         _refuse_link_out(directory, path)
-        raw = path.read_bytes()
+        with open_regular(path, "rb") as file:
+            raw = file.read()
     except FileNotFoundError:
         raise UserError(f"data.dir: no data set in {directory} ({path} is missing): {_mend(directory)}") from None
     except OSError as error:

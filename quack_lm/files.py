@@ -1,10 +1,11 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Files that are whole or absent, whatever happens while they are written, and that are files at all."""
 
 import errno
 import fcntl
 import json
 import math
 import os
+import stat
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -14,11 +15,31 @@ from quack_lm.errors import UserError
 LOCK_POLL_S = 0.2
 
 
+def open_regular(path: Path, mode: str = "r", *, errors: str | None = None) -> IO[Any]:
+    """`open`, with an OSError where it would wait for ever: for a pipe, a device, a socket, or a link to one."""
+    return open(path, mode, opener=_open_regular, encoding=None if "b" in mode else "utf-8", errors=errors)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe makes already its opener wait
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # what a pipe without a reader gives, and a socket
+            raise
+    else:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # a directory is refused by `open` itself
+            return descriptor
+        os.close(descriptor)
+    # Where only the `strerror` is shown, it still has to name the file.
+    raise OSError(errno.ENXIO, f"{path} is no ordinary file: remove it")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that a reader, or a crash, sees the old or the new text and nothing between."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w") as file:
+        with open_regular(temporary, "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -37,7 +58,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty where there is none, or the file is damaged."""
     try:
-        found = json.loads(path.read_text())
+        with open_regular(path) as file:
+            found = json.load(file)
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

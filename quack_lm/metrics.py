@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from quack_lm.files import finite, write_atomically
+from quack_lm.files import finite, open_regular, write_atomically
 from quack_lm.parallel import World
 
 Value = Tensor | float
@@ -153,7 +153,8 @@ class RunLog:
         """Drop what was written after `step`, when a run continues from an older checkpoint."""
         if not self.world.is_main or not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+        with open_regular(self.path, errors="replace") as file:
+            kept = [line for line in file.read().splitlines() if _step_of(line) <= step]
         write_atomically(self.path, "".join(line + "\n" for line in kept))
 
     def start_progress(self, step: int, description: str) -> None:
@@ -312,9 +313,9 @@ def _plain(value: Value) -> Any:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a line that a crash cut short, so that it is dropped."""
+    """The step of a line of metrics.jsonl; infinite for one that is none, as a crash leaves it: it is dropped."""
     try:
         step = json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
     return step if isinstance(step, int) else math.inf

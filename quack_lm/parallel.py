@@ -111,11 +111,9 @@ def launched_world() -> tuple[int, int, int]:
 
 
 def _launched(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    least = 1 if name.endswith("SIZE") else 0
-    if not text.isdecimal() or len(text) > 9 or int(text) < least:
-        raise UserError(f"{name}={text!r} in the environment is not a whole number of at least {least}: unset it")
-    return int(text)
+    if name not in os.environ:
+        return default
+    return slurm.number(os.environ, name, least=1 if name.endswith("SIZE") else 0)
 
 
 def ranks_on_this_machine() -> int:
@@ -123,6 +121,13 @@ def ranks_on_this_machine() -> int:
     if "RANK" not in os.environ and (step := slurm.current_step()):
         return step.local_size
     return _launched("LOCAL_WORLD_SIZE", _launched("LOCAL_RANK", 0) + 1)
+
+
+def memory_of_a_rank(device: str) -> float:
+    """The bytes that each process has: of its GPU, or its part of the machine's."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(launched_world()[2]).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_on_this_machine()
 
 
 def default_device() -> str:
@@ -160,12 +165,25 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
     return World(rank, size, local_rank, place, mesh)
 
 
-def check_world(*, device: str, replicas: int) -> None:
-    """Raise UserError where the launched processes and the config do not fit."""
+def check_launch() -> None:
+    """Raise UserError where the environment does not say who this process is and where the ranks are to meet."""
     _, size, _ = launched_world()
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and name not in os.environ:
+        if _launched("WORLD_SIZE", 1) > 1 and name not in os.environ:
             raise UserError(f"WORLD_SIZE={size} is set in the environment and {name} is not: start with torchrun")
+    if "RANK" in os.environ:
+        if not os.environ.get("MASTER_ADDR", "unset").strip():
+            raise UserError("MASTER_ADDR='' in the environment is no host: start with torchrun, or unset it")
+        if "MASTER_PORT" in os.environ:
+            slurm.number(os.environ, "MASTER_PORT", **slurm.PORTS)
+    elif slurm.current_step():
+        slurm.port()
+
+
+def check_world(*, device: str, replicas: int) -> None:
+    """Raise UserError where the launched processes and the config do not fit."""
+    check_launch()
+    _, size, _ = launched_world()
     if size % replicas:
         raise UserError(f"trainer.replicas={replicas} must divide the number of processes, {size}")
     if device == "cuda" and not torch.cuda.is_available():

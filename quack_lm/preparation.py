@@ -7,7 +7,6 @@ directory of that name is complete, whatever happened before.
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import itertools
@@ -45,7 +44,7 @@ from quack_lm.data import (
     read_manifest,
 )
 from quack_lm.errors import UserError
-from quack_lm.files import sync_directory, write_atomically
+from quack_lm.files import open_regular, sync_directory, take_lock, write_atomically
 from quack_lm.tokenizer import BAR_DELAY_S, dtype_name, encode_batches, make_encoder, make_tokenizer
 
 if TYPE_CHECKING:
@@ -145,8 +144,9 @@ class Progress:
     def read(cls, path: Path) -> "Progress | None":
         """What a file says, None if there is none or it is not ours."""
         try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
+            with open_regular(path) as file:
+                return cls(**json.load(file))
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
 
@@ -169,7 +169,7 @@ PROGRESS = "progress.json"
 # What can be wrong with a place to write in, beside a full or failing disk.
 USERS_ERRNOS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EEXIST, errno.ENXIO),
 }
 OUR_FILES = re.compile(r"(train|val|probe)_\d{5,}\.bin|(progress|manifest)\.json(\.tmp)?|tokenizer")
 
@@ -189,7 +189,8 @@ def prepare(corpus: Corpus, *, progress: bool = True, commit_every_s: float = 30
     except OSError as error:
         if error.errno in USERS_ERRNOS:
             raise UserError(
-                f"data.dir={corpus.dir}: cannot write {error.filename or target}: {error.strerror}"
+                f"data.dir={corpus.dir}: cannot write {error.filename or target}: {error.strerror}; mend that, or "
+                "choose another data.dir"
             ) from error
         raise
     return target
@@ -204,9 +205,8 @@ def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: fl
         if not _is_finished(corpus, partial):
             committed = _resume(corpus, partial) or _start_over(corpus, partial, progress=progress)
             _write_shards(corpus, partial, committed, progress=progress, commit_every_s=commit_every_s)
-    except UserError:
-        # A refused corpus leaves nothing, but hours of work stay: the hub may be back tomorrow.
-        if is_new and not _has_documents(partial):
+    except BaseException as error:
+        if is_new and not _is_worth_keeping(partial, error):
             shutil.rmtree(partial)
         raise
     (partial / PROGRESS).unlink(missing_ok=True)
@@ -215,14 +215,16 @@ def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: fl
     sync_directory(target.parent)
 
 
-def _has_documents(partial: Path) -> bool:
+def _is_worth_keeping(partial: Path, error: BaseException) -> bool:
+    """Hours of work are: the hub may be back tomorrow. Of a corpus that is refused or breaks at once, nothing is."""
     committed = Progress.read(partial / PROGRESS)
-    return committed is not None and committed.documents > 0
+    # Whoever interrupts means to go on, be it with the tokenizer alone.
+    return committed is not None and (committed.documents > 0 or isinstance(error, KeyboardInterrupt))
 
 
 @contextlib.contextmanager
 def _made_parents(target: Path) -> Iterator[None]:
-    """Make the directories above; those that a refusal leaves empty go again."""
+    """Make the directories above; those that a failure leaves empty go again."""
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +232,7 @@ def _made_parents(target: Path) -> Iterator[None]:
         raise UserError(f"data.dir={target}: {target.parent} cannot be made: {error.strerror}") from None
     try:
         yield
-    except UserError:
+    except BaseException:
         with contextlib.suppress(OSError):
             for parent in missing:
                 parent.rmdir()
@@ -442,12 +444,10 @@ def _lock(target: Path) -> Iterator[None]:
     """Hold `<dir>.lock`; the system lets go of it when this process ends, however it ends."""
     path = target.with_name(target.name + ".lock")
     for _ in itertools.count():
-        file = path.open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        file = open_regular(path, "a")
+        if not take_lock(file):
             file.close()
-            raise UserError(f"data.dir={target}: another preparation of it is running: wait for it") from None
+            raise UserError(f"data.dir={target}: another preparation of it is running: wait for it")
         # Its last holder may have removed the file that we opened before we locked it.
         if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             break

@@ -21,6 +21,7 @@ TIMEOUT_S = 30.0
 # `#SBATCH --signal` sends it before the time limit. SIGTERM is not answered with a requeue: after a preemption slurm
 # requeues by itself, and after scancel nobody wants it.
 TIME_IS_UP = "SIGUSR1"
+PORTS = {"least": 1, "most": 2**16 - 1}
 # In these states a job will do nothing any more; in all others it may.
 ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
@@ -49,22 +50,39 @@ def current_step(environment: Mapping[str, str] = os.environ) -> Step | None:
     """
     if "SLURM_STEP_ID" not in environment:
         return None
+    mend = "start the ranks with srun, or unset SLURM_STEP_ID for a process of its own"
     try:
-        rank, local_rank, node = (int(environment[f"SLURM_{key}"]) for key in ("PROCID", "LOCALID", "NODEID"))
-        size = int(environment["SLURM_STEP_NUM_TASKS"])
-        return Step(rank, size, local_rank, tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node])
+        size = number(environment, "SLURM_STEP_NUM_TASKS", least=1)
+        rank, local_rank, node = (number(environment, f"SLURM_{key}") for key in ("PROCID", "LOCALID", "NODEID"))
+        local_size = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node]
+    except UserError:
+        raise
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(
-            f"slurm's variables of this step are incomplete ({type(error).__name__}: {error}): start the ranks with "
-            "srun, or unset SLURM_STEP_ID for a process of its own"
+            f"slurm's variables of this step are incomplete ({type(error).__name__}: {error}): {mend}"
         ) from None
+    if rank >= size or local_rank >= local_size:
+        raise UserError(
+            f"SLURM_PROCID={rank} must be below SLURM_STEP_NUM_TASKS={size}, and SLURM_LOCALID={local_rank} below the "
+            f"{local_size} tasks of node {node}: {mend}"
+        )
+    return Step(rank, size, local_rank, local_size)
+
+
+def number(environment: Mapping[str, str], name: str, *, least: int = 0, most: int = 999_999_999) -> int:
+    """A whole number that a launcher left in the environment; KeyError where there is none, UserError for nonsense."""
+    text = environment[name]
+    # As text first: Python reads no number of thousands of digits.
+    if not text.isdecimal() or len(text) > len(str(most)) or not least <= int(text) <= most:
+        raise UserError(f"{name}={text!r} in the environment is not a whole number from {least} to {most}: unset it")
+    return int(text)
 
 
 def tasks_per_node(text: str) -> list[int]:
     """`2(x3),1` -> [2, 2, 2, 1]."""
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part)
         if match is None:
             raise ValueError(f"cannot read {text!r} as tasks per node")
         counts += [int(match[1])] * int(match[2] or 1)
@@ -74,13 +92,18 @@ def tasks_per_node(text: str) -> list[int]:
 def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
     """(host, port) where the ranks of this step meet: MASTER_ADDR and MASTER_PORT where given, else the step's first
     node and a port that follows from the job's number."""
-    host = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    return environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", "")), port(environment)
+
+
+def port(environment: Mapping[str, str] = os.environ) -> int:
+    """The port of `rendezvous`, which asks no command."""
+    if environment.get("MASTER_PORT"):
+        return number(environment, "MASTER_PORT", **PORTS)
     # Below the ports that systems hand out to clients; each task of an array has a number of its own.
-    number = int(environment.get("SLURM_JOB_ID", 0)) + int(environment.get("SLURM_STEP_ID", 0))
-    try:
-        return host, int(environment.get("MASTER_PORT") or 10_000 + number % 20_000)
-    except ValueError:
-        raise UserError(f"MASTER_PORT={environment['MASTER_PORT']} must be a number; or leave it unset") from None
+    numbers = [
+        number(environment, name, most=2**32) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID") if name in environment
+    ]
+    return 10_000 + sum(numbers) % 20_000
 
 
 def _first_host(nodes: str) -> str:

@@ -1,5 +1,6 @@
 """Tokenizers of a corpus, loaded or trained, and the encoding of its documents in worker processes."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from quack_lm.data import (
     SplitName,
 )
 from quack_lm.errors import UserError
+from quack_lm.files import open_regular
 
 T = TypeVar("T")
 Tokenizer = Any  # a transformers tokenizer, or the `tokenizers.Tokenizer` inside it
@@ -37,6 +39,8 @@ BYTES = 256  # the least vocabulary of a byte-level tokenizer, less its special 
 def make_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
     tokenizer = _train_tokenizer(corpus, progress=progress) if corpus.tokenizer is None else _load_tokenizer(corpus)
     vocabulary = tokenizer.get_vocab()
+    if not vocabulary:
+        raise UserError(f"data.tokenizer={corpus.tokenizer}: its vocabulary is empty; choose another tokenizer")
     size = max(vocabulary.values()) + 1
     if size != corpus.vocab_size:
         trained = " (the corpus is too small for more)" if corpus.tokenizer is None else ""
@@ -61,11 +65,15 @@ def _load_tokenizer(corpus: Corpus) -> Tokenizer:
     is_local = os.path.isdir(name)
     if not is_local and (name.startswith((".", "/")) or name.count("/") > 1):
         raise UserError(f"{what}: no such directory")
-    try:
+    if is_local:
+        with readable(lambda: what, trouble="not a transformers tokenizer directory"):
+            for path in Path(name).iterdir():
+                if not path.is_dir():
+                    open_regular(path).close()  # the library would wait for a pipe
+            return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    # What is in the cache needs no hub; where reading it fails, the hub may have it whole.
+    with contextlib.suppress(Exception):
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        if is_local:
-            raise UserError(f"{what}: not a transformers tokenizer directory: {str(error).splitlines()[0]}") from error
     require_hub(what)
     with readable(lambda: what):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -130,6 +138,11 @@ class Encoder:
         return {split: (np.array(ids[split], dtype=self.dtype), documents[split]) for split in SPLITS}
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
+        # What a foreign tokenizer lacks may show only at a text that needs it.
+        with readable(lambda: f"data.tokenizer={self.corpus.tokenizer}", trouble="it cannot encode a document"):
+            return self._encode_all(texts)
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
         import tokenizers
 
         if isinstance(self.tokenizer, tokenizers.Tokenizer):
@@ -146,9 +159,10 @@ def make_encoder(corpus: Corpus, directory: Path) -> Encoder:
     """From the copy of the tokenizer inside the data set, so that an interrupted preparation goes on with the same."""
     from transformers import AutoTokenizer
 
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-        directory / TOKENIZER, local_files_only=True, trust_remote_code=False
-    )
+    with readable(lambda: f"data.dir: {directory / TOKENIZER}", trouble=f"remove {directory} to start again"):
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            directory / TOKENIZER, local_files_only=True, trust_remote_code=False
+        )
     eot_id = tokenizer.convert_tokens_to_ids(corpus.eot_token)
     if tokenizer.is_fast:
         tokenizer = tokenizer.backend_tokenizer

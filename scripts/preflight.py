@@ -36,10 +36,11 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
 
     # Imported late: --help and a mistake in the settings need not wait for it.
-    from quack_lm.parallel import default_device, launched_world, start_world
+    from quack_lm.parallel import check_launch, default_device, launched_world, start_world
     from quack_lm.preflight import Row, check_all_reduce, check_clocks, compare, facts_of_this_rank, gather, merge
     from quack_lm.report.table import Table
 
+    check_launch()
     wanted = config["trainer"]["device"]
     device = default_device() if wanted == "auto" else wanted
     try:

@@ -1,5 +1,7 @@
 """The preparation: the shards hold the texts, whatever the source, and whenever it was interrupted."""
 
+import builtins
+import dataclasses
 import json
 import os
 import random
@@ -137,6 +139,43 @@ def test_every_source_and_any_number_of_workers_gives_the_same_shards(
         made = contents(prepare(corpus, progress=False))
         made.pop("manifest.json")
         assert made == expected
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet", "text"])
+def test_a_name_that_is_also_a_pattern_is_the_file_of_that_name(tmp_path: Path, format: str) -> None:
+    for name, text in (("a[1]", "the one that is meant"), ("a1", "another")):
+        path = tmp_path / f"{name}.{format}"
+        if format == "parquet":
+            pq.write_table(pa.table({"text": [text]}), path)
+        else:
+            path.write_text(json.dumps({"text": text}) if format == "jsonl" else text)
+    corpus = local(tmp_path / "set", [str(tmp_path / f"a[1].{format}")], format=format)
+    assert [row["text"] for row in corpus.stream()] == ["the one that is meant"]
+
+
+@pytest.mark.timeout(20)
+def test_two_stars_enter_each_directory_once_whatever_links_lead_there(tmp_path: Path, monkeypatch) -> None:
+    names = ["top.md", "a/one.md", "a/deep/two.md", "b/three.md", "b/.hidden/four.md", "b/[5]/five.md", "b/six.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    # Followed from a to b and back, eight links are 8^40 paths before the system says that it is enough.
+    for number in range(8):
+        (tmp_path / f"a/to_b{number}").symlink_to(tmp_path / "b")
+        (tmp_path / f"b/to_a{number}").symlink_to(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    every = {"top.md", "one.md", "two.md", "three.md", "five.md"}
+    for pattern, expected in {
+        "**/*.md": every,
+        f"{tmp_path}/**/*.md": every,
+        "./**/deep/**": {"two.md"},
+        "**": every | {"six.txt"},
+        "a/**/*.md": every - {"top.md"},
+        "**/.hidden/*.md": {"four.md"},
+    }.items():
+        found = [path.name for path in local(tmp_path / "set", [pattern]).input_files()]
+        assert len(found) == len(set(found))
+        assert set(found) == expected, pattern
 
 
 def test_stdlib_is_source_without_tests() -> None:
@@ -311,6 +350,77 @@ def test_a_directory_with_a_users_files_is_left_alone(tmp_path: Path, jsonl: Pat
     assert (tmp_path / place / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "name", ["progress.json", "progress.json.tmp", "manifest.json", "train_00000.bin", "tokenizer"]
+)
+def test_pipes_in_what_was_left_are_cleared_away(tmp_path: Path, jsonl: Path, prepared: Path, name: str) -> None:
+    (tmp_path / "set.partial").mkdir()
+    os.mkfifo(tmp_path / "set.partial" / name)
+    assert contents(prepare(local(tmp_path / "set", [str(jsonl)]), progress=False)) == contents(prepared)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 99_999, '{"documents": ' + "9" * 5000 + "}", '{"documents": 5}'])
+def test_progress_that_is_not_ours_is_none(tmp_path: Path, jsonl: Path, prepared: Path, text: str) -> None:
+    (tmp_path / "set.partial").mkdir()
+    (tmp_path / "set.partial/progress.json").write_text(text)
+    assert contents(prepare(local(tmp_path / "set", [str(jsonl)]), progress=False)) == contents(prepared)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BreakingCorpus(LocalCorpus):
+    """One that raises the error of this name after 100 documents, when it is read for the `at`-th time."""
+
+    error: str
+    at: int
+
+    def stream(self) -> Any:
+        readings.append(1)
+        return super().stream().map(self._break, with_indices=True)
+
+    def _break(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        if index >= 100 and len(readings) == self.at:
+            raise getattr(builtins, self.error)("broken")
+        return row
+
+
+readings: list[int] = []
+
+
+# The first reading trains the tokenizer, the second one writes.
+@pytest.mark.parametrize(
+    ("error", "at", "is_kept"),
+    [
+        *(("RuntimeError", 1, False), ("RuntimeError", 2, False), ("SystemExit", 2, False)),
+        *(("KeyboardInterrupt", 1, False), ("KeyboardInterrupt", 2, True)),
+    ],
+)
+def test_what_breaks_before_its_first_commit_leaves_nothing_unless_a_user_stopped_it(
+    tmp_path: Path, jsonl: Path, error: str, at: int, is_kept: bool
+) -> None:
+    readings.clear()
+    corpus = BreakingCorpus(**vars(local(tmp_path / "new/set", [str(jsonl)])), error=error, at=at)
+    with pytest.raises(UserError if error == "RuntimeError" else getattr(builtins, error)):
+        prepare(corpus, progress=False)
+    assert [path.name for path in tmp_path.rglob("*") if path.name == "set.partial"] == ["set.partial"] * is_kept
+    assert (tmp_path / "new").exists() == is_kept
+
+
+def test_what_breaks_after_a_commit_goes_on(
+    tmp_path: Path, jsonl: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings.clear()
+    monkeypatch.setattr("quack_lm.preparation.BATCH_DOCUMENTS", 5)
+    corpus = BreakingCorpus(**vars(local(tmp_path / "set", [str(jsonl)])), error="RuntimeError", at=2)
+    with pytest.raises(UserError, match="broken"):
+        prepare(corpus, progress=False, commit_every_s=0)
+    assert committed_documents(tmp_path / "set.partial") == 100
+    prepare(corpus, progress=False)
+    made, expected = contents(tmp_path / "set"), contents(prepared)
+    del made["manifest.json"], expected["manifest.json"]
+    assert made == expected
+
+
 def test_two_preparations_of_one_directory_do_not_meet(tmp_path: Path, jsonl: Path, texts: list[str]) -> None:
     corpus = local(tmp_path / "set", [str(jsonl)])
     script = tmp_path / "prepare.py"
@@ -376,8 +486,25 @@ def test_files_that_are_missing_or_unreadable_are_named(tmp_path: Path) -> None:
     assert "torn.jsonl" in refusal(local(tmp_path / "set", [str(tmp_path / "torn.jsonl")]))
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
     assert "torn.parquet" in refusal(local(tmp_path / "set", [str(tmp_path / "torn.parquet")], format="parquet"))
+    (tmp_path / "whole.jsonl").write_text('{"text": "a"}\n' * 9)
+    (tmp_path / "z.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    assert "/z.jsonl: cannot" in refusal(
+        local(tmp_path / "set", [str(tmp_path / "whole.jsonl"), str(tmp_path / "z.jsonl")])
+    )
     (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
     assert "latin.txt is not UTF-8" in refusal(local(tmp_path / "set", [str(tmp_path / "latin.txt")], format="text"))
+
+
+def test_a_data_set_of_the_hub_that_is_a_script_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil/set").mkdir(parents=True)
+    (tmp_path / "evil/set/set.py").write_text("import os\nos.mkdir('pwned')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    overrides = ["data=cosmopedia_v2", "data.streaming=false", "data.name=evil/set", f"data.dir={tmp_path}/new/set"]
+    overrides += ["data.tokenizer=null"]
+    message = refusal(instantiate(compose(overrides)["data"]))
+    assert message.startswith("data.name=evil/set data.subset=cosmopedia-v2 data.split=train: cannot read it: ")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["evil", "set", "set.py"]
 
 
 def test_a_corpus_too_small_for_three_splits_names_the_fraction(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ LAYERS = {
     "preflight": {"errors", "parallel"},
     "optim": {"optim", "parallel"},
     "data": {"errors", "files"},
-    "config": {"errors"},
+    "config": {"errors", "files"},
     "model": {"attention", "errors"},
     "probe": {"attention", "logit_paths", "parallel", "step"},
     "step": {"attention", "logit_paths", "parallel", "stabilizers"},

@@ -3,10 +3,11 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from wandb.proto import wandb_internal_pb2 as wandb_pb
 
 from quack_lm.build import make_model
 from quack_lm.config import compose
-from quack_lm.files import write_atomically, write_json
+from quack_lm.files import open_regular, read_json, write_atomically, write_json
 from quack_lm.metrics import LoggerSettings, RunLog, WandbMirror, flops_per_token, format_count, peak_flops
 from quack_lm.parallel import World
 
@@ -123,7 +124,12 @@ def test_only_the_main_process_writes_and_all_get_the_losses(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "cut", ["", "{", '{"step": 4, "tok', '{"step": 4, "tokens": 40', '{"tokens": 40}', "4", "\0\0\0"]
+    "cut",
+    [
+        *("", "{", '{"step": 4, "tok', '{"step": 4, "tokens": 40', '{"tokens": 40}', "4", "\0\0\0"),
+        *("[" * 99_999, '{"step": ' + "9" * 5000 + "}"),
+    ],
+    ids=lambda text: text[:30],
 )
 def test_rewinding_drops_later_steps_and_what_a_crash_cut_short(cut: str, tmp_path: Path) -> None:
     log = make_log(tmp_path)
@@ -211,6 +217,54 @@ def test_a_reader_never_sees_a_file_half_written(tmp_path: Path) -> None:
         seen.add(path.read_text())
     writer.join()
     assert seen <= set(texts)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def socket_file(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+# To open one of them, or to read it, would take for ever.
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("make", [pipe, endless, socket_file])
+def test_what_is_no_ordinary_file_is_refused_or_as_good_as_absent(make: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    make(path)
+    for mode in ("r", "rb", "a", "w"):
+        with pytest.raises(OSError, match="file is no ordinary file: remove it") as caught:
+            open_regular(path, mode)
+        assert str(path) in caught.value.strerror
+    assert read_json(path) == {}
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match=r"metrics\.jsonl is no ordinary file"):
+        make_log(tmp_path).rewind(3)
+    make(tmp_path / "summary.json.tmp")
+    with pytest.raises(OSError, match="no ordinary file"):
+        write_atomically(tmp_path / "summary.json", "{}")
+    write_atomically(path, '{"a": 1}')
+    assert read_json(path) == {"a": 1}
+
+
+def test_files_are_opened_as_ever(tmp_path: Path) -> None:
+    path = tmp_path / "größer.txt"
+    with pytest.raises(FileNotFoundError):
+        open_regular(path)
+    with pytest.raises(IsADirectoryError):
+        open_regular(tmp_path)
+    for text in ("≤ ", "🦆\n"):
+        with open_regular(path, "a") as file:
+            file.write(text)
+    (tmp_path / "link").symlink_to(path)
+    with open_regular(tmp_path / "link") as file:
+        assert file.read() == "≤ 🦆\n"
 
 
 def test_json_files_have_null_for_what_is_not_finite(tmp_path: Path) -> None:

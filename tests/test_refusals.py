@@ -4,7 +4,10 @@ The rows below go through the scripts' own main blocks. What a manifest may not 
 may not be in test_corpus.py, a damaged checkpoint and a run directory in use in test_train.py.
 """
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import re
 import shutil
@@ -108,6 +111,26 @@ def replaced_by_a_pipe(file: str) -> Callable[[Path], None]:
     return damage
 
 
+def linked_to_zeros(file: str) -> Callable[[Path], None]:
+    """A file without an end."""
+
+    def damage(directory: Path) -> None:
+        (directory / file).unlink()
+        (directory / file).symlink_to("/dev/zero")
+
+    return damage
+
+
+def pipe(name: str) -> dict[str, Any]:
+    """A pipe in TMP, which nobody writes to."""
+
+    def arrange(tmp_path: Path, given: Given) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(tmp_path / name)
+
+    return {"arrange": arrange}
+
+
 def bad_data(damage: Callable[[Path], object], message: str) -> Bad:
     return one(
         "data.dir=TMP/data", rf"data\.dir: TMP/data\S* is damaged or foreign: .*{message}", **damaged_data(damage)
@@ -171,6 +194,27 @@ def resaved(
     return damage
 
 
+def bad_tokenizer(damage: Callable[[Path], object], message: str) -> Bad:
+    """The tokenizer of the data set is copied to TMP/t and damaged."""
+
+    def arrange(tmp_path: Path, given: Given) -> None:
+        shutil.copytree(given.data / "tokenizer", tmp_path / "t")
+        damage(tmp_path / "t")
+
+    return one("data.tokenizer=TMP/t", rf"data\.tokenizer=TMP/t: {message}", arrange=arrange)
+
+
+def tokenizer_settings(**changes: Any) -> Callable[[Path], None]:
+    return edited("tokenizer_config.json", lambda settings: settings.update(changes))
+
+
+def words_without_an_unknown(state: dict[str, Any]) -> None:
+    """A tokenizer that loads, and fails at the first word that it does not know."""
+    vocabulary = {"<|endoftext|>": 0} | {f"w{number}": number for number in range(1, 300)}
+    state["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
+    state["added_tokens"] = []
+
+
 def sweep_file(text: str | bytes, message: str, *arguments: str) -> Bad:
     content = text if isinstance(text, bytes) else text.encode()
     return Bad(["plan", "sweep=TMP/mine.yaml", "dir=TMP/runs", *arguments], message, files={"mine.yaml": content})
@@ -190,10 +234,40 @@ def doubling(levels: int = 60) -> str:
 
 # ------------------------------------------------------------------------------------------------ scripts/train.py
 
+TOO_LARGE = r"is too large, .* parameters take .* GiB of the .* GiB"
 # The environment of one process among many; a row adds what is wrong with it.
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 SMALL = ["model.n_layers=1", "trainer.val_sequences=2", "trainer.probe_sequences=2", "trainer.device=cpu"]
 RUN = [*SMALL, "stabilizer=quack", "optimizer.warmup_steps=0", "trainer.steps=4"]
+
+# One task of two that srun started.
+STEP = {
+    **{"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"},
+    **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1"},
+}
+
+
+def launched(message: str, base: dict[str, str] = LAUNCHED, **changes: str) -> Bad:
+    return one("trainer.device=cpu", message, env=base | changes)
+
+
+LAUNCHES: dict[str, Bad] = {
+    "port_not_a_number": launched(r"MASTER_PORT='abc' in the environment", MASTER_PORT="abc"),
+    "port_beyond_all_ports": launched(r"MASTER_PORT='999999' in the environment", MASTER_PORT="999999"),
+    "port_negative": launched(r"MASTER_PORT='-1' in the environment", MASTER_PORT="-1"),
+    "port_empty": launched(r"MASTER_PORT='' in the environment", MASTER_PORT=""),
+    "address_empty": launched(r"MASTER_ADDR='' in the environment is no host", MASTER_ADDR=""),
+    "port_of_many_not_a_number": launched(r"MASTER_PORT='abc'", MASTER_PORT="abc", WORLD_SIZE="2"),
+    "task_not_a_number": launched(r"SLURM_PROCID='first' in the environment", STEP, SLURM_PROCID="first"),
+    "task_negative": launched(r"SLURM_PROCID='-1' in the environment", STEP, SLURM_PROCID="-1"),
+    "task_beyond_the_step": launched(r"SLURM_PROCID=5 must be below SLURM_STEP_NUM_TASKS=2", STEP, SLURM_PROCID="5"),
+    "task_of_no_node": launched(r"slurm's variables of this step .*IndexError", STEP, SLURM_NODEID="1"),
+    "task_beyond_its_node": launched(r"SLURM_LOCALID=0 below the 0 tasks", STEP, SLURM_STEP_TASKS_PER_NODE="0"),
+    "step_of_nobody": launched(r"SLURM_STEP_NUM_TASKS='0' in the environment", STEP, SLURM_STEP_NUM_TASKS="0"),
+    "job_not_a_number": launched(r"SLURM_JOB_ID='abc' in the environment", STEP, SLURM_JOB_ID="abc"),
+    "port_of_a_step_not_a_number": launched(r"MASTER_PORT='abc' in the environment", STEP, MASTER_PORT="abc"),
+    "world_of_words_inside_a_step": launched(r"WORLD_SIZE='two' in the environment", STEP, WORLD_SIZE="two"),
+}
 
 # Each is appended to: experiment=tiny, a prepared data set, trainer.steps=1, run_dir=TMP/run.
 TRAIN: dict[str, Bad] = {
@@ -234,6 +308,14 @@ TRAIN: dict[str, Bad] = {
     "zero_rate": one("optimizer.lr=0", r"optimizer\.lr=0: .*greater than 0"),
     "rate_not_a_number": one("optimizer.lr=nan", r"optimizer\.lr=nan: .*finite"),
     "infinite_rate": one("optimizer.lr=inf", r"optimizer\.lr=inf: .*finite"),
+    "rate_beyond_floats": one("optimizer.lr=1e308", r"optimizer\.lr=1e\+308: .*less than or equal to 1000000"),
+    "rate_of_the_rest_beyond_floats": one("optimizer.adamw_lr=1e308", r"optimizer\.adamw_lr=1e\+308: .*less than"),
+    "threshold_beyond_floats": Bad(
+        ["stabilizer=qk_clip", "stabilizer.threshold=1e308"], r"stabilizer\.threshold=1e\+308 is beyond float32"
+    ),
+    "chunk_beyond_everything": one(
+        "trainer.loss_chunk=9223372036854775807", r"trainer\.loss_chunk=9223372036854775807: .*less than"
+    ),
     "momentum_of_one": one("optimizer.momentum=1.0", r"optimizer\.momentum=1\.0: .*less than 1"),
     "negative_decay": one("optimizer.weight_decay=-0.1", r"optimizer\.weight_decay=-0\.1: "),
     "negative_tau": Bad(["stabilizer=quack", "stabilizer.tau=-1"], r"stabilizer\.tau=-1: .*greater than 0"),
@@ -261,6 +343,14 @@ TRAIN: dict[str, Bad] = {
     ),
     "vocabulary_too_small": one("model.vocab_size=100", r"model\.vocab_size=100 .*data\.vocab_size=512"),
     "absurd_width": one("model.d_ff=10000000000000000000", r"model\.d_ff"),
+    # what no machine has room for
+    "feed_forward_of_billions": one("model.d_ff=2000000000", rf"model\.d_ff=2000000000 {TOO_LARGE}"),
+    "width_of_a_million": one("model.d_model=1000000", rf"model\.d_model=1000000 {TOO_LARGE}"),
+    "heads_of_billions": one("attention.head_dim=2000000000", rf"attention\.head_dim=2000000000 {TOO_LARGE}"),
+    "latent_of_billions": Bad(
+        ["attention=mla", "attention.kv_latent_dim=2000000000"], rf"attention\.kv_latent_dim=2000000000 {TOO_LARGE}"
+    ),
+    "vocabulary_of_billions": one("model.vocab_size=2000000000", rf"model\.vocab_size=2000000000 {TOO_LARGE}"),
     # what is not there
     "missing_data": one("data.dir=TMP/nowhere", r"data\.dir: .*TMP/nowhere.*prepare_data\.py"),
     "data_is_a_file": one("data.dir=TMP/file", r"data\.dir: .*TMP/file", files={"file": b"x"}),
@@ -367,6 +457,7 @@ TRAIN: dict[str, Bad] = {
     "world_without_an_address": one(
         "seed=0", r"WORLD_SIZE=2 .* MASTER_ADDR is not", env={"WORLD_SIZE": "2", "RANK": "0"}
     ),
+    **LAUNCHES,
     # data sets
     "manifest_is_a_list": bad_data(written("manifest.json", "[]"), r""),
     "manifest_is_no_json": bad_data(written("manifest.json", b"\xff\xfe"), r""),
@@ -394,6 +485,8 @@ TRAIN: dict[str, Bad] = {
     ),
     "shard_is_a_link": bad_data(linked_out("val_00000.bin"), r"link to a file outside"),
     "shard_is_a_pipe": bad_data(replaced_by_a_pipe("val_00000.bin"), r"no ordinary file"),
+    "shard_is_endless": bad_data(linked_to_zeros("val_00000.bin"), r"link to a file outside"),
+    "tokenizer_is_a_pipe": bad_data(replaced_by_a_pipe("tokenizer/tokenizer.json"), r"no ordinary file"),
     "tokenizer_is_a_link": bad_data(linked_out("tokenizer/tokenizer.json"), r"link to a file outside"),
     "tokenizer_has_code": bad_data(
         lambda data: (data / "tokenizer/tokenization_mine.py").write_text("print(1)"), r"does not know this file"
@@ -431,6 +524,14 @@ TRAIN: dict[str, Bad] = {
         r"run_dir=TMP/old holds a run with .*another run_dir",
         files={"old/config.yaml": b"seed: 1\n"},
     ),
+    "run_dir_whose_config_is_a_pipe": one(
+        "run_dir=TMP/old", r"run_dir=TMP/old: .*config\.yaml is no ordinary file", **pipe("old/config.yaml")
+    ),
+    "run_dir_whose_config_is_endless": bad_run(linked_to_zeros("config.yaml"), r"config\.yaml is no ordinary file"),
+    "run_dir_whose_lock_is_a_pipe": bad_run(replaced_by_a_pipe(".lock"), r"run_dir=.*\.lock is no ordinary file"),
+    "run_dir_whose_lock_is_endless": bad_run(linked_to_zeros(".lock"), r"run_dir=.*\.lock is no ordinary file"),
+    "run_dir_whose_log_is_a_pipe": bad_run(replaced_by_a_pipe("metrics.jsonl"), r"metrics\.jsonl is no ordinary file"),
+    "run_dir_whose_log_is_endless": bad_run(linked_to_zeros("metrics.jsonl"), r"metrics\.jsonl is no ordinary file"),
     "run_of_another_seed": bad_run(lambda run: None, r"run_dir=TMP/run holds a run with seed=0, not 7", "seed=7"),
     "run_not_to_be_resumed": bad_run(
         lambda run: None, r"run_dir=TMP/run already holds this run; trainer\.resume=auto", "trainer.resume=never"
@@ -621,6 +722,23 @@ CONFIG_FILES: dict[str, tuple[bytes, str]] = {
 
 # ------------------------------------------------------------------------------------------------ preparing data
 
+
+def parquet(columns: dict[str, list[Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+NOT_OURS = r"not a transformers tokenizer directory"
+ROWS_OF_TEXT = b"".join(json.dumps({"text": f"document {number} " * 9}).encode() + b"\n" for number in range(999))
+
+
+def table_file(name: str, content: bytes, message: str = r"cannot read it", format: str = "jsonl") -> Bad:
+    """The only file of the corpus, named in the message."""
+    arguments = [f"data.format={format}", f"data.files=[TMP/{name}]"]
+    return Bad(arguments, rf"data\.files: TMP/{re.escape(name)}.*{message}", files={name: content})
+
+
 # Each is appended to: data=local data.dir=TMP/new/set data.files=[TMP/text.txt] data.workers=0 data.vocab_size=300.
 PREPARE: dict[str, Bad] = {
     "unknown_key": one("data.fiels=[x]", r"unknown key data\.fiels:.*did you mean data\.files\?"),
@@ -639,12 +757,32 @@ PREPARE: dict[str, Bad] = {
     ),
     "text_as_parquet": one("data.format=parquet", r"data\.files: TMP/text\.txt \(parquet\): cannot read it"),
     "text_as_jsonl": one("data.format=jsonl", r"data\.files: .*TMP/text\.txt.*cannot read it"),
+    "jsonl_empty": table_file("x.jsonl", b"", r"no documents"),
+    "jsonl_of_a_blank_line": table_file("x.jsonl", b"\n", r"no documents"),
+    "jsonl_of_numbers": table_file("x.jsonl", b"1\n2\n", r""),
+    "jsonl_nested": table_file("x.jsonl", b'{"text": ' + b"[" * 99_999 + b"\n"),
+    "jsonl_torn_late": table_file("x.jsonl", ROWS_OF_TEXT + b'{"text": \n'),
+    "gzip_cut": table_file("x.jsonl.gz", gzip.compress(ROWS_OF_TEXT)[:-99]),
+    "gzip_empty": table_file("x.jsonl.gz", gzip.compress(b""), r"no documents"),
+    "gzip_that_is_none": table_file("x.jsonl.gz", b"\x1f\x8b" + ROWS_OF_TEXT),
+    "xz_cut": table_file("x.jsonl.xz", lzma.compress(ROWS_OF_TEXT)[:-99]),
+    "bz2_cut": table_file("x.jsonl.bz2", bz2.compress(ROWS_OF_TEXT)[:-99]),
+    "zip_that_is_none": table_file("x.jsonl.zip", b"PK\x03\x04" + bytes(99)),
+    "parquet_empty": table_file("x.parquet", b"", format="parquet"),
+    "parquet_cut": table_file("x.parquet", parquet({"text": ["a", "b"]})[:-9], format="parquet"),
+    "second_file_is_cut": Bad(
+        ["data.format=jsonl", "data.files=[TMP/a.jsonl,TMP/b.jsonl.gz,TMP/c.jsonl]"],
+        r"data\.files: TMP/b\.jsonl\.gz: cannot read it",
+        files={"a.jsonl": ROWS_OF_TEXT, "b.jsonl.gz": gzip.compress(ROWS_OF_TEXT)[:-99], "c.jsonl": ROWS_OF_TEXT},
+    ),
+    "lock_is_a_pipe": one("data.dir=TMP/set", r"data\.dir=.*TMP/set\.lock is no ordinary", **pipe("set.lock")),
     "blank_files": one("data.files=[TMP/blank.txt]", r"no documents", files={"blank.txt": b" \n"}),
     "too_small_for_its_vocabulary": one(
         "data.vocab_size=60000", r"data\.vocab_size=60000 .*too small.*set data\.vocab"
     ),
     "too_small_for_three_splits": one("data.vocab_size=257", r"data\.val_fraction|data\.probe_fraction|split"),
-    "vocabulary_beyond_64_bits": one("data.vocab_size=10000000000000000000", r"\w+\.vocab_size=\d+ is beyond 64 bits"),
+    "vocabulary_beyond_64_bits": one("data.vocab_size=10000000000000000000", r"data\.vocab_size=1(0+): .*less than"),
+    "vocabulary_beyond_any_text": one("data.vocab_size=10000001", r"data\.vocab_size=10000001: .*less than or equal"),
     "empty_shards": one("data.shard_tokens=0", r"data\.shard_tokens=0: .*greater than 0"),
     "fraction_not_a_number": one("data.val_fraction=nan", r"data\.val_fraction=nan: "),
     "fraction_of_everything": one("data.val_fraction=1.0", r"data\.val_fraction=1\.0: .*less than 1"),
@@ -654,6 +792,24 @@ PREPARE: dict[str, Bad] = {
         "data.tokenizer=TMP/t",
         r"data\.tokenizer=TMP/t: not a transformers",
         files={"t/tokenizer.json": b'{"version": '},
+    ),
+    "tokenizer_is_a_list": bad_tokenizer(written("tokenizer.json", "[]"), NOT_OURS),
+    "tokenizer_is_null": bad_tokenizer(written("tokenizer.json", "null"), NOT_OURS),
+    "tokenizer_is_nested": bad_tokenizer(written("tokenizer.json", "[" * 99_999), NOT_OURS),
+    "tokenizer_is_a_pipe": bad_tokenizer(replaced_by_a_pipe("tokenizer.json"), rf"{NOT_OURS}.*no ordinary file"),
+    "tokenizer_is_endless": bad_tokenizer(linked_to_zeros("tokenizer.json"), rf"{NOT_OURS}.*no ordinary file"),
+    "tokenizer_with_settings_in_a_list": bad_tokenizer(written("tokenizer_config.json", "[]"), NOT_OURS),
+    "tokenizer_of_a_number": bad_tokenizer(tokenizer_settings(tokenizer_class=5), NOT_OURS),
+    "tokenizer_mapped_to_a_number": bad_tokenizer(tokenizer_settings(auto_map=5), NOT_OURS),
+    "tokenizer_with_a_number_for_a_token": bad_tokenizer(tokenizer_settings(added_tokens_decoder={"x": 5}), NOT_OURS),
+    "tokenizer_of_a_missing_package": bad_tokenizer(
+        tokenizer_settings(tokenizer_class="MarianTokenizer"), rf"{NOT_OURS}.*requires"
+    ),
+    "tokenizer_of_another_missing_package": bad_tokenizer(
+        tokenizer_settings(tokenizer_class="MistralCommonBackend"), rf"{NOT_OURS}.*requires"
+    ),
+    "tokenizer_without_the_words": bad_tokenizer(
+        edited("tokenizer.json", words_without_an_unknown), r"it cannot encode a document: .*UNK"
     ),
     "directory_is_a_file": one("data.dir=TMP/text.txt", r"data\.dir=TMP/text\.txt.*choose another data\.dir"),
     "directory_below_a_file": one("data.dir=TMP/text.txt/set", r"data\.dir=TMP/text\.txt/set"),
@@ -789,12 +945,6 @@ def plan_json(**changes: Any) -> dict[str, bytes]:
     return {"plan.json": json.dumps(plan).encode()}
 
 
-def parquet(columns: dict[str, list[Any]]) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
-    return sink.getvalue().to_pybytes()
-
-
 def bad_plan(files: dict[str, bytes], message: str) -> Bad:
     return one("TMP", rf"TMP/plan\.json is damaged or foreign \({message}", files=files)
 
@@ -849,8 +999,14 @@ REPORT: dict[str, Bad] = {
 
 # ------------------------------------------------------------------------------------------------ the tests
 
+# What keeps the ranks from meeting keeps preflight from making its table; what else is wrong is a line of that table.
+PREFLIGHT = LAUNCHES | {
+    name: TRAIN[name]
+    for name in ("world_without_a_rank", "world_without_an_address", "rank_not_a_number", "unknown_key")
+}
 TABLES = {
     "train": TRAIN,
+    "preflight": PREFLIGHT,
     "config": {name: one("--config=TMP/file.yaml", m, files={"file.yaml": c}) for name, (c, m) in CONFIG_FILES.items()},
     "prepare_data": PREPARE,
     "sweep": SWEEP,
@@ -886,7 +1042,7 @@ def arranged(table: str, name: str, given: Given, tmp_path: Path) -> tuple[str, 
             *("data=local", "data.dir=TMP/new/set", "data.files=[TMP/text.txt]", "data.workers=0"),
             "data.vocab_size=300",
         ],
-    }.get(table, [])
+    }.get("train" if table == "preflight" else table, [])
     if table == "prepare_data":
         (tmp_path / "text.txt").write_text("a text of a few words, too short for much of a vocabulary\n" * 9)
     script = "train" if table == "config" else table
@@ -903,6 +1059,7 @@ def assert_refused(code: Any, stdout: str, stderr: str, message: str, tmp_path: 
 
 
 # In one process, through the scripts' main blocks: a process each would take most of an hour to import torch.
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("table", "name"), ROWS)
 def test_bad_input_ends_with_one_line_that_names_it_and_leaves_nothing(
     table: str, name: str, given: Given, tmp_path, monkeypatch, capsys
@@ -931,6 +1088,7 @@ FEW = {
     ("train", "three_processes"),
     ("train", "target_os_system"),
     ("train", "local_rank_not_a_number"),
+    ("preflight", "world_without_an_address"),
     ("prepare_data", "text_that_is_no_text"),
     ("sweep", "unknown_sweep"),
     ("report", "no_argument"),

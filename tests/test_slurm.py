@@ -567,12 +567,31 @@ def test_a_step_knows_its_place_from_the_environment() -> None:
         slurm.current_step({key: STEP[key] for key in STEP if key != "SLURM_PROCID"})
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("SLURM_PROCID", text) for text in ("5", "-1", "x", "", "9" * 5000, "1.0")),
+        *(("SLURM_STEP_NUM_TASKS", text) for text in ("0", "-5", "many", "4")),
+        *(("SLURM_LOCALID", text) for text in ("1", "-1", "x")),
+        *(("SLURM_NODEID", text) for text in ("3", "-1", "x")),
+        *(("SLURM_STEP_TASKS_PER_NODE", text) for text in ("", "2(x2", "0", "2(x9999999999)", "-2")),
+    ],
+)
+def test_a_place_that_no_step_has_is_refused(name: str, text: str) -> None:
+    with pytest.raises(UserError, match=r"SLURM_|slurm's variables.*start the ranks with srun"):
+        slurm.current_step(STEP | {name: text})
+
+
 def test_the_ranks_meet_where_they_are_told_or_at_the_first_node_and_a_port_of_the_job() -> None:
     job = {"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "1"}
     assert slurm.rendezvous({**job, "MASTER_ADDR": "here"}) == ("here", 10_000 + 123457 % 20_000)
     assert slurm.rendezvous({**job, "MASTER_ADDR": "here", "MASTER_PORT": "77"}) == ("here", 77)
-    with pytest.raises(UserError, match="MASTER_PORT=x"):
-        slurm.rendezvous({**job, "MASTER_ADDR": "here", "MASTER_PORT": "x"})
+    for wrong in ("x", "0", "-1", "65536", "999999"):
+        with pytest.raises(UserError, match=f"MASTER_PORT='{wrong}'"):
+            slurm.rendezvous({**job, "MASTER_ADDR": "here", "MASTER_PORT": wrong})
+    for key in job:
+        with pytest.raises(UserError, match=f"{key}='abc'"):
+            slurm.rendezvous({**job, "MASTER_ADDR": "here", key: "abc"})
 
 
 def test_the_first_node_is_expanded_by_slurm(site: Site) -> None:
