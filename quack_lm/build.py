@@ -18,7 +18,7 @@ import yaml
 from quack_lm import checkpoint, slurm
 from quack_lm.attention.base import Attention
 from quack_lm.attention.scores import check_backend
-from quack_lm.config import choice, fingerprint, identity, instantiate, read_yaml
+from quack_lm.config import choice, fingerprint, flatten, identity, instantiate, read_yaml
 from quack_lm.corpus import Corpus
 from quack_lm.data import EvalBatches, TokenData, TrainBatches
 from quack_lm.errors import UserError
@@ -39,6 +39,7 @@ from quack_lm.parallel import (
     default_device,
     launched_world,
     materialize,
+    memory_of_a_rank,
     shard,
     start_world,
 )
@@ -57,6 +58,9 @@ JOIN_TIMEOUT_S = 3600.0
 GRACE_S = 60.0
 # What a node that died had locked is free again when the file server has noticed.
 LOCK_WAIT_S = 180.0
+
+# Float32 weights, their gradients, and one moment of an optimizer; what is computed comes on top.
+LEAST_BYTES_PER_PARAMETER = 12
 
 CHECKPOINTS = "checkpoints"
 KEYS_NAMED = 5
@@ -136,6 +140,7 @@ def check_run(config: dict[str, Any]) -> Plan:
     check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
     reference = make_model(config, backend="eager")
     corpus: Corpus = instantiate(config["data"])
+    check_memory(config, reference, device=device, ranks_of_a_copy=world_size // settings.replicas)
     data = open_data(corpus, config["model"]["vocab_size"], verify_checksums=False)
     for split in ("train", "val", "probe"):
         data.windows(split, settings.seq_len)
@@ -289,6 +294,19 @@ def check_batch(settings: TrainerSettings, world_size: int) -> None:
         raise UserError(
             f"trainer.global_batch_size={whole} must be a multiple of processes x trainer.micro_batch_size = "
             f"{world_size} x {micro} = {world_size * micro}"
+        )
+
+
+def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ranks_of_a_copy: int) -> None:
+    """Raise UserError where a rank's part of the weights, gradients and optimizer state cannot fit into its memory."""
+    n_params = count_parameters(model)["total"]
+    needed, there = LEAST_BYTES_PER_PARAMETER * n_params / ranks_of_a_copy, memory_of_a_rank(device)
+    if needed > there:
+        sizes = flatten({name: config[name] for name in ("model", "attention")})
+        key = max((k for k, v in sizes.items() if isinstance(v, int)), key=sizes.__getitem__)
+        raise UserError(
+            f"{key}={sizes[key]} is too large, or another size of model or attention: {n_params:,} parameters take "
+            f"{needed / 2**30:,.0f} GiB of the {there / 2**30:,.0f} GiB that each process has"
         )
 
 

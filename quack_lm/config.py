@@ -48,6 +48,7 @@ SECTIONS = {
 SCALARS: dict[str, Any] = {"run_dir": str | None, "seed": pydantic.NonNegativeInt}
 
 DEEPEST_YAML = 50
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 # Two configs that differ only here describe the same run: the keys change where it writes, not what it computes.
 NOT_IDENTITY = ("run_dir", "logger", "trainer.resume", "trainer.keep_every", "trainer.async_checkpoints")
@@ -380,6 +381,8 @@ def _refuse_unstorable(key: str, value: Any) -> None:
         raise UserError(f"{key} has a password in its URL, which every run would write down; take user:password@ out")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise UserError(f"{key}={value} is beyond 64 bits; give a smaller number")
+    if isinstance(value, float) and abs(value) > FLOAT32_MAX:
+        raise UserError(f"{key}={value} is beyond float32, in which a run computes; give a smaller number")
 
 
 def _refuse_unknown(prefix: str, values: dict[Any, Any], known: list[str]) -> None:

@@ -123,6 +123,13 @@ def ranks_on_this_machine() -> int:
     return _launched("LOCAL_WORLD_SIZE", _launched("LOCAL_RANK", 0) + 1)
 
 
+def memory_of_a_rank(device: str) -> float:
+    """The bytes that each process has: of its GPU, or its part of the machine's."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(launched_world()[2]).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_on_this_machine()
+
+
 def default_device() -> str:
     """`cuda` where there is a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -61,7 +61,7 @@ class TrainerSettings(StabilityRules):
     replicas: PositiveInt = 1
     compile: bool = False
     recompute: bool = False
-    loss_chunk: PositiveInt | None = None
+    loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | None = None
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 600.0
     probe_parts: bool = False
 

@@ -208,6 +208,7 @@ def doubling(levels: int = 60) -> str:
 
 # ------------------------------------------------------------------------------------------------ scripts/train.py
 
+TOO_LARGE = r"is too large, .* parameters take .* GiB of the .* GiB"
 # The environment of one process among many; a row adds what is wrong with it.
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 SMALL = ["model.n_layers=1", "trainer.val_sequences=2", "trainer.probe_sequences=2", "trainer.device=cpu"]
@@ -281,6 +282,14 @@ TRAIN: dict[str, Bad] = {
     "zero_rate": one("optimizer.lr=0", r"optimizer\.lr=0: .*greater than 0"),
     "rate_not_a_number": one("optimizer.lr=nan", r"optimizer\.lr=nan: .*finite"),
     "infinite_rate": one("optimizer.lr=inf", r"optimizer\.lr=inf: .*finite"),
+    "rate_beyond_floats": one("optimizer.lr=1e308", r"optimizer\.lr=1e\+308 is beyond float32"),
+    "rate_of_the_rest_beyond_floats": one("optimizer.adamw_lr=1e308", r"optimizer\.adamw_lr=1e\+308 is beyond float32"),
+    "threshold_beyond_floats": Bad(
+        ["stabilizer=qk_clip", "stabilizer.threshold=1e308"], r"stabilizer\.threshold=1e\+308 is beyond float32"
+    ),
+    "chunk_beyond_everything": one(
+        "trainer.loss_chunk=9223372036854775807", r"trainer\.loss_chunk=9223372036854775807: .*less than"
+    ),
     "momentum_of_one": one("optimizer.momentum=1.0", r"optimizer\.momentum=1\.0: .*less than 1"),
     "negative_decay": one("optimizer.weight_decay=-0.1", r"optimizer\.weight_decay=-0\.1: "),
     "negative_tau": Bad(["stabilizer=quack", "stabilizer.tau=-1"], r"stabilizer\.tau=-1: .*greater than 0"),
@@ -308,6 +317,14 @@ TRAIN: dict[str, Bad] = {
     ),
     "vocabulary_too_small": one("model.vocab_size=100", r"model\.vocab_size=100 .*data\.vocab_size=512"),
     "absurd_width": one("model.d_ff=10000000000000000000", r"model\.d_ff"),
+    # what no machine has room for
+    "feed_forward_of_billions": one("model.d_ff=2000000000", rf"model\.d_ff=2000000000 {TOO_LARGE}"),
+    "width_of_a_million": one("model.d_model=1000000", rf"model\.d_model=1000000 {TOO_LARGE}"),
+    "heads_of_billions": one("attention.head_dim=2000000000", rf"attention\.head_dim=2000000000 {TOO_LARGE}"),
+    "latent_of_billions": Bad(
+        ["attention=mla", "attention.kv_latent_dim=2000000000"], rf"attention\.kv_latent_dim=2000000000 {TOO_LARGE}"
+    ),
+    "vocabulary_of_billions": one("model.vocab_size=2000000000", rf"model\.vocab_size=2000000000 {TOO_LARGE}"),
     # what is not there
     "missing_data": one("data.dir=TMP/nowhere", r"data\.dir: .*TMP/nowhere.*prepare_data\.py"),
     "data_is_a_file": one("data.dir=TMP/file", r"data\.dir: .*TMP/file", files={"file": b"x"}),
