@@ -72,8 +72,10 @@ class Muon(torch.optim.Optimizer):
         stack_NrC = torch.stack([d.to(group["ns_dtype"]) for d in directions])
         update_NrC = map_whole_matrices(orthogonalize, stack_NrC, parameters[0]).to(weights[0].dtype)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        scale = _update_scale(group["update_scale"], parameters[0].shape)
-        torch._foreach_add_(weights, list(update_NrC.unbind()), alpha=-group["lr"] * scale)
+        rate = group["lr"] * _update_scale(group["update_scale"], parameters[0].shape)
+        # Torch raises for a factor that the weights' type does not hold; a rate so absurd is to end as diverged.
+        rate = min(rate, torch.finfo(weights[0].dtype).max)
+        torch._foreach_add_(weights, list(update_NrC.unbind()), alpha=-rate)
 
 
 def orthogonalize(matrices_NRC: Tensor) -> Tensor:

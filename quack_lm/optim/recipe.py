@@ -15,8 +15,6 @@ from quack_lm.optim.schedule import ScheduleName, make_schedule
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-# Beyond all use, and far enough below what float32 holds for every product with it.
-Rate = Annotated[float, Field(gt=0, le=1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +24,7 @@ class Recipe(ABC):
     `weight_decay` is decoupled and spares the norm gains. `max_grad_norm` clips by global norm, before any optimizer.
     """
 
-    lr: Rate
+    lr: PositiveFloat
     warmup_steps: NonNegativeInt
     schedule: ScheduleName = "constant"
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -82,7 +80,7 @@ class MuonRecipe(Recipe):
     is_nesterov: bool = True
     update_scale: UpdateScale = "jordan"
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    adamw_lr: Rate | None = None
+    adamw_lr: PositiveFloat | None = None
 
     def build(self, model: nn.Module) -> list[Optimizer]:
         """Muon and AdamW."""
