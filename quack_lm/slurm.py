@@ -18,9 +18,11 @@ from quack_lm.errors import UserError
 
 # A dead controller keeps clients for about 9 s before they give up by themselves; a busy one answers late.
 TIMEOUT_S = 30.0
-# `#SBATCH --signal` sends it before the time limit. SIGTERM is not answered with a requeue: after a preemption slurm
-# requeues by itself, and after scancel nobody wants it.
-TIME_IS_UP = "SIGUSR1"
+# Of the KillWait that a canceled job has, 30 s unless the site says otherwise.
+CANCEL_TIMEOUT_S = 10.0
+# What slurm/job.sh is told after these signals. `#SBATCH --signal` sends SIGUSR1 before the time limit. SIGTERM comes
+# with a preemption and with scancel, and which of the two it was slurm/job.sh asks slurm.
+WORDS = {"SIGUSR1": "time_is_up", "SIGTERM": "terminated"}
 # In these states a job will do nothing any more; in all others it may.
 ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,9 @@ class Site:
         self.environment |= {"MASTER_ADDR": "127.0.0.1", "QUACK_SITE": str(folder / "site.sh"), "OMP_NUM_THREADS": "1"}
         self.write_site()
 
-    def write_site(self, *flags: str) -> None:
+    def write_site(self, *flags: str, more: Sequence[str] = ()) -> None:
         lines = [f"SBATCH_FLAGS=({shlex.join(flags)})", f"PYTHON=({shlex.quote(sys.executable)})", "RETRY_AFTER_S=0"]
+        lines += more
         (self.folder / "site.sh").write_text("\n".join(lines) + "\n")
 
     def call(self, *command: object, check: bool = True) -> str:
@@ -105,6 +106,13 @@ class Site:
         """Submit slurm/train.sbatch; the job's number."""
         submit = ["bash", ROOT / "slurm/submit.sh", "--parsable", *flags, ROOT / "slurm/train.sbatch"]
         return self.call(*submit, *SMALL, CPU, *overrides, f"run_dir={run_dir}")
+
+    def ranks(self, *lines: str, flags: Sequence[str] = ()) -> str:
+        """Submit a batch script that sources slurm/job.sh and then does this; the job's number."""
+        script = self.folder / "job.sh"
+        head = ["#!/bin/bash", "set -euo pipefail", f"QUACK_ROOT={shlex.quote(str(ROOT))}"]
+        script.write_text("\n".join([*head, "source $QUACK_ROOT/slurm/job.sh", *lines]))
+        return self.call("sbatch", "--parsable", "--output=slurm-%j.out", *flags, script)
 
     def sweep(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return self.run(sys.executable, SWEEP, verb, *arguments)
@@ -221,6 +229,30 @@ def test_a_mistake_that_one_rank_finds_is_one_though_slurm_kills_the_others(site
     assert not list(site.folder.glob(".quack_job*"))
 
 
+def test_what_an_earlier_start_of_a_job_said_does_not_count(site: Site) -> None:
+    job = site.ranks("touch .quack_job_$SLURM_JOB_ID.mistake", "run_ranks -c 'print(\"fine\")'")
+    assert site.wait_for_end(job) == "COMPLETED", site.log(job)
+    assert "fine" in site.log(job)
+    assert not list(site.folder.glob(".quack_job*"))
+
+
+def test_a_job_in_a_directory_that_cannot_be_written_to_is_still_requeued_when_its_time_is_up(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    run_dir, elsewhere = tmp_path / "run", ["--chdir=/proc", f"--output={site.folder}/slurm-%j.out"]
+    job = site.train(run_dir, [*tiny_data, *ENDLESS], *elsewhere)
+    wait_for_steps(site, job, run_dir, 5)
+    site.call("scancel", "--signal=USR1", job)  # what the time limit sends, without its minute
+    until(lambda: "time is up: requeueing" in site.log(job), lambda: site.log(job))
+    site.call("scancel", job)
+    site.environment["TMPDIR"] = "/proc"
+    job = site.train(tmp_path / "other", tiny_data, *elsewhere)
+    assert (site.wait_for_end(job), site.show(job)["ExitCode"]) == ("FAILED", "2:0"), site.log(job)
+    (line,) = [line for line in site.log(job).splitlines() if "rror" in line]
+    assert line.startswith("error: neither /proc nor TMPDIR=/proc can be written to")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_preempted_run_saves_and_is_requeued_once_to_the_same_end(
     site: Site, tmp_path: Path, tiny_data: list[str]
 ) -> None:
@@ -245,6 +277,48 @@ def test_a_preempted_run_saves_and_is_requeued_once_to_the_same_end(
     pieces = sorted((run_dir / "wandb").glob("offline-run-*"))
     assert len(pieces) == 2
     assert len({piece.name.rpartition("-")[2] for piece in pieces}) == 1
+
+
+def test_a_run_that_is_preempted_with_a_grace_time_saves_and_is_requeued_to_the_same_end(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    run_dir, everything = tmp_path / "run", ["--nodes=2", "--ntasks-per-node=1", "--exclusive"]
+    job = site.train(run_dir, [*tiny_data, *ENDLESS, "trainer.steps=120"], "--partition=grace", *everything)
+    wait_for_steps(site, job, run_dir, 20)
+    preempt(site, *everything)
+    # Slurm itself would only end the job two minutes later; ended by itself, it would be lost as completed.
+    until(lambda: f"preempted: requeueing job {job}," in site.log(job), lambda: f"{site.show(job)}\n{site.log(job)}")
+    stopped = summary(run_dir)
+    assert (stopped["status"], stopped["reason"]) == ("interrupted", "asked to stop by SIGTERM")
+    assert site.wait_for_end(job) == "COMPLETED", site.log(job)
+    assert site.show(job)["Restarts"] == "1"
+    assert site.log(job).count("start 1") == site.log(job).count("start 2") == 1
+    assert_every_step_once(run_dir)
+
+
+@pytest.mark.slow
+def test_a_program_without_an_answer_to_sigterm_is_requeued_too(site: Site) -> None:
+    # As prepare_data.py, which goes on where it was.
+    (site.folder / "rank.py").write_text(
+        "import os, time\ntime.sleep(0 if 'SLURM_RESTART_COUNT' in os.environ else 99)"
+    )
+    everything = ["--nodes=2", "--exclusive"]
+    job = site.ranks("run_ranks rank.py", flags=["--partition=grace", "--open-mode=append", *everything])
+    until(lambda: "start 1" in site.log(job), lambda: site.log(job))
+    preempt(site, *everything)
+    until(lambda: f"preempted: requeueing job {job}," in site.log(job), lambda: site.log(job))
+    assert site.wait_for_end(job) == "COMPLETED", site.log(job)
+    # Canceled, nobody wants it back.
+    job = site.ranks("run_ranks -c 'import time; time.sleep(99)'", flags=["--partition=grace"])
+    until(lambda: "start 1" in site.log(job), lambda: site.log(job))
+    site.call("scancel", job)
+    assert site.wait_for_end(job) == "CANCELLED"
+    assert "requeueing" not in site.log(job)
+
+
+def preempt(site: Site, *flags: str) -> None:
+    """Submit a job that takes the nodes from those of the other partitions."""
+    site.call("sbatch", "--parsable", "--partition=urgent", *flags, "--wrap", "sleep 1")
 
 
 def test_a_time_limit_saves_and_requeues_until_the_run_is_complete(
@@ -478,6 +552,30 @@ def test_a_task_of_a_sweep_that_breaks_down_is_queued_again_and_its_neighbor_goe
         assert cell.status() == "completed"
         assert_every_step_once(cell.run_dir)
     assert site.show(str(tasks[neighbor.name]))["Restarts"] == "0"
+
+
+@pytest.mark.slow
+def test_a_task_of_a_sweep_that_is_preempted_with_a_grace_time_is_queued_again(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    site.write_site("--partition=grace")
+    two = "# Why?\nbase: [experiment=tiny]\ngrid: {stabilizer: [quack, qk_norm]}\n"
+    long = [item for item in ENDLESS if not item.startswith("trainer.steps")]
+    # Each on a node of its own, and the second has the number of the whole array.
+    site.sweep("submit", *small_sweep(two, *long, "trainer.steps=400"), "gpus=4", "tasks=1")
+    cells = read_plan(directory(tmp_path)).cells
+    what = lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout  # noqa: E731
+    until(lambda: all(len(steps_of(cell.run_dir)) > 25 for cell in cells), what)
+    tasks = jobs.tasks_of(directory(tmp_path))
+    preempt(site, "--nodes=2", "--exclusive")
+    for cell in cells:
+        job = str(tasks[cell.name])
+        site.wait_for(job, lambda job=job: site.show(job)["Restarts"] == "1")
+        site.wait_for(job, cell.is_finished)
+        assert cell.status() == "completed"
+        assert_every_step_once(cell.run_dir)
+        log = directory(tmp_path) / jobs.FOLDER / f"slurm-{job}.out"
+        assert f"preempted: requeueing job {job}," in log.read_text()
 
 
 def trainer_of(cell: Cell) -> int:
