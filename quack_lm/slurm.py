@@ -102,6 +102,33 @@ def is_restart(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
+def refuse_unseen_gpus(environment: Mapping[str, str] = os.environ) -> None:
+    """For a process in which torch sees no GPU: UserError where slurm has given it some, which it would leave idle."""
+    given = environment.get("SLURM_GPUS_ON_NODE", "0")
+    if given != "0":
+        raise UserError(
+            f"trainer.device=auto: slurm has given this job GPUs (SLURM_GPUS_ON_NODE={given}) and torch sees none; "
+            "install a CUDA build of torch, look at nvidia-smi on that node, or set trainer.device=cpu"
+        )
+
+
+def was_canceled(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether somebody is canceling this job; not so where slurm does not say, or ends it for reasons of its own."""
+    if "SLURM_JOB_ID" not in environment:
+        return False
+    job = environment["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in environment:  # the last task of an array has the array's own number
+        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    try:
+        words = call(["scontrol", "show", "job", "-o", job], timeout_s=CANCEL_TIMEOUT_S).split()
+    except UserError:
+        return False
+    said = dict(word.split("=", 1) for word in words if "=" in word)
+    # A job that slurm queues again, after a preemption for instance, has no end; in the grace time before one it runs.
+    is_over = said.get("JobState") == "COMPLETING" and said.get("EndTime") != "Unknown"
+    return is_over and said.get("Reason") == "None" and said.get("PreemptTime", "None") == "None"
+
+
 # ------------------------------------------------------------------------------------------------ outside of it
 
 

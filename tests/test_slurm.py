@@ -353,6 +353,7 @@ def test_a_canceled_job_saves_and_stays_canceled_and_the_same_command_continues(
     site.call("scancel", job)
     assert site.wait_for_end(job) == "CANCELLED"
     until(lambda: summary(run_dir)["status"] == "interrupted", lambda: site.log(job))
+    assert summary(run_dir)["reason"] == "the job was canceled (SIGTERM)"
     stopped = summary(run_dir)["step"]
     assert site.show(job)["Restarts"] == "0"
     job = site.train(run_dir, [*tiny_data, *ENDLESS, f"trainer.steps={stopped + 5}"])
