@@ -12,6 +12,8 @@ from typing import IO, Any
 from quack_lm.errors import UserError
 
 LOCK_POLL_S = 0.2
+# What a node that died had locked is free again when the file server has noticed.
+LOCK_WAIT_S = 180.0
 
 
 def write_atomically(path: Path, text: str) -> None:

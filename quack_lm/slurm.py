@@ -177,6 +177,11 @@ class Task:
         """Whether it is queued, running, or about to be again."""
         return self.state not in ENDED
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether its processes are being ended: they save."""
+        return self.state == "COMPLETING"
+
     def __str__(self) -> str:
         return f"{self.job}_{self.index}"
 

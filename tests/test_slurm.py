@@ -24,6 +24,7 @@ from test_train import SMALL, run_here, summary
 from quack_lm import slurm
 from quack_lm.config import compose
 from quack_lm.errors import UserError
+from quack_lm.files import take_lock
 from quack_lm.sweep import cluster as jobs
 from quack_lm.sweep.cell import LOG_FILE, Cell
 from quack_lm.sweep.file import override_value
@@ -577,6 +578,104 @@ def test_a_task_of_a_sweep_that_is_preempted_with_a_grace_time_is_queued_again(
         assert_every_step_once(cell.run_dir)
         log = directory(tmp_path) / jobs.FOLDER / f"slurm-{job}.out"
         assert f"preempted: requeueing job {job}," in log.read_text()
+
+
+@pytest.mark.slow
+def test_runs_that_still_save_are_waited_for_by_cancel_and_named_by_submit(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    # A rank that takes its time to end.
+    slowly = site.folder / "slowly.sh"
+    slowly.write_text(f"trap '' TERM\n{shlex.quote(sys.executable)} \"$@\"\nsleep 12\n")
+    site.write_site(more=[f"PYTHON=(bash {shlex.quote(str(slowly))})"])
+    arguments = small_sweep("# Why?\nbase: [experiment=tiny]\ngrid: {stabilizer: [quack]}\n", *ENDLESS)
+    assert site.sweep("submit", *arguments).returncode == 0
+    (cell,) = read_plan(directory(tmp_path)).cells
+    until(lambda: len(steps_of(cell.run_dir)) > 5, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
+    (task,) = jobs.tasks_of(directory(tmp_path)).values()
+    site.call("scancel", task.job)
+    done = site.sweep("submit", *arguments)
+    assert done.returncode == 1
+    assert "0 finished, running or queued before, 0 submitted now" in done.stdout
+    assert done.stderr == f"1 still ending, submit again in a moment: {cell.name}\n"
+    assert jobs.tasks_of(directory(tmp_path))[cell.name].is_ending
+    canceled = site.sweep("cancel", f"dir={directory(tmp_path)}")
+    assert (canceled.returncode, canceled.stderr) == (0, "")
+    assert f"canceled job {task.job}; waiting up to 120 s" in canceled.stdout
+    assert not jobs.tasks_of(directory(tmp_path))[cell.name].is_active
+    assert " canceled " in site.sweep("status", f"dir={directory(tmp_path)}").stdout
+    site.write_site()
+    assert "1 submitted now" in site.sweep("submit", *arguments).stdout
+
+
+def test_a_site_may_print_read_unset_variables_and_wrap_sbatch(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    site.write_site(more=["echo Welcome", "echo $NOBODY_HAS_SET_THIS"])
+    site.environment["SBATCH_EXPORT"] = "NONE"
+    arguments = small_sweep("# Why?\nbase: [experiment=tiny]\ngrid: {stabilizer: [quack]}\n")
+    done = site.sweep("submit", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "submitted job" in done.stdout
+    (cell,) = read_plan(directory(tmp_path)).cells
+    until(cell.is_finished, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
+    # An answer that is not understood is one line, and the job is known all the same.
+    wrapper = tmp_path / "bin" / "sbatch"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/bash\n{shutil.which("sbatch")} "$@"\necho and good luck\n')
+    wrapper.chmod(0o755)
+    site.environment["PATH"] = f"{wrapper.parent}:{os.environ['PATH']}"
+    other = f"dir={tmp_path / 'other'}"
+    done = site.sweep("submit", *arguments, other)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "good luck' in place of the job's number" in done.stderr
+    assert "canceled job" in site.sweep("cancel", other).stdout
+
+
+def test_files_that_are_damaged_or_gone_keep_no_job_from_being_canceled(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUACK_SITE", site.environment["QUACK_SITE"])
+    site.write_site("--hold")
+    assert site.sweep("submit", *small_sweep()).returncode == 0
+    target = directory(tmp_path)
+    plan, folder = read_plan(target), target / jobs.FOLDER
+
+    def resubmit() -> list[str]:
+        jobs.submit(target, plan, jobs.Resources(), concurrency=1)
+        return sorted(path.name for path in folder.glob("*.json"))
+
+    def cut(path: Path) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "cells": []}))
+
+    assert resubmit() == ["0001.json", "0002.json"]
+    for damage in (cut, lambda path: path.write_text("{"), Path.unlink):
+        newest = sorted(folder.glob("*.json"))[-2:]
+        tasks = jobs.tasks_of(target)
+        for path in newest:
+            damage(path)
+        with pytest.raises(UserError, match=f"{newest[0].name} is damaged or gone.*cancel"):
+            resubmit()
+        assert jobs.cancel(target) == sorted({task.job for task in tasks.values() if task.is_active})
+        assert jobs.wait_for_end(target) == []
+        assert not jobs.tasks_of(target)
+        # A number that slurm knows is not used again: its tasks would be taken for those of other runs.
+        assert len(resubmit()) == len(set(resubmit()))
+        assert len(jobs.tasks_of(target)) == 6
+    assert resubmit() == ["0001.json", "0002.json", "0003.json", "0004.json", "0007.json", "0008.json"]
+
+
+def test_a_second_submission_at_the_same_time_is_refused_and_changes_nothing(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    target = directory(tmp_path)
+    (target / jobs.FOLDER).mkdir(parents=True)
+    with open(target / jobs.FOLDER / ".lock", "wb") as lock:
+        assert take_lock(lock)
+        done = site.sweep("submit", *small_sweep())
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "another submission is at work here" in done.stderr
+    assert not (target / "plan.json").exists()
 
 
 def trainer_of(cell: Cell) -> int:
