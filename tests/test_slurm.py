@@ -22,6 +22,7 @@ from test_faults import ranks_of
 from test_train import SMALL, run_here, summary
 
 from quack_lm import slurm
+from quack_lm.build import check_run
 from quack_lm.config import compose
 from quack_lm.errors import UserError
 from quack_lm.files import take_lock
@@ -426,6 +427,30 @@ def descendants(pid: int) -> list[int]:
     return [process for child in children for process in (child, *descendants(child))]
 
 
+def test_data_prepared_by_a_job_pass_the_preflight_of_two_ranks(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    documents = Path(tiny_data[-1].partition("=")[2]).with_name("documents") / "*.txt"
+    data = ["data=local", f"data.dir={tmp_path / 'data'}", f"data.files=[{documents}]", "data.vocab_size=512"]
+    data += ["data.format=text", "data.val_fraction=0.15", "data.probe_fraction=0.15"]
+    submit = ["bash", ROOT / "slurm/submit.sh", "--parsable", ROOT / "slurm/prepare_data.sbatch"]
+    prepared = site.call(*submit, *data)
+    arguments = [str(ROOT / "scripts/preflight.py"), *SMALL, *data, f"run_dir={tmp_path / 'run'}"]
+    # The GPUs are only counted: torch does not see them, and a run would train on the CPU.
+    lines = [f"run_ranks {shlex.join([*arguments, device])} || echo code $?" for device in (CPU, "trainer.device=auto")]
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--dependency=afterok:{prepared}"]
+    job = site.ranks(*lines, flags=flags)
+    assert site.wait_for_end(job) == "COMPLETED", site.log(prepared) + site.log(job)
+    assert site.show(prepared)["JobState"] == "COMPLETED"
+    assert "unigram entropy" in site.log(prepared)
+    on_cpu, on_gpu = site.log(job).split("\nready to train\n")
+    assert "2 on cpu" in on_cpu
+    assert "GB/s for 4 MiB" in on_cpu
+    assert "slurm has given this job GPUs (SLURM_GPUS_ON_NODE=1) and torch sees none" in on_gpu
+    assert "NOT READY" in on_gpu
+    assert "code 2" in on_gpu
+
+
 def test_only_a_task_of_srun_is_a_rank(site: Site) -> None:
     code = "from quack_lm.slurm import current_step as s; print('found', s())"
     script = site.folder / "job.sh"
@@ -763,6 +788,18 @@ def test_a_step_knows_its_place_from_the_environment() -> None:
     assert slurm.current_step({key: STEP[key] for key in STEP if key != "SLURM_STEP_ID"}) is None
     with pytest.raises(UserError, match="SLURM_PROCID"):
         slurm.current_step({key: STEP[key] for key in STEP if key != "SLURM_PROCID"})
+
+
+def test_gpus_that_slurm_gave_and_torch_does_not_see_are_no_reason_to_train_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    config = compose([*SMALL, *tiny_data, f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match=r"trainer.device=auto: .*SLURM_GPUS_ON_NODE=4.*or set trainer.device=cpu"):
+        check_run(config)
+    config["trainer"]["device"] = "cpu"
+    check_run(config)
 
 
 def test_the_ranks_meet_where_they_are_told_or_at_the_first_node_and_a_port_of_the_job() -> None:
