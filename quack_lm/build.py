@@ -22,7 +22,7 @@ from quack_lm.config import choice, fingerprint, flatten, identity, instantiate,
 from quack_lm.corpus import Corpus
 from quack_lm.data import EvalBatches, TokenData, TrainBatches
 from quack_lm.errors import UserError
-from quack_lm.files import open_regular, read_json, take_lock, write_atomically, write_json
+from quack_lm.files import LOCK_WAIT_S, open_regular, read_json, take_lock, write_atomically, write_json
 from quack_lm.metrics import (
     LoggerSettings,
     RunLog,
@@ -56,8 +56,6 @@ T = TypeVar("T")
 GRACE_S = 60.0
 # The ranks arrive far apart, for one per machine reads every byte of the data first: at least at this rate.
 READ_BYTES_PER_S = 1e8
-# What a node that died had locked is free again when the file server has noticed.
-LOCK_WAIT_S = 180.0
 
 # Float32 weights, their gradients, and one moment of an optimizer; what is computed comes on top.
 LEAST_BYTES_PER_PARAMETER = 12

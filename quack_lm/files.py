@@ -13,6 +13,8 @@ from typing import IO, Any
 from quack_lm.errors import UserError
 
 LOCK_POLL_S = 0.2
+# What a node that died had locked is free again when the file server has noticed.
+LOCK_WAIT_S = 180.0
 
 
 def open_regular(path: Path, mode: str = "r", *, errors: str | None = None) -> IO[Any]:

@@ -39,6 +39,8 @@ def kind_of_end(status: str, reason: str | None) -> str:
         return "non-finite"
     if status == "failed" and any(words in reason for words in ("OutOfMemory", "MemoryError", "allocate memory")):
         return "out of memory"
+    if status == "interrupted" and "canceled" in reason:
+        return "canceled"
     if status == "interrupted" and ("SIGTERM" in reason or "SIGUSR1" in reason):
         return "preempted"
     return status

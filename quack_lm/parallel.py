@@ -131,8 +131,11 @@ def memory_of_a_rank(device: str) -> float:
 
 
 def default_device() -> str:
-    """`cuda` where there is a GPU, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`cuda` where there is a GPU, else `cpu`; UserError where slurm has given this job GPUs that torch cannot see."""
+    if torch.cuda.is_available():
+        return "cuda"
+    slurm.refuse_unseen_gpus()
+    return "cpu"
 
 
 def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: float = 600.0) -> World:

@@ -18,9 +18,11 @@ from quack_lm.errors import UserError
 
 # A dead controller keeps clients for about 9 s before they give up by themselves; a busy one answers late.
 TIMEOUT_S = 30.0
-# `#SBATCH --signal` sends it before the time limit. SIGTERM is not answered with a requeue: after a preemption slurm
-# requeues by itself, and after scancel nobody wants it.
-TIME_IS_UP = "SIGUSR1"
+# Of the KillWait that a canceled job has, 30 s unless the site says otherwise.
+CANCEL_TIMEOUT_S = 10.0
+# What slurm/job.sh is told after these signals. `#SBATCH --signal` sends SIGUSR1 before the time limit. SIGTERM comes
+# with a preemption and with scancel, and which of the two it was slurm/job.sh asks slurm.
+WORDS = {"SIGUSR1": "time_is_up", "SIGTERM": "terminated"}
 PORTS = {"least": 1, "most": 2**16 - 1}
 # In these states a job will do nothing any more; in all others it may.
 ENDED = {
@@ -123,6 +125,33 @@ def is_restart(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
+def refuse_unseen_gpus(environment: Mapping[str, str] = os.environ) -> None:
+    """For a process in which torch sees no GPU: UserError where slurm has given it some, which it would leave idle."""
+    given = environment.get("SLURM_GPUS_ON_NODE", "0")
+    if given != "0":
+        raise UserError(
+            f"trainer.device=auto: slurm has given this job GPUs (SLURM_GPUS_ON_NODE={given}) and torch sees none; "
+            "install a CUDA build of torch, look at nvidia-smi on that node, or set trainer.device=cpu"
+        )
+
+
+def was_canceled(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether somebody is canceling this job; not so where slurm does not say, or ends it for reasons of its own."""
+    if "SLURM_JOB_ID" not in environment:
+        return False
+    job = environment["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in environment:  # the last task of an array has the array's own number
+        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    try:
+        words = call(["scontrol", "show", "job", "-o", job], timeout_s=CANCEL_TIMEOUT_S).split()
+    except UserError:
+        return False
+    said = dict(word.split("=", 1) for word in words if "=" in word)
+    # A job that slurm queues again, after a preemption for instance, has no end; in the grace time before one it runs.
+    is_over = said.get("JobState") == "COMPLETING" and said.get("EndTime") != "Unknown"
+    return is_over and said.get("Reason") == "None" and said.get("PreemptTime", "None") == "None"
+
+
 # ------------------------------------------------------------------------------------------------ outside of it
 
 
@@ -170,6 +199,11 @@ class Task:
     def is_active(self) -> bool:
         """Whether it is queued, running, or about to be again."""
         return self.state not in ENDED
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its processes are being ended: they save."""
+        return self.state == "COMPLETING"
 
     def __str__(self) -> str:
         return f"{self.job}_{self.index}"

@@ -1,8 +1,10 @@
 """Look before a long run: takes the arguments of scripts/train.py, trains nothing, prints one table and one verdict.
 
-    python scripts/preflight.py attention=mla stabilizer=quack data.dir=/data/cosmopedia_v2      # on the login node
+    python scripts/preflight.py attention=mla stabilizer=quack ranks=16                          # on the login node
     srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python scripts/preflight.py ...         # inside a job
     torchrun --nproc-per-node 8 scripts/preflight.py ...
+
+ranks=N says on a login node how many ranks the job will have: the batch and trainer.replicas are checked for them.
 
 Checked are the config, the data against their checksums, that the run directory can be written to and holds no other
 run, space for the checkpoints, and package versions; with several processes also that all find the same GPUs, data
@@ -29,7 +31,8 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    file, _, overrides = read_flags(arguments)
+    file, _, overrides = read_flags([one for one in arguments if not one.startswith("ranks=")])
+    ranks = expected_ranks([one for one in arguments if one.startswith("ranks=")])
     config = compose(overrides, file=file)
 
     # An NCCL that hangs then raises, and the table is still made, instead of ending the process.
@@ -42,14 +45,17 @@ def main(arguments: list[str]) -> int:
 
     check_launch()
     wanted = config["trainer"]["device"]
-    device = default_device() if wanted == "auto" else wanted
+    try:
+        device = default_device() if wanted == "auto" else wanted
+    except UserError:  # said in the table
+        device = "cuda"
     try:
         # On the CPU whatever the run uses: a GPU that does not work must not keep the ranks from telling.
         world = start_world(device="cpu", is_wrapped=launched_world()[1] > 1, timeout_s=JOIN_TIMEOUT_S)
     except RuntimeError as error:
         raise UserError(str(error)) from None
     patient = world.host_group(timeout_s=DATA_TIMEOUT_S)
-    mine = own_rows(config, device)
+    mine = own_rows(config, device, ranks)
     world.barrier(patient)
     facts = gather(facts_of_this_rank(world), world)
     everyone = gather([[row.check, row.is_ok, row.found] for row in mine], world)
@@ -67,13 +73,23 @@ def main(arguments: list[str]) -> int:
     return world.leave(0 if is_ready else 2)
 
 
-def own_rows(config: dict[str, Any], device: str) -> list[Any]:
+def expected_ranks(arguments: list[str]) -> int | None:
+    """The number after `ranks=`; None where it is not given."""
+    if not arguments:
+        return None
+    text = arguments[-1].partition("=")[2]
+    if not text.isdecimal() or len(text) > 6 or int(text) == 0:
+        raise UserError(f"ranks={text} must be a whole number of at least 1: nodes x tasks per node of the job")
+    return int(text)
+
+
+def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any]:
     """The checks that a rank makes alone, the same ones in the same order on each."""
     from quack_lm.attention.scores import check_backend
     from quack_lm.build import check_batch, check_run_dir, default_run_dir, make_model, open_data
     from quack_lm.config import instantiate
     from quack_lm.model import count_parameters
-    from quack_lm.parallel import check_world, launched_world
+    from quack_lm.parallel import check_world, default_device, launched_world
     from quack_lm.preflight import attempt, check_disk, check_write_access
 
     settings = instantiate(config["trainer"])
@@ -87,9 +103,17 @@ def own_rows(config: dict[str, Any], device: str) -> list[Any]:
         return f"{counts['total']:,} parameters"
 
     def processes() -> str:
-        check_world(device=device, replicas=settings.replicas)
-        check_batch(settings, launched_world()[1])
-        return f"{launched_world()[1]} on {device}, {settings.global_batch_size} sequences a step"
+        if settings.device == "auto":
+            default_device()  # which says what is wrong
+        here = launched_world()[1]
+        size = ranks or here
+        if here not in (1, size):
+            raise UserError(f"ranks={size} is for a login node, and here are {here} processes: leave it out")
+        check_world(device=device, replicas=1 if ranks else settings.replicas)
+        if size % settings.replicas:
+            raise UserError(f"trainer.replicas={settings.replicas} must divide the number of processes, {size}")
+        check_batch(settings, size)
+        return f"{size} on {device}, {settings.global_batch_size} sequences a step"
 
     def data() -> str:
         opened = open_data(instantiate(config["data"]), config["model"]["vocab_size"])

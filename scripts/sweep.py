@@ -7,7 +7,7 @@ run      plan, then train what is unfinished, jobs at a time, and print the comp
 resume   the same as run
 submit   plan, then queue what is unfinished and not queued yet as job arrays on a slurm cluster (slurm/sweep.sbatch)
 status   print how far each run of a sweep directory is, and what slurm does about it where jobs were submitted
-cancel   cancel the queued and running jobs of this sweep; its runs save first, and submit continues them
+cancel   cancel the queued and running jobs of this sweep and wait until its runs have saved; submit continues them
 collect  write results.parquet, results.csv and curves.parquet: all that scripts/report.py needs, in a few files, beside
          the runs or in out=DIR
 
@@ -26,8 +26,9 @@ others   overrides for every run, for example trainer.steps=20 data.dir=data/oth
 
 Ctrl-C lets the runs save and end; the same command continues them. A run is known by the hash of its resolved config:
 completed and diverged runs are never repeated, also after the sweep file has grown. The exit code is 0 when every run
-completed, diverged or was stopped by the file's rule, 1 when some failed, 2 for a mistake in the command or a file, or
-a cluster that does not answer. In a job, slurm/sweep.sbatch calls `task file=... index=...` to train one run of a file.
+completed, diverged or was stopped by the file's rule, 1 when some failed or still end, 2 for a mistake in the command
+or a file, or a cluster that does not answer. In a job, slurm/sweep.sbatch calls `task file=... index=...` to train one
+run of a file.
 """
 
 import json
@@ -196,15 +197,39 @@ def _flops_per_token(config: dict[str, Any]) -> float:
     return flops_per_token(make_model(config, backend="eager"), config["trainer"]["seq_len"])
 
 
-def submit(plan: Plan, command: Command, directory: Path) -> None:
+def submit(plan: Plan, command: Command, directory: Path) -> int:
     _check_data(plan)
     take_over(plan, command)
-    jobs = cluster.submit(directory, plan, command.resources, concurrency=command.counts.get("concurrency", 8))
-    for job in jobs:
+    done = cluster.submit(directory, plan, command.resources, concurrency=command.counts.get("concurrency", 8))
+    for job in done.jobs:
         print(f"submitted job {job.job}: {job.n_cells} runs")
-    left = len(plan.cells) - sum(job.n_cells for job in jobs)
-    print(f"{len(plan.cells)} runs: {left} finished, running or queued before, {len(plan.cells) - left} submitted now")
+    now, ending = sum(job.n_cells for job in done.jobs), len(done.still_ending)
+    before = len(plan.cells) - now - ending
+    print(f"{len(plan.cells)} runs: {before} finished, running or queued before, {now} submitted now")
     print(f"python scripts/sweep.py status {shlex.quote(f'dir={directory}')}")
+    if ending:
+        names = ", ".join(cell.name for cell in done.still_ending)
+        print(f"{ending} still ending, submit again in a moment: {names}", file=sys.stderr)
+    return 1 if ending else 0
+
+
+def cancel(directory: Path) -> int:
+    if not cluster.was_submitted(directory):
+        read_plan(directory)  # says so where this is no sweep at all
+        print("no job of this sweep is in the queue")
+        return 0
+    jobs = cluster.cancel(directory)
+    if not jobs:
+        print("no job of this sweep is in the queue")
+        return 0
+    print(f"canceled {_listed(jobs)}; waiting up to {cluster.CANCEL_WAIT_S:g} s for runs to save and end", flush=True)
+    if left := cluster.wait_for_end(directory):
+        print(f"{_listed(left)} still ending: wait with submit until status shows no more of it", file=sys.stderr)
+    return 1 if left else 0
+
+
+def _listed(jobs: list[int]) -> str:
+    return ", ".join(f"job {job}" for job in jobs)
 
 
 def _check_data(plan: Plan) -> None:
@@ -264,16 +289,14 @@ def main(arguments: list[str]) -> int:
     if command.verb == "status":
         show_status(read_plan(directory), directory)
     elif command.verb == "cancel":
-        jobs = cluster.cancel(directory) if read_plan(directory) else []
-        print(f"canceled {', '.join(f'job {job}' for job in jobs)}" if jobs else "no job of this sweep is in the queue")
+        return cancel(directory)
     elif command.verb == "collect":
         for path in collected.write(directory, command.out):
             print(path)
     else:
         plan = make_plan(command, directory)
         if command.verb == "submit":
-            submit(plan, command, directory)
-            return 0
+            return submit(plan, command, directory)
         write_plan(directory, plan)
         if command.verb == "plan":
             print_plan(plan, command)

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     # Imported late: --help and a mistake in the settings need not wait for it.
     from quack_lm.build import build, check_run, doubts, make_model
     from quack_lm.model import count_parameters
-    from quack_lm.slurm import TIME_IS_UP
+    from quack_lm.slurm import WORDS, was_canceled
     from quack_lm.train import summarize, train
 
     if is_check:
@@ -66,8 +66,11 @@ def main(arguments: list[str]) -> int:
         raise
     if run.world.is_main:
         print(f"{status} at step {run.progress.step}: validation loss {run.progress.val_loss:.4f}, {plan.run_dir}")
-        if status == "interrupted" and run.stopped_by == TIME_IS_UP:
-            tell_job("time_is_up")
+        if status == "interrupted" and run.stopped_by in WORDS:
+            tell_job(WORDS[run.stopped_by])
+            # Asked when all is saved: a controller may take its time to answer.
+            if run.stopped_by == "SIGTERM" and was_canceled():
+                summarize(run, status, reason="the job was canceled (SIGTERM)")
     return run.world.leave(0)
 
 

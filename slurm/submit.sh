@@ -9,7 +9,11 @@ QUACK_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export QUACK_ROOT
 QUACK_SITE=$(realpath "${QUACK_SITE:-$QUACK_ROOT/slurm/site.sh}")
 export QUACK_SITE
-source "$QUACK_SITE"
+# What it prints must not mix with the job number that `--parsable` prints; and environments read variables that may be
+# unset.
+set +u
+source "$QUACK_SITE" >&2
+set -u
 if [[ $# -eq 0 ]]; then
   echo "error: nothing to submit; for example: bash slurm/submit.sh --nodes=1 slurm/train.sbatch experiment=tiny" >&2
   exit 2
@@ -21,4 +25,5 @@ for argument in "$@"; do
   fi
   arguments+=("$argument")
 done
-exec sbatch ${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} "${arguments[@]}"
+# The jobs need what this shell and the site's file have set, also where SBATCH_EXPORT says otherwise.
+exec sbatch --export=ALL ${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} "${arguments[@]}"

@@ -83,6 +83,8 @@ CONF
   done >>"$DIR/slurm.conf"
   echo "PartitionName=main Nodes=ALL Default=YES PriorityTier=1 State=UP" >>"$DIR/slurm.conf"
   echo "PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP" >>"$DIR/slurm.conf"
+  # Preempted jobs get their signal at once, and this long before slurm itself ends them.
+  echo "PartitionName=grace Nodes=ALL PriorityTier=1 GraceTime=120 State=UP" >>"$DIR/slurm.conf"
 }
 
 start() {

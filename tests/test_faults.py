@@ -6,15 +6,19 @@ python -m pytest tests/test_faults.py -m slow -s         # 30 random moments of 
 
 import contextlib
 import http.server
+import json
 import os
 import random
 import re
 import shutil
 import signal
+import statistics
+import struct
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -518,6 +522,54 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path, tiny_data
     assert first.poll() is None
     first.send_signal(signal.SIGTERM)
     assert first.wait(timeout=60) == 0
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps_forward_and_back_under_a_run_changes_nothing(tmp_path: Path, tiny_data: list[str]) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        message = "NOT TESTED: clocks that jump (no C compiler found)"
+        warnings.warn(message, stacklevel=1)
+        pytest.skip(message)
+    library, jump, run_dir = tmp_path / "clock.so", tmp_path / "jump", tmp_path / "run"
+    source = REPOSITORY / "tests/jumping_clock.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+    clock = {"LD_PRELOAD": str(library), "JUMPING_CLOCK": str(jump)}
+    jump.write_bytes(bytes(8))
+
+    def set_clock(seconds: int) -> None:
+        with jump.open("r+b") as file:
+            file.write(struct.pack("q", seconds))
+        print_time = [sys.executable, "-c", "import time; print(time.time())"]
+        seen = float(subprocess.run(print_time, env={**os.environ, **clock}, capture_output=True, check=True).stdout)
+        assert seen - time.time() == pytest.approx(seconds, abs=20)
+
+    begin = time.monotonic()
+    process = start(
+        [*tiny_data, *FAULTS, "trainer.steps=150", "trainer.checkpoint_every=25", "trainer.timeout_s=60"],
+        run_dir,
+        2,
+        **clock,
+    )
+    for step, seconds in ((20, 3600), (60, -86_400)):
+        wait_for_step(run_dir, step, process)
+        set_clock(seconds)
+        assert process.poll() is None
+        assert steps_done(run_dir) < 140
+    assert process.wait(timeout=120) == 0, log_of(run_dir)
+    took = time.monotonic() - begin
+    lines = records(run_dir)
+    assert [line["step"] for line in lines] == list(range(151))
+    assert 0 < summary(run_dir)["elapsed_s"] < took
+    assert min(summary(run_dir)["outside_s"].values()) >= 0
+    # A step of an hour would show as a speed below a thousandth of the others', one of less than nothing as 0.
+    speeds = [json.loads(line).get("throughput/tokens_per_s") for line in (run_dir / "metrics.jsonl").open()][1:]
+    assert min(speeds) > statistics.median(speeds) / 1000
+    assert max(speeds) < statistics.median(speeds) * 1000
+
+
+def steps_done(run_dir: Path) -> int:
+    return int(records(run_dir)[-1]["step"])
 
 
 def test_no_duration_is_taken_from_a_clock_that_people_can_set() -> None:

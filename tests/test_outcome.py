@@ -187,6 +187,7 @@ def test_the_best_validation_loss_is_the_smallest_finite_one_and_the_initial_tha
         ("failed", "RuntimeError: DefaultCPUAllocator: can't allocate memory", "out of memory"),
         ("failed", "KeyError: 'x'", "failed"),
         ("interrupted", "asked to stop by SIGTERM", "preempted"),
+        ("interrupted", "the job was canceled (SIGTERM)", "canceled"),
         ("interrupted", "asked to stop by SIGINT", "interrupted"),
     ],
 )

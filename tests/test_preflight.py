@@ -43,6 +43,19 @@ def test_two_ranks_measure_their_all_reduce_and_clocks(tmp_path: Path, tiny_data
     assert not (tmp_path / "run").exists()
 
 
+def test_a_login_node_checks_the_batch_for_the_ranks_of_the_job(tmp_path: Path, tiny_data: list[str]) -> None:
+    own = [*tiny_data, f"run_dir={tmp_path / 'run'}", "trainer.replicas=2"]
+    done = preflight([*own, "ranks=6"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 on cpu, 12 sequences a step" in done.stdout
+    done = preflight([*own, "ranks=4"])
+    assert done.returncode == 2
+    assert "must be a multiple of processes x trainer.micro_batch_size = 4 x 2 = 8" in done.stdout
+    done = preflight([*own, "ranks=many"])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "ranks=many must be a whole number" in done.stderr
+
+
 def test_everything_that_is_wrong_is_in_the_table(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from test_faults import ranks_of
 from test_train import SMALL, run_here, summary
 
 from quack_lm import slurm
+from quack_lm.build import check_run
 from quack_lm.config import compose
 from quack_lm.errors import UserError
+from quack_lm.files import take_lock
 from quack_lm.sweep import cluster as jobs
 from quack_lm.sweep.cell import LOG_FILE, Cell
 from quack_lm.sweep.file import override_value
@@ -82,8 +84,9 @@ class Site:
         self.environment |= {"MASTER_ADDR": "127.0.0.1", "QUACK_SITE": str(folder / "site.sh"), "OMP_NUM_THREADS": "1"}
         self.write_site()
 
-    def write_site(self, *flags: str) -> None:
+    def write_site(self, *flags: str, more: Sequence[str] = ()) -> None:
         lines = [f"SBATCH_FLAGS=({shlex.join(flags)})", f"PYTHON=({shlex.quote(sys.executable)})", "RETRY_AFTER_S=0"]
+        lines += more
         (self.folder / "site.sh").write_text("\n".join(lines) + "\n")
 
     def call(self, *command: object, check: bool = True) -> str:
@@ -105,6 +108,13 @@ class Site:
         """Submit slurm/train.sbatch; the job's number."""
         submit = ["bash", ROOT / "slurm/submit.sh", "--parsable", *flags, ROOT / "slurm/train.sbatch"]
         return self.call(*submit, *SMALL, CPU, *overrides, f"run_dir={run_dir}")
+
+    def ranks(self, *lines: str, flags: Sequence[str] = ()) -> str:
+        """Submit a batch script that sources slurm/job.sh and then does this; the job's number."""
+        script = self.folder / "job.sh"
+        head = ["#!/bin/bash", "set -euo pipefail", f"QUACK_ROOT={shlex.quote(str(ROOT))}"]
+        script.write_text("\n".join([*head, "source $QUACK_ROOT/slurm/job.sh", *lines]))
+        return self.call("sbatch", "--parsable", "--output=slurm-%j.out", *flags, script)
 
     def sweep(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return self.run(sys.executable, SWEEP, verb, *arguments)
@@ -221,6 +231,30 @@ def test_a_mistake_that_one_rank_finds_is_one_though_slurm_kills_the_others(site
     assert not list(site.folder.glob(".quack_job*"))
 
 
+def test_what_an_earlier_start_of_a_job_said_does_not_count(site: Site) -> None:
+    job = site.ranks("touch .quack_job_$SLURM_JOB_ID.mistake", "run_ranks -c 'print(\"fine\")'")
+    assert site.wait_for_end(job) == "COMPLETED", site.log(job)
+    assert "fine" in site.log(job)
+    assert not list(site.folder.glob(".quack_job*"))
+
+
+def test_a_job_in_a_directory_that_cannot_be_written_to_is_still_requeued_when_its_time_is_up(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    run_dir, elsewhere = tmp_path / "run", ["--chdir=/proc", f"--output={site.folder}/slurm-%j.out"]
+    job = site.train(run_dir, [*tiny_data, *ENDLESS], *elsewhere)
+    wait_for_steps(site, job, run_dir, 5)
+    site.call("scancel", "--signal=USR1", job)  # what the time limit sends, without its minute
+    until(lambda: "time is up: requeueing" in site.log(job), lambda: site.log(job))
+    site.call("scancel", job)
+    site.environment["TMPDIR"] = "/proc"
+    job = site.train(tmp_path / "other", tiny_data, *elsewhere)
+    assert (site.wait_for_end(job), site.show(job)["ExitCode"]) == ("FAILED", "2:0"), site.log(job)
+    (line,) = [line for line in site.log(job).splitlines() if "rror" in line]
+    assert line.startswith("error: neither /proc nor TMPDIR=/proc can be written to")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_preempted_run_saves_and_is_requeued_once_to_the_same_end(
     site: Site, tmp_path: Path, tiny_data: list[str]
 ) -> None:
@@ -245,6 +279,48 @@ def test_a_preempted_run_saves_and_is_requeued_once_to_the_same_end(
     pieces = sorted((run_dir / "wandb").glob("offline-run-*"))
     assert len(pieces) == 2
     assert len({piece.name.rpartition("-")[2] for piece in pieces}) == 1
+
+
+def test_a_run_that_is_preempted_with_a_grace_time_saves_and_is_requeued_to_the_same_end(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    job = site.train(run_dir, [*tiny_data, *ENDLESS, "trainer.steps=120"], "--partition=grace")
+    wait_for_steps(site, job, run_dir, 5)
+    preempt(site, "--nodes=2", "--exclusive")
+    # Slurm itself would only end the job two minutes later; ended by itself, it would be lost as completed.
+    until(lambda: f"preempted: requeueing job {job}," in site.log(job), lambda: f"{site.show(job)}\n{site.log(job)}")
+    stopped = summary(run_dir)
+    assert (stopped["status"], stopped["reason"]) == ("interrupted", "asked to stop by SIGTERM")
+    assert site.wait_for_end(job) == "COMPLETED", site.log(job)
+    assert site.show(job)["Restarts"] == "1"
+    assert site.log(job).count("start 1") == site.log(job).count("start 2") == 1
+    assert_every_step_once(run_dir)
+
+
+@pytest.mark.slow
+def test_a_program_without_an_answer_to_sigterm_is_requeued_too(site: Site) -> None:
+    # As prepare_data.py, which goes on where it was.
+    (site.folder / "rank.py").write_text(
+        "import os, time\ntime.sleep(0 if 'SLURM_RESTART_COUNT' in os.environ else 99)"
+    )
+    everything = ["--nodes=2", "--exclusive"]
+    job = site.ranks("run_ranks rank.py", flags=["--partition=grace", "--open-mode=append", *everything])
+    until(lambda: "start 1" in site.log(job), lambda: site.log(job))
+    preempt(site, *everything)
+    until(lambda: f"preempted: requeueing job {job}," in site.log(job), lambda: site.log(job))
+    assert site.wait_for_end(job) == "COMPLETED", site.log(job)
+    # Canceled, nobody wants it back.
+    job = site.ranks("run_ranks -c 'import time; time.sleep(99)'", flags=["--partition=grace"])
+    until(lambda: "start 1" in site.log(job), lambda: site.log(job))
+    site.call("scancel", job)
+    assert site.wait_for_end(job) == "CANCELLED"
+    assert "requeueing" not in site.log(job)
+
+
+def preempt(site: Site, *flags: str) -> None:
+    """Submit a job that takes the nodes from those of the other partitions."""
+    site.call("sbatch", "--parsable", "--partition=urgent", *flags, "--wrap", "sleep 1")
 
 
 def test_a_time_limit_saves_and_requeues_until_the_run_is_complete(
@@ -279,6 +355,7 @@ def test_a_canceled_job_saves_and_stays_canceled_and_the_same_command_continues(
     site.call("scancel", job)
     assert site.wait_for_end(job) == "CANCELLED"
     until(lambda: summary(run_dir)["status"] == "interrupted", lambda: site.log(job))
+    assert summary(run_dir)["reason"] == "the job was canceled (SIGTERM)"
     stopped = summary(run_dir)["step"]
     assert site.show(job)["Restarts"] == "0"
     job = site.train(run_dir, [*tiny_data, *ENDLESS, f"trainer.steps={stopped + 5}"])
@@ -350,6 +427,30 @@ def descendants(pid: int) -> list[int]:
     return [process for child in children for process in (child, *descendants(child))]
 
 
+def test_data_prepared_by_a_job_pass_the_preflight_of_two_ranks(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    documents = Path(tiny_data[-1].partition("=")[2]).with_name("documents") / "*.txt"
+    data = ["data=local", f"data.dir={tmp_path / 'data'}", f"data.files=[{documents}]", "data.vocab_size=512"]
+    data += ["data.format=text", "data.val_fraction=0.15", "data.probe_fraction=0.15"]
+    submit = ["bash", ROOT / "slurm/submit.sh", "--parsable", ROOT / "slurm/prepare_data.sbatch"]
+    prepared = site.call(*submit, *data)
+    arguments = [str(ROOT / "scripts/preflight.py"), *SMALL, *data, f"run_dir={tmp_path / 'run'}"]
+    # The GPUs are only counted: torch does not see them, and a run would train on the CPU.
+    lines = [f"run_ranks {shlex.join([*arguments, device])} || echo code $?" for device in (CPU, "trainer.device=auto")]
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--dependency=afterok:{prepared}"]
+    job = site.ranks(*lines, flags=flags)
+    assert site.wait_for_end(job) == "COMPLETED", site.log(prepared) + site.log(job)
+    assert site.show(prepared)["JobState"] == "COMPLETED"
+    assert "unigram entropy" in site.log(prepared)
+    on_cpu, on_gpu = site.log(job).split("\nready to train\n")
+    assert "2 on cpu" in on_cpu
+    assert "GB/s for 4 MiB" in on_cpu
+    assert "slurm has given this job GPUs (SLURM_GPUS_ON_NODE=1) and torch sees none" in on_gpu
+    assert "NOT READY" in on_gpu
+    assert "code 2" in on_gpu
+
+
 def test_only_a_task_of_srun_is_a_rank(site: Site) -> None:
     code = "from quack_lm.slurm import current_step as s; print('found', s())"
     script = site.folder / "job.sh"
@@ -358,7 +459,7 @@ def test_only_a_task_of_srun_is_a_rank(site: Site) -> None:
     job = site.call("sbatch", "--parsable", "--wait", "--nodes=2", "--ntasks-per-node=2", "--exclusive", script)
     bare, ranks = site.log(job).split("srun\n")
     assert "found None" in bare
-    found = sorted(line for line in ranks.splitlines() if ":" in line)
+    found = sorted(line for line in ranks.splitlines() if re.match(r"\d+: ", line))  # srun may say that it waits
     places = [(0, 0), (1, 1), (2, 0), (3, 1)]
     assert found == [
         f"{rank}: found Step(rank={rank}, size=4, local_rank={local}, local_size=2)" for rank, local in places
@@ -480,6 +581,128 @@ def test_a_task_of_a_sweep_that_breaks_down_is_queued_again_and_its_neighbor_goe
     assert site.show(str(tasks[neighbor.name]))["Restarts"] == "0"
 
 
+@pytest.mark.slow
+def test_a_task_of_a_sweep_that_is_preempted_with_a_grace_time_is_queued_again(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    site.write_site("--partition=grace")
+    two = "# Why?\nbase: [experiment=tiny]\ngrid: {stabilizer: [quack, qk_norm]}\n"
+    long = [item for item in ENDLESS if not item.startswith("trainer.steps")]
+    # Each on a node of its own, and the second has the number of the whole array.
+    site.sweep("submit", *small_sweep(two, *long, "trainer.steps=400"), "gpus=4", "tasks=1")
+    cells = read_plan(directory(tmp_path)).cells
+    what = lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout  # noqa: E731
+    until(lambda: all(len(steps_of(cell.run_dir)) > 25 for cell in cells), what)
+    tasks = jobs.tasks_of(directory(tmp_path))
+    preempt(site, "--nodes=2", "--exclusive")
+    for cell in cells:
+        job = str(tasks[cell.name])
+        site.wait_for(job, lambda job=job: site.show(job)["Restarts"] == "1")
+        site.wait_for(job, cell.is_finished)
+        assert cell.status() == "completed"
+        assert_every_step_once(cell.run_dir)
+        log = directory(tmp_path) / jobs.FOLDER / f"slurm-{job}.out"
+        assert f"preempted: requeueing job {job}," in log.read_text()
+
+
+@pytest.mark.slow
+def test_runs_that_still_save_are_waited_for_by_cancel_and_named_by_submit(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    # A rank that takes its time to end.
+    slowly = site.folder / "slowly.sh"
+    slowly.write_text(f"trap '' TERM\n{shlex.quote(sys.executable)} \"$@\"\nsleep 12\n")
+    site.write_site(more=[f"PYTHON=(bash {shlex.quote(str(slowly))})"])
+    arguments = small_sweep("# Why?\nbase: [experiment=tiny]\ngrid: {stabilizer: [quack]}\n", *ENDLESS)
+    assert site.sweep("submit", *arguments).returncode == 0
+    (cell,) = read_plan(directory(tmp_path)).cells
+    until(lambda: len(steps_of(cell.run_dir)) > 5, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
+    (task,) = jobs.tasks_of(directory(tmp_path)).values()
+    site.call("scancel", task.job)
+    done = site.sweep("submit", *arguments)
+    assert done.returncode == 1
+    assert "0 finished, running or queued before, 0 submitted now" in done.stdout
+    assert done.stderr == f"1 still ending, submit again in a moment: {cell.name}\n"
+    assert jobs.tasks_of(directory(tmp_path))[cell.name].is_ending
+    canceled = site.sweep("cancel", f"dir={directory(tmp_path)}")
+    assert (canceled.returncode, canceled.stderr) == (0, "")
+    assert f"canceled job {task.job}; waiting up to 120 s" in canceled.stdout
+    assert not jobs.tasks_of(directory(tmp_path))[cell.name].is_active
+    assert " canceled " in site.sweep("status", f"dir={directory(tmp_path)}").stdout
+    site.write_site()
+    assert "1 submitted now" in site.sweep("submit", *arguments).stdout
+
+
+def test_a_site_may_print_read_unset_variables_and_wrap_sbatch(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    site.write_site(more=["echo Welcome", "echo $NOBODY_HAS_SET_THIS"])
+    site.environment["SBATCH_EXPORT"] = "NONE"
+    arguments = small_sweep("# Why?\nbase: [experiment=tiny]\ngrid: {stabilizer: [quack]}\n")
+    done = site.sweep("submit", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "submitted job" in done.stdout
+    (cell,) = read_plan(directory(tmp_path)).cells
+    until(cell.is_finished, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
+    # An answer that is not understood is one line, and the job is known all the same.
+    wrapper = tmp_path / "bin" / "sbatch"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/bash\n{shutil.which("sbatch")} "$@"\necho and good luck\n')
+    wrapper.chmod(0o755)
+    site.environment["PATH"] = f"{wrapper.parent}:{os.environ['PATH']}"
+    other = f"dir={tmp_path / 'other'}"
+    done = site.sweep("submit", *arguments, other)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "good luck' in place of the job's number" in done.stderr
+    assert "canceled job" in site.sweep("cancel", other).stdout
+
+
+def test_files_that_are_damaged_or_gone_keep_no_job_from_being_canceled(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUACK_SITE", site.environment["QUACK_SITE"])
+    site.write_site("--hold")
+    assert site.sweep("submit", *small_sweep()).returncode == 0
+    target = directory(tmp_path)
+    plan, folder = read_plan(target), target / jobs.FOLDER
+
+    def resubmit() -> list[str]:
+        jobs.submit(target, plan, jobs.Resources(), concurrency=1)
+        return sorted(path.name for path in folder.glob("*.json"))
+
+    def cut(path: Path) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "cells": []}))
+
+    assert resubmit() == ["0001.json", "0002.json"]
+    for damage in (cut, lambda path: path.write_text("{"), Path.unlink):
+        newest = sorted(folder.glob("*.json"))[-2:]
+        tasks = jobs.tasks_of(target)
+        for path in newest:
+            damage(path)
+        with pytest.raises(UserError, match=f"{newest[0].name} is damaged or gone.*cancel"):
+            resubmit()
+        assert jobs.cancel(target) == sorted({task.job for task in tasks.values() if task.is_active})
+        assert jobs.wait_for_end(target) == []
+        assert not jobs.tasks_of(target)
+        # A number that slurm knows is not used again: its tasks would be taken for those of other runs.
+        assert len(resubmit()) == len(set(resubmit()))
+        assert len(jobs.tasks_of(target)) == 6
+    assert resubmit() == ["0001.json", "0002.json", "0003.json", "0004.json", "0007.json", "0008.json"]
+
+
+def test_a_second_submission_at_the_same_time_is_refused_and_changes_nothing(
+    site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
+) -> None:
+    target = directory(tmp_path)
+    (target / jobs.FOLDER).mkdir(parents=True)
+    with open(target / jobs.FOLDER / ".lock", "wb") as lock:
+        assert take_lock(lock)
+        done = site.sweep("submit", *small_sweep())
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "another submission is at work here" in done.stderr
+    assert not (target / "plan.json").exists()
+
+
 def trainer_of(cell: Cell) -> int:
     """The process that holds the log of a run open as its output."""
     log = cell.run_dir / LOG_FILE
@@ -580,6 +803,18 @@ def test_a_step_knows_its_place_from_the_environment() -> None:
 def test_a_place_that_no_step_has_is_refused(name: str, text: str) -> None:
     with pytest.raises(UserError, match=r"SLURM_|slurm's variables.*start the ranks with srun"):
         slurm.current_step(STEP | {name: text})
+
+
+def test_gpus_that_slurm_gave_and_torch_does_not_see_are_no_reason_to_train_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    config = compose([*SMALL, *tiny_data, f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match=r"trainer.device=auto: .*SLURM_GPUS_ON_NODE=4.*or set trainer.device=cpu"):
+        check_run(config)
+    config["trainer"]["device"] = "cpu"
+    check_run(config)
 
 
 def test_the_ranks_meet_where_they_are_told_or_at_the_first_node_and_a_port_of_the_job() -> None:

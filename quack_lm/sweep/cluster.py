@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import NoReturn
 from quack_lm import slurm
 from quack_lm.config import CONFIG_DIR
 from quack_lm.errors import UserError
-from quack_lm.files import take_lock
+from quack_lm.files import LOCK_WAIT_S, take_lock
 from quack_lm.sweep.cell import LOG_FILE, Cell
 from quack_lm.sweep.local import TRAIN_SCRIPT
 from quack_lm.sweep.plan import PLAN_FILE, Plan, read_plan, write_plan
@@ -31,7 +31,11 @@ FOLDER = "submitted"
 SLURM_SCRIPTS = CONFIG_DIR.parent / "slurm"
 # Many tasks read the files of all runs, from a file system that others use, too.
 RULE_POLL_S = 10.0
-LOCK_WAIT_S = 60.0
+# Slurm gives canceled runs its KillWait to save, 30 s unless the site says otherwise, and then tidies the nodes up.
+CANCEL_WAIT_S = 120.0
+CANCEL_POLL_S = 1.0
+# So many numbers after the last file's are asked for, too: the file of a job that is queued may have been deleted.
+SPARE_NUMBERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +71,18 @@ class Submitted:
     n_cells: int
 
 
+@dataclass(frozen=True)
+class Submission:
+    """What one call has queued, and the cells that it could not queue because an earlier task of theirs still ends."""
+
+    jobs: list[Submitted]
+    still_ending: list[Cell]
+
+
 # ------------------------------------------------------------------------------------------------ submitting
 
 
-def submit(directory: Path, plan: Plan, resources: Resources, *, concurrency: int) -> list[Submitted]:
+def submit(directory: Path, plan: Plan, resources: Resources, *, concurrency: int) -> Submission:
     """Queue every cell that is neither finished nor queued nor running, `concurrency` at a time.
 
     More cells than an array may have make several arrays, one after the other.
@@ -82,28 +94,32 @@ def submit(directory: Path, plan: Plan, resources: Resources, *, concurrency: in
     largest = slurm.max_array_size()
     # Slurm's own checks of partition, account, GPUs and limits, before anything is written.
     _sbatch(directory, "test", min(len(plan.cells), largest), resources, concurrency, "--test-only")
-    write_plan(directory, plan)
     with _one_at_a_time(directory):
+        write_plan(directory, plan)
         forget_other_rules(plan.cells, plan.stop)
-        known = tasks_of(directory)
+        arrays = _arrays(directory)
+        known = _newest(directory, arrays)
+        unfinished = [cell for cell in plan.cells if not cell.is_finished()]
+        # Canceled a moment ago, it saves; preempted, it is queued again. In a moment it will be known which.
+        ending = [cell for cell in unfinished if cell.name in known and known[cell.name].is_ending]
         todo = [
             cell
-            for cell in plan.cells
-            if not cell.is_finished()
-            and cell.status() != "running"
-            and not (cell.name in known and known[cell.name].is_active)
+            for cell in unfinished
+            if cell.status() != "running" and not (cell.name in known and known[cell.name].is_active)
         ]
+        number = max([0, *_numbers(directory), *arrays])
         # In a row, or the concurrency of the arrays would add up.
-        before = sorted({task.job for task in known.values() if task.is_active})
+        before = sorted({task.job for tasks in arrays.values() for task in tasks if task.is_active})
         jobs: list[Submitted] = []
         for start in range(0, len(todo), largest):
-            cells, file = todo[start : start + largest], _next_file(directory)
+            number += 1
+            cells, file = todo[start : start + largest], _file(number)
             write_plan(directory, replace(plan, cells=cells), file)
             after = [f"--dependency=afterany:{':'.join(map(str, before))}"] if before else []
             answer = _sbatch(directory, file, len(cells), resources, concurrency, "--parsable", *after)
-            jobs.append(Submitted(int(answer.split(";")[0]), len(cells)))
+            jobs.append(Submitted(_job_number(answer), len(cells)))
             before = [jobs[-1].job]
-        return jobs
+        return Submission(jobs, ending)
 
 
 def _sbatch(directory: Path, file: str, n_cells: int, resources: Resources, concurrency: int, *more: str) -> str:
@@ -112,6 +128,17 @@ def _sbatch(directory: Path, file: str, n_cells: int, resources: Resources, conc
     flags += [f"--array=0-{n_cells - 1}%{concurrency}", *resources.flags(), *more]
     script = [str(SLURM_SCRIPTS / "sweep.sbatch"), f"file={directory / file}"]
     return slurm.call(["bash", str(SLURM_SCRIPTS / "submit.sh"), *flags, *script], name="sbatch")
+
+
+def _job_number(answer: str) -> int:
+    """From `123;cluster`, the last line that sbatch prints; what sites have wrapped around it may print more."""
+    match = re.fullmatch(r"(\d+)(;.*)?", answer.strip().rpartition("\n")[2].strip())
+    if match is None:
+        raise UserError(
+            f"sbatch printed {answer.strip()[-200:]!r} in place of the job's number; sweep.py status shows what is "
+            "queued, and submit queues the rest"
+        )
+    return int(match[1])
 
 
 def _check_ranks(cells: Sequence[Cell], resources: Resources) -> None:
@@ -129,20 +156,24 @@ def _check_ranks(cells: Sequence[Cell], resources: Resources) -> None:
             )
 
 
-def _next_file(directory: Path) -> str:
-    numbers = [int(path.stem) for path in _files(directory)]
-    return f"{FOLDER}/{max(numbers, default=0) + 1:04}.json"
+def _file(number: int) -> str:
+    return f"{FOLDER}/{number:04}.json"
 
 
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in (directory / FOLDER).glob("*.json") if re.fullmatch(r"\d+", path.stem))
+def _numbers(directory: Path) -> list[int]:
+    """Of the files that are there."""
+    return [int(path.stem) for path in (directory / FOLDER).glob("*.json") if re.fullmatch(r"\d+", path.stem)]
 
 
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     """Two submissions at the same time would both queue the same cells."""
-    (directory / FOLDER).mkdir(parents=True, exist_ok=True)
-    with open(directory / FOLDER / ".lock", "wb") as file:
+    try:
+        (directory / FOLDER).mkdir(parents=True, exist_ok=True)
+        file = open(directory / FOLDER / ".lock", "wb")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"dir={directory} cannot be written to: {error.strerror}; choose another") from None
+    with file:
         if not take_lock(file):
             raise UserError(f"dir={directory}: another submission is at work here; wait for it")
         yield
@@ -153,30 +184,66 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
 
 def was_submitted(directory: Path) -> bool:
     """Whether jobs were ever submitted for this sweep."""
-    return bool(_files(directory))
+    return (directory / FOLDER).is_dir()
 
 
 def tasks_of(directory: Path) -> dict[str, slurm.Task]:
     """The newest task of each cell by the cell's name; one that is still active comes before any that has ended."""
-    files = {slurm.job_name(path): path for path in _files(directory)}
-    tasks = slurm.array_tasks(list(files))
+    return _newest(directory, _arrays(directory))
+
+
+def _arrays(directory: Path) -> dict[int, list[slurm.Task]]:
+    """The tasks of this sweep's job arrays by the number of their file, which itself is not needed."""
+    last = max(_numbers(directory), default=0)
+    names = {slurm.job_name(directory / _file(number)): number for number in range(1, last + 1 + SPARE_NUMBERS)}
+    return {names[name]: tasks for name, tasks in slurm.array_tasks(list(names)).items()}
+
+
+def _newest(directory: Path, arrays: Mapping[int, Sequence[slurm.Task]]) -> dict[str, slurm.Task]:
     newest: dict[str, slurm.Task] = {}
-    for name, path in files.items():
-        if name not in tasks:
-            continue
-        cells = read_plan(directory, str(path.relative_to(directory))).cells
-        for task in tasks[name]:
+    for number in sorted(arrays):
+        cells = _cells_of(directory, _file(number), arrays[number])
+        for task in arrays[number]:
+            if task.index >= len(cells):
+                continue
             cell = cells[task.index].name
             if cell not in newest or task.is_active or not newest[cell].is_active:
                 newest[cell] = task
     return newest
 
 
+def _cells_of(directory: Path, file: str, tasks: Sequence[slurm.Task]) -> list[Cell]:
+    """What these tasks train; of a file that is damaged nothing, which matters only while a task is active."""
+    try:
+        cells = read_plan(directory, file).cells
+    except UserError:
+        cells = []
+    for task in tasks:
+        if task.is_active and task.index >= len(cells):
+            raise UserError(
+                f"{directory / file} is damaged or gone, and job {task} trains a run of it; cancel the sweep's jobs, "
+                "python scripts/sweep.py cancel dir=..., and submit again"
+            )
+    return cells
+
+
 def cancel(directory: Path) -> list[int]:
-    """Cancel this sweep's jobs, and no others; their numbers."""
-    jobs = sorted({task.job for task in tasks_of(directory).values() if task.is_active})
+    """Cancel this sweep's jobs, and no others; their numbers. A run that is under way saves before it ends."""
+    jobs = _active_jobs(directory)
     slurm.cancel(jobs)
     return jobs
+
+
+def wait_for_end(directory: Path) -> list[int]:
+    """Wait until no job of this sweep does anything any more; those that still do after `CANCEL_WAIT_S`."""
+    deadline = time.monotonic() + CANCEL_WAIT_S
+    while (jobs := _active_jobs(directory)) and time.monotonic() < deadline:
+        time.sleep(CANCEL_POLL_S)
+    return jobs
+
+
+def _active_jobs(directory: Path) -> list[int]:
+    return sorted({task.job for tasks in _arrays(directory).values() for task in tasks if task.is_active})
 
 
 # ------------------------------------------------------------------------------------------------ inside a task
