@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from test_refusals import TABLES
 
 from quack_lm.config import CONFIG_DIR, choices
 from quack_lm.logit_paths import Factor, LogitPath
@@ -38,6 +39,15 @@ def test_every_file_that_is_named_exists() -> None:
     assert named
     missing = [name for name in named if not Path(CONFIG_DIR.parent, name).exists() and "halved" not in name]
     assert not missing
+
+
+def test_the_counts_of_refused_inputs_are_those_of_the_tests() -> None:
+    shown = {
+        key: int(count) for key, count in re.findall(r"^\| `([\w. -]+)`.* \| (\d+) \|$", README, flags=re.MULTILINE)
+    }
+    names = {"config": "train.py --config"} | {table: f"{table}.py" for table in TABLES if table != "config"}
+    assert {names[table]: len(rows) for table, rows in TABLES.items()} == shown
+    assert f"Each of the {sum(shown.values())} ends" in README
 
 
 def test_the_losses_of_the_proxy_are_those_of_the_committed_runs() -> None:
