@@ -23,7 +23,8 @@ def main(times: int, overrides: list[str]) -> None:
     """Print a line per time, and the median ratios."""
     import torch
 
-    from quack_lm.build import build, check_run
+    from quack_lm.build import build
+    from quack_lm.check import check_run
     from quack_lm.checkpoint import create_optimizer_state, named_tensors
     from quack_lm.config import compose
     from quack_lm.parallel import local

@@ -86,7 +86,7 @@ def expected_ranks(arguments: list[str]) -> int | None:
 def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any]:
     """The checks that a rank makes alone, the same ones in the same order on each."""
     from quack_lm.attention.scores import check_backend
-    from quack_lm.build import check_batch, check_run_dir, default_run_dir, make_model, open_data
+    from quack_lm.check import check_batch, check_run_dir, default_run_dir, make_model, open_data
     from quack_lm.config import instantiate
     from quack_lm.model import count_parameters
     from quack_lm.parallel import check_world, default_device, launched_world

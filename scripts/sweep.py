@@ -191,7 +191,7 @@ def print_plan(plan: Plan, command: Command) -> None:
 
 
 def _flops_per_token(config: dict[str, Any]) -> float:
-    from quack_lm.build import make_model  # late: status and collect need no torch
+    from quack_lm.check import make_model  # late: status and collect need no torch
     from quack_lm.metrics import flops_per_token
 
     return flops_per_token(make_model(config, backend="eager"), config["trainer"]["seq_len"])
@@ -234,7 +234,7 @@ def _listed(jobs: list[int]) -> str:
 
 def _check_data(plan: Plan) -> None:
     """That each data set of the sweep is there, before a queue is waited in; the jobs read its bytes."""
-    from quack_lm.build import open_data  # late: status and collect need no torch
+    from quack_lm.check import open_data  # late: status and collect need no torch
     from quack_lm.config import instantiate
 
     for data, size in {(json.dumps(c.config["data"]), c.config["model"]["vocab_size"]) for c in plan.cells}:

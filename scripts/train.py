@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> int:
     config = compose(overrides, file=file)
 
     # Imported late: --help and a mistake in the settings need not wait for it.
-    from quack_lm.build import build, check_run, doubts, make_model
+    from quack_lm.build import build
+    from quack_lm.check import check_run, doubts, make_model
     from quack_lm.model import count_parameters
     from quack_lm.slurm import WORDS, was_canceled
     from quack_lm.train import summarize, train

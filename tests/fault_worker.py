@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from quack_lm.build import build, check_run
+from quack_lm.build import build
+from quack_lm.check import check_run
 from quack_lm.config import compose
 from quack_lm.errors import exit_on_user_error
 from quack_lm.train import train

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quack_lm.build import make_model
+from quack_lm.check import make_model
 from quack_lm.config import choices, compose
 from quack_lm.model import Transformer
 from quack_lm.parallel import World, materialize, shard

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 tests/resume_worker.py DIRECTORY attention/stabilize
 import sys
 
 from quack_lm import build
+from quack_lm.check import check_run
 from quack_lm.config import compose
 from quack_lm.train import train
 
@@ -22,7 +23,7 @@ def main(directory: str, pairs: list[str], overrides: list[str]) -> None:
         attention, stabilizer = pair.split("/")
         for name, more in (("straight", []), ("stopped", ["trainer.steps=4"]), ("stopped", [])):
             own = [f"attention={attention}", f"stabilizer={stabilizer}", *EXTRA.get(stabilizer, []), *more]
-            run = build.build(build.check_run(compose([*overrides, *own, f"run_dir={directory}/{pair}/{name}"])))
+            run = build.build(check_run(compose([*overrides, *own, f"run_dir={directory}/{pair}/{name}"])))
             train(run)
             if run.lock is not None:
                 run.lock.close()  # as the end of its process would

@@ -16,7 +16,7 @@ from calls import call_here, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quack_lm.build import make_model
+from quack_lm.check import make_model
 from quack_lm.config import CONFIG_DIR, check, choice, choices, compose, fingerprint, flatten, instantiate
 from quack_lm.errors import UserError
 

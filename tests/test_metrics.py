@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wandb.proto import wandb_internal_pb2 as wandb_pb
 
-from quack_lm.build import make_model
+from quack_lm.check import make_model
 from quack_lm.config import compose
 from quack_lm.files import open_regular, read_json, write_atomically, write_json
 from quack_lm.metrics import LoggerSettings, RunLog, WandbMirror, flops_per_token, format_count, peak_flops

@@ -27,7 +27,8 @@ import torch
 import yaml
 from calls import SCRIPTS, call_here, snapshot, write_files
 
-from quack_lm.build import build, check_run
+from quack_lm.build import build
+from quack_lm.check import check_run
 from quack_lm.checkpoint import file_digest
 from quack_lm.config import compose
 from quack_lm.train import train
@@ -637,7 +638,7 @@ TRAIN: dict[str, Bad] = {
     "tensors_are_a_pickle": bad_checkpoint(written("*.safetensors", b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.")),
     # more that a config from somebody else could try
     "target_train": one("trainer._target_=quack_lm.train.train", r"trainer\._target_='quack_lm\.train\.train'"),
-    "target_check_run": one("model._target_=quack_lm.build.check_run", r"model\._target_='quack_lm\.build\.check_run'"),
+    "target_check_run": one("model._target_=quack_lm.check.check_run", r"model\._target_='quack_lm\.check\.check_run'"),
     "target_run": one("trainer._target_=quack_lm.train.Run", r"trainer\._target_='quack_lm\.train\.Run'"),
     "target_prepare": one("data._target_=quack_lm.preparation.prepare", r"data\._target_='quack_lm\.prep"),
     "target_base_class": one("data._target_=quack_lm.corpus.Corpus", r"data\._target_='quack_lm\.corpus\.Corpus'"),

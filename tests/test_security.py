@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from calls import SCRIPTS, call_here, snapshot, write_files
 
-from quack_lm.build import build, check_run
+from quack_lm.build import build
+from quack_lm.check import check_run
 from quack_lm.config import CONFIG_DIR, compose
 from quack_lm.errors import UserError
 from quack_lm.sweep.cell import shell_line

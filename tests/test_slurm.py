@@ -22,7 +22,7 @@ from test_faults import ranks_of
 from test_train import SMALL, run_here, summary
 
 from quack_lm import slurm
-from quack_lm.build import check_run
+from quack_lm.check import check_run
 from quack_lm.config import compose
 from quack_lm.errors import UserError
 from quack_lm.files import take_lock

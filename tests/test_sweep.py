@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from quack_lm.build import make_model
+from quack_lm.check import make_model
 from quack_lm.config import compose, fingerprint
 from quack_lm.model import count_parameters
 from quack_lm.sweep.cell import Cell, last_lines
