@@ -498,8 +498,9 @@ def directory(folder: Path) -> Path:
 def test_a_sweep_is_submitted_split_and_completed_and_a_second_call_submits_nothing(
     site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
 ) -> None:
-    # A cluster with MaxArraySize=4 takes six runs as two arrays.
+    # A cluster with MaxArraySize=4 takes six runs as two arrays. Held, so that they surely wait until they are let go.
     arguments = small_sweep()
+    site.write_site("--hold")
     done = site.sweep("submit", *arguments, "concurrency=2", "time=10:00")
     assert done.returncode == 0, done.stderr
     assert "4 runs\n" in done.stdout
@@ -514,6 +515,8 @@ def test_a_sweep_is_submitted_split_and_completed_and_a_second_call_submits_noth
     more = site.sweep("submit", *grown, "concurrency=2")
     assert "submitted job" in more.stdout, more.stderr
     assert "8 runs: 6 finished, running or queued before, 2 submitted now" in more.stdout
+    for job in re.findall(r"submitted job (\d+)", done.stdout + more.stdout):
+        site.call("scontrol", "release", job)
     cells = read_plan(directory(tmp_path)).cells
     what = lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout  # noqa: E731
     until(lambda: all(cell.is_finished() for cell in cells), what, 250)
