@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -43,8 +44,9 @@ T = TypeVar("T")
 
 # Longer than the watchdog waits: it tells more about a hang than a collective that gives up.
 GRACE_S = 60.0
-# The ranks arrive far apart, for one per machine reads every byte of the data first: at least at this rate.
-READ_BYTES_PER_S = 1e8
+# The ranks arrive far apart, for one per machine reads every byte of the data first: at least at this rate, from a file
+# server that many machines read from.
+READ_BYTES_PER_S = 1e7
 
 
 def build(plan: Plan) -> Run:
@@ -59,17 +61,28 @@ def build(plan: Plan) -> Run:
     )
     # From here on the ranks wait for each other, and none may hang; of a restart, one may wait for the lock.
     limit_s = settings.timeout_s + (LOCK_WAIT_S if slurm.is_restart() else 0.0)
-    with Watchdog(limit_s, rank=world.rank).watching():
-        return _assemble(plan, world)
+    watchdog = Watchdog(limit_s, rank=world.rank)
+    with watchdog.watching():
+        run = _assemble(plan, world, watchdog)
+    # W&B has a time limit of its own, and the run goes on without it.
+    if world.is_main and plan.logger.wandb != "disabled":
+        run.log.mirror = WandbMirror(plan.run_dir, plan.logger, plan.config, run.facts["wandb_id"])
+        run.facts["wandb_id"] = run.log.mirror.id
+    config = plan.config
+    run.log.start_progress(run.progress.step, f"{choice(config['attention'])}/{choice(config['stabilizer'])}")
+    return run
 
 
 def _bytes_read_first(plan: Plan) -> int:
     """What some rank reads before it joins the others: all data, and the checkpoints until one is whole."""
-    checkpoints = sum(path.stat().st_size for path in (plan.run_dir / CHECKPOINTS).rglob("*") if path.is_file())
-    return plan.data.n_bytes + checkpoints
+    n_bytes = plan.data.n_bytes
+    # Another process may be removing old ones; whether that one has a right to, the lock will tell.
+    with suppress(OSError):
+        n_bytes += sum(path.stat().st_size for path in (plan.run_dir / CHECKPOINTS).rglob("*"))
+    return n_bytes
 
 
-def _assemble(plan: Plan, world: World) -> Run:
+def _assemble(plan: Plan, world: World, watchdog: Watchdog) -> Run:
     settings, config = plan.settings, plan.config
     lock = _by_main(world, plan.run_dir, lambda: _take_run_dir(plan))
     # Before: rank 0 has chosen a checkpoint. After: every rank has its name.
@@ -85,6 +98,7 @@ def _assemble(plan: Plan, world: World) -> Run:
     shard(model, list(model.blocks), world, precision=settings.precision)
     initial = partial(model.initial_value, seed=config["seed"], device=world.device)
     materialize(model, None if resumes_from else initial, world.device)
+    watchdog.feed()
     optimizers = plan.recipe.build(model)
     weights = LogitWeights(model.attentions)
     if resumes_from:
@@ -92,6 +106,7 @@ def _assemble(plan: Plan, world: World) -> Run:
     else:
         initialize_stabilizer(plan.stabilizer, weights)
 
+    watchdog.feed()
     progress = progress_of(resumes_from) if resumes_from else Progress()
     batch_tokens = settings.global_batch_size * settings.seq_len
     log = RunLog(plan.run_dir, plan.logger, world, batch_tokens=batch_tokens, total_steps=settings.steps)
@@ -148,10 +163,7 @@ def _assemble(plan: Plan, world: World) -> Run:
     _by_main(world, plan.run_dir, lambda: _describe(plan, world, n_params))
     if world.is_main and plan.logger.wandb != "disabled":
         # The summary knows the run of one that ended before its first checkpoint.
-        wandb_id = state.get("wandb_id") or read_json(plan.run_dir / "summary.json").get("wandb_id")
-        log.mirror = WandbMirror(plan.run_dir, plan.logger, config, wandb_id)
-        facts["wandb_id"] = log.mirror.id
-    log.start_progress(progress.step, f"{choice(config['attention'])}/{choice(config['stabilizer'])}")
+        facts["wandb_id"] = state.get("wandb_id") or read_json(plan.run_dir / "summary.json").get("wandb_id")
     return run
 
 

@@ -107,8 +107,11 @@ def make_model(config: dict[str, Any], *, eot_id: int | None = None, backend: st
         ) from error
 
 
-def check_run(config: dict[str, Any]) -> Plan:
-    """Check everything that a config promises against the data, the machine and the run directory; write nothing."""
+def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> Plan:
+    """Check everything that a config promises against the data, the machine and the run directory; write nothing.
+
+    In a rehearsal, which trains nothing, a machine without a GPU may lack the memory that a GPU would have.
+    """
     settings: TrainerSettings = instantiate(config["trainer"])
     logger: LoggerSettings = instantiate(config["logger"])
     if logger.wandb == "online":  # which prints its address
@@ -120,7 +123,8 @@ def check_run(config: dict[str, Any]) -> Plan:
     check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
     reference = make_model(config, backend="eager")
     corpus: Corpus = instantiate(config["data"])
-    check_memory(config, reference, device=device, ranks_of_a_copy=world_size // settings.replicas)
+    if not is_rehearsal or settings.device != "auto" or device == "cuda":
+        check_memory(config, reference, device=device, ranks_of_a_copy=world_size // settings.replicas)
     data = open_data(corpus, config["model"]["vocab_size"], verify_checksums=False)
     for split in ("train", "val", "probe"):
         data.windows(split, settings.seq_len)
@@ -260,9 +264,11 @@ def check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettin
 def _check_none_is_missing(run_dir: Path) -> None:
     """UserError unless a run without a checkpoint never had one: to begin again is to discard its log.
 
-    Its summary knows: there is one before the log has a line, and each names the newest whole checkpoint.
+    Its summary knows: there is one before the log has a line, and each names the newest whole checkpoint, but for those
+    of earlier versions.
     """
-    last = read_json(run_dir / "summary.json").get("checkpoint_step", "unknown")
+    summary = read_json(run_dir / "summary.json")
+    last = summary.get("checkpoint_step") if summary else "unknown"
     if (run_dir / "metrics.jsonl").exists() and last is not None:
         raise UserError(
             f"run_dir={run_dir} has the log of a run and no checkpoint (the last one, by its summary.json: step "

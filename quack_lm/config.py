@@ -387,8 +387,8 @@ def _refuse_unstorable(key: str, value: Any) -> None:
 
 
 def refuse_password(key: str, value: str) -> None:
-    """UserError where a URL has something before the @ of its host: a token needs no colon to be one."""
-    if re.search(r"://[^/@\s]+@", value):
+    """UserError where a URL has something before the @ of its host: a token needs no colon to be one; `git` is none."""
+    if re.search(r"://(?!git@)[^/@\s]+@", value):
         # The value is not repeated: it would stand in a log.
         raise UserError(
             f"{key} has a password in its URL, or a token, which would be written down; take what is before the @ out"

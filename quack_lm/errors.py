@@ -58,4 +58,4 @@ def printable(text: str) -> str:
 def _one_line(text: str) -> str:
     """The text on one line, printable, and without passwords."""
     # What a URL has before an @; of its beginning, a path keeps one slash, and a grammar may take the colon away.
-    return re.sub(r"(:/+|//)\S*@", r"\1***@", printable(" ".join(text.split())))
+    return re.sub(r"(:/+|//)[^/\s]*@", r"\1***@", printable(" ".join(text.split())))

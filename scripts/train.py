@@ -18,11 +18,12 @@ diverged or interrupted; 2 a mistake in the settings; 1 a crash.
 """
 
 import sys
+from contextlib import suppress
 
 import yaml
 
 from quack_lm.config import CONFIG_DIR, choices, compose, read_flags
-from quack_lm.errors import exit_on_user_error, exit_without_teardown, tell_job
+from quack_lm.errors import UserError, exit_on_user_error, exit_without_teardown, tell_job
 
 
 def main(arguments: list[str]) -> int:
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
         counts = count_parameters(make_model(config))
         print(yaml.safe_dump(config, sort_keys=False))
         print("\n".join(f"{n:>15,}  {component}" for component, n in counts.items()))
-    plan = check_run(config)
+    plan = check_run(config, is_rehearsal=is_check)
     warnings = [f"warning: {doubt}\n" for doubt in doubts(plan)]
     if is_check:
         sys.stderr.writelines(warnings)
@@ -63,7 +64,11 @@ def main(arguments: list[str]) -> int:
         summarize(run, "interrupted", reason="stopped at once by a second SIGINT")
         exit_without_teardown(130)  # nor waiting for a checkpoint that is being written
     except BaseException as error:
-        summarize(run, "failed", reason=f"{type(error).__name__}: {error}")
+        last = summarize(run, "failed", reason=f"{type(error).__name__}: {error}")
+        if isinstance(error, UserError):  # that all ranks have agreed on: none may end while W&B is told
+            run.log.close(last)
+            with suppress(RuntimeError):
+                run.world.barrier()
         raise
     if run.world.is_main:
         print(f"{status} at step {run.progress.step}: validation loss {run.progress.val_loss:.4f}, {plan.run_dir}")

@@ -77,8 +77,8 @@ def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None
     failed: list[Cell] = []
     signals_passed_on = 0
     watch = Watch(stop, cells) if stop else None
-    named = titles(cells)
     with _signals() as received, _progress(cells) as bar, _none_left_behind(running):
+        named = {} if bar.disable else titles(cells)
         watched_at = time.monotonic()
         while pending or running:
             if len(received) > signals_passed_on:
