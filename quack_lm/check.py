@@ -118,8 +118,8 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> Plan:
         refuse_password("WANDB_BASE_URL in the environment", os.environ.get("WANDB_BASE_URL", ""))
     _, world_size, _ = launched_world()
     device = default_device() if settings.device == "auto" else settings.device
-    check_world(device=device, replicas=settings.replicas)
-    check_batch(settings, world_size)
+    check_world(device=device)
+    check_ranks(settings, world_size)
     check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
     reference = make_model(config, backend="eager")
     corpus: Corpus = instantiate(config["data"])
@@ -177,8 +177,10 @@ def default_run_dir(config: dict[str, Any]) -> Path:
     return Path("runs", f"{choice(config['attention'])}-{choice(config['stabilizer'])}-{fingerprint(config)}")
 
 
-def check_batch(settings: TrainerSettings, world_size: int) -> None:
-    """Raise UserError where the batch cannot be shared out among the processes."""
+def check_ranks(settings: TrainerSettings, world_size: int) -> None:
+    """Raise UserError where so many processes cannot share out replicas and batch."""
+    if world_size % settings.replicas:
+        raise UserError(f"trainer.replicas={settings.replicas} must divide the number of processes, {world_size}")
     whole, micro = settings.global_batch_size, settings.micro_batch_size
     if whole % (world_size * micro):
         raise UserError(
@@ -238,7 +240,7 @@ def check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettin
     ):
         raise UserError(f"{place} is not a directory that can be written to; mend that, or choose another run_dir")
     if not (run_dir / "config.yaml").exists():
-        if (run_dir / "metrics.jsonl").exists() or (run_dir / CHECKPOINTS).exists():
+        if (run_dir / "metrics.jsonl").exists() or place.exists():
             raise UserError(f"run_dir={run_dir} holds results without their config.yaml; choose another run_dir")
         return None, None
     mend = f"run_dir={run_dir}: choose another run_dir, for its config.yaml cannot be read"

@@ -67,6 +67,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def metrics_line(line: str | bytes) -> dict[str, Any]:
+    """What a line of metrics.jsonl says; empty where it is damaged, or not such a line."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) and type(record.get("step")) is int else {}
+
+
 def take_lock(file: IO[Any], *, shared: bool = False, wait_s: float = 0.0) -> bool:
     """Lock an open file for as long as it is open; False where another process still has it after `wait_s`.
 

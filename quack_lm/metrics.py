@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from quack_lm.files import finite, open_regular, write_atomically
+from quack_lm.files import finite, metrics_line, open_regular, write_atomically
 from quack_lm.parallel import World
 
 Value = Tensor | float
@@ -154,7 +154,8 @@ class RunLog:
         if not self.world.is_main or not self.path.exists():
             return
         with open_regular(self.path, errors="replace") as file:
-            kept = [line for line in file.read().splitlines() if _step_of(line) <= step]
+            # A line that is none, as a crash leaves it, has no step and is dropped, too.
+            kept = [line for line in file.read().splitlines() if metrics_line(line).get("step", math.inf) <= step]
         write_atomically(self.path, "".join(line + "\n" for line in kept))
 
     def start_progress(self, step: int, description: str) -> None:
@@ -310,12 +311,3 @@ def format_count(value: float) -> str:
 
 def _plain(value: Value) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for one that is none, as a crash leaves it: it is dropped."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-    return step if isinstance(step, int) else math.inf

@@ -183,12 +183,9 @@ def check_launch() -> None:
         slurm.port()
 
 
-def check_world(*, device: str, replicas: int) -> None:
-    """Raise UserError where the launched processes and the config do not fit."""
+def check_world(*, device: str) -> None:
+    """Raise UserError where the launched processes and this machine do not fit."""
     check_launch()
-    _, size, _ = launched_world()
-    if size % replicas:
-        raise UserError(f"trainer.replicas={replicas} must divide the number of processes, {size}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "trainer.device=cuda: torch sees no GPU here; use trainer.device=cpu or install a CUDA build of torch"

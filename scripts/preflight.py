@@ -86,7 +86,7 @@ def expected_ranks(arguments: list[str]) -> int | None:
 def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any]:
     """The checks that a rank makes alone, the same ones in the same order on each."""
     from quack_lm.attention.scores import check_backend
-    from quack_lm.check import check_batch, check_run_dir, default_run_dir, make_model, open_data
+    from quack_lm.check import check_ranks, check_run_dir, default_run_dir, make_model, open_data
     from quack_lm.config import instantiate
     from quack_lm.model import count_parameters
     from quack_lm.parallel import check_world, default_device, launched_world
@@ -109,10 +109,8 @@ def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any
         size = ranks or here
         if here not in (1, size):
             raise UserError(f"ranks={size} is for a login node, and here are {here} processes: leave it out")
-        check_world(device=device, replicas=1 if ranks else settings.replicas)
-        if size % settings.replicas:
-            raise UserError(f"trainer.replicas={settings.replicas} must divide the number of processes, {size}")
-        check_batch(settings, size)
+        check_world(device=device)
+        check_ranks(settings, size)
         return f"{size} on {device}, {settings.global_batch_size} sequences a step"
 
     def data() -> str:

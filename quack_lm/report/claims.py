@@ -53,17 +53,21 @@ class Claim:
     @property
     def verdict(self) -> str:
         """It holds if it holds everywhere it was looked at."""
-        verdicts = [finding.verdict for finding in self.findings]
-        if not verdicts:
+        if not self.findings:
             return UNTESTED
-        if False in verdicts:
-            return FAILS
-        return UNDECIDED if None in verdicts else HOLDS
+        return {True: HOLDS, False: FAILS, None: UNDECIDED}[_together([f.verdict for f in self.findings])]
 
     @property
     def numbers(self) -> str:
         marks = {True: "yes", False: "no", None: "not decided"}
         return "; ".join(f"{f.place}: {f.numbers} ({marks[f.verdict]})" for f in self.findings) or NO_NUMBER
+
+
+def _together(verdicts: Sequence[bool | None]) -> bool | None:
+    """False where one is, True where all are and there is one, else None."""
+    if False in verdicts:
+        return False
+    return None if None in verdicts or not verdicts else True
 
 
 def claims(results: Results) -> list[Claim]:
@@ -155,9 +159,7 @@ def _agree_at_the_lowest(results: Results) -> Iterable[Finding]:
         pairs = [pair for a, b in itertools.combinations(best.values(), 2) if (pair := difference(a, b))]
         if pairs:
             widest = max(pairs, key=lambda pair: abs(pair.mean))
-            verdicts = {_agrees(pair) for pair in pairs if not _is_draw(pair)}
-            # They agree where all do, and some pair of them has something to compare.
-            verdict = False if False in verdicts else True if verdicts == {True} else None
+            verdict = _together([_agrees(pair) for pair in pairs if not pair.is_draw])
             numbers = f"widest {_numbers(widest)} (agreement: {AGREEMENT})"
             yield Finding(place=str(place), numbers=numbers, verdict=verdict)
 
@@ -169,10 +171,6 @@ def _agrees(pair: Difference) -> bool | None:
     if max(map(abs, pair.interval)) <= AGREEMENT:
         return True
     return False if excludes_zero(pair.interval, AGREEMENT) else None
-
-
-def _is_draw(pair: Difference) -> bool:
-    return not any(pair.by_seed.values())
 
 
 def _higher_is_better(results: Results) -> Iterable[Finding]:
@@ -227,8 +225,7 @@ def _is_best(stabilizer: str, attention: str, among: Sequence[str]) -> Callable[
             pairs = [difference(best[stabilizer], best[name]) for name in among if name != stabilizer]
             found = [pair for pair in pairs if pair is not None]
             if found:
-                verdicts = [_wins(pair) for pair in found] + [None] * (len(pairs) - len(found))
-                verdict = False if False in verdicts else None if None in verdicts else True
+                verdict = _together([None if pair is None else _wins(pair) for pair in pairs])
                 numbers = ", ".join(_numbers(pair) for pair in found)
                 yield Finding(place=str(place), numbers=numbers, verdict=verdict)
 

@@ -82,6 +82,11 @@ class Difference:
         return bootstrap_interval(list(self.by_seed.values()))
 
     @property
+    def is_draw(self) -> bool:
+        """Whether every seed has the same loss on both sides: the two computed the same, or both diverged."""
+        return not any(self.by_seed.values())
+
+    @property
     def winner(self) -> str | None:
         """Who has the lower loss, where the interval excludes zero and what is only rounding; else None."""
         if not excludes_zero(self.interval, ROUNDING):
@@ -122,7 +127,7 @@ def noise(results: Results) -> Noise:
         groups += [list(losses(_healthy(runs)).values()) for runs in by_method(results.at(place)).values()]
         best = [healthy for runs in best_settings(results.at(place)).values() if (healthy := _healthy(runs))]
         for a, b in itertools.combinations(best, 2):
-            if (pair := difference(a, b)) and any(pair.by_seed.values()):
+            if (pair := difference(a, b)) and not pair.is_draw:
                 pairs.append(list(pair.by_seed.values()))
     return Noise(of_losses=pooled_deviation(groups), of_differences=pooled_deviation(pairs))
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quack_lm.config import choice
+from quack_lm.files import metrics_line, read_json
 from quack_lm.outcome import kind_of_end
-from quack_lm.sweep.cell import FINISHED, LOG_FILE, METRICS_FILE, Cell, last_lines, metrics_line, read_json
+from quack_lm.sweep.cell import FINISHED, LOG_FILE, METRICS_FILE, Cell, last_lines
 from quack_lm.sweep.label import labels, title
 from quack_lm.sweep.plan import Plan, read_plan
 

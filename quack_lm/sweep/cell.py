@@ -1,24 +1,22 @@
 """One run of a sweep, and what it has reached, read from its directory."""
 
-import json
 import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
 
 from quack_lm.config import choice
-from quack_lm.files import read_json, take_lock
+from quack_lm.files import metrics_line, read_json, take_lock
+from quack_lm.outcome import Count, Seconds
 from quack_lm.sweep.file import override_value
 
 LOG_FILE = "train.log"
 METRICS_FILE = "metrics.jsonl"
 STOP_FILE = "stopped_by_rule.json"
-
-_Seconds = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 # Statuses that running again would only repeat.
 FINISHED = ("completed", "diverged", "stopped by rule")
@@ -122,10 +120,10 @@ class _Summary(pydantic.BaseModel):
     status: str = ""
     reason: str | None = None
     unstable: list[str] | None = None
-    step: Annotated[int, pydantic.Field(ge=0, lt=2**63)] = 0
-    tokens: Annotated[int, pydantic.Field(ge=0, lt=2**63)] = 0
-    elapsed_s: _Seconds = 0.0
-    outside_s: dict[str, _Seconds] | None = None
+    step: Count = 0
+    tokens: Count = 0
+    elapsed_s: Seconds = 0.0
+    outside_s: dict[str, Seconds] | None = None
     probes: int = 0
 
 
@@ -136,15 +134,6 @@ def checked_summary(found: dict[str, Any]) -> dict[str, Any] | None:
     except pydantic.ValidationError:
         return None
     return found
-
-
-def metrics_line(line: str | bytes) -> dict[str, Any]:
-    """What a line of metrics.jsonl says; empty where it is damaged, or not such a line."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) and type(record.get("step")) is int else {}
 
 
 def shell_line(arguments: Sequence[str]) -> str:

@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from quack_lm.files import write_json
-from quack_lm.sweep.cell import METRICS_FILE, STOP_FILE, Cell, metrics_line
+from quack_lm.files import metrics_line, write_json
+from quack_lm.sweep.cell import METRICS_FILE, STOP_FILE, Cell
 from quack_lm.sweep.file import StopRule
 
 
