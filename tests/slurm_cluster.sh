@@ -66,8 +66,9 @@ JobRequeue=1
 KillWait=30
 InactiveLimit=0
 MinJobAge=86400
-# The ports at which ranks meet follow from it, and test processes beside each other have a cluster each.
-FirstJobId=$PORT
+# The ports at which ranks meet, 10000 to 30000, follow from a job's number, and test processes beside each other have a
+# cluster each.
+FirstJobId=$((PORT * 100))
 # Small, so that a sweep of a few runs has to be split.
 MaxArraySize=4
 CONF

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import statistics
 import struct
 import subprocess
@@ -318,12 +319,26 @@ def test_a_rank_that_hangs_before_the_first_step_ends_the_run_with_every_ranks_s
     assert re.search(r"build\.py\", line \d+, in _by_main", second)
 
 
+# The first of two ranks; the other never comes.
+ALONE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
 @pytest.mark.slow
 def test_a_rank_that_never_comes_ends_the_run_in_words(tmp_path: Path, tiny_data: list[str]) -> None:
-    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29741"}
+    alone = {**ALONE, "MASTER_PORT": "29741"}
     process = start([*tiny_data, *FAULTS, "trainer.timeout_s=1"], tmp_path / "run", **alone)
     assert process.wait(timeout=150) == 1
-    assert "rank 0 did not reach the other 1 within 61 s: look for ranks that wrote nothing" in log_of(tmp_path / "run")
+    said = "rank 0 did not reach the other 1 (at most 61 s): look for ranks that wrote nothing"
+    assert said in log_of(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path, tiny_data: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        process = start([*tiny_data, *FAULTS], tmp_path / "run", **ALONE, MASTER_PORT=port)
+        assert process.wait(timeout=100) == 1
+    assert f"another program listens at port {port}; set MASTER_PORT to a free one" in log_of(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
