@@ -145,7 +145,9 @@ def compare(facts: Sequence[dict[str, Any]], *, device: str) -> list[Row]:
     elif first["gpus"]:
         rows.append(Row("GPUs", True, f"{len(first['gpus'])} x {first['gpus'][0]} on every node"))
     else:
-        rows.append(Row("GPUs", False if device == "cuda" else None, "none here: this would train on the CPU"))
+        rows.append(
+            Row("GPUs", False if device == "cuda" else None, "none here, where trainer.device=auto means the CPU")
+        )
     return rows
 
 

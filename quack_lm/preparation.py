@@ -178,10 +178,9 @@ def prepare(corpus: Corpus, *, progress: bool = True, commit_every_s: float = 30
     """Make the data set of a corpus, or go on with an interrupted one; returns its directory."""
     target = Path(corpus.dir).absolute()
     try:
-        if _is_complete(corpus, target):
+        if is_prepared(corpus):
             print(f"{target} is prepared already, with the same settings")
             return target
-        corpus.input_files()  # refuses what is not there before anything is made
         with _made_parents(target), _lock(target):
             # Another process may have finished between the two looks.
             if not _is_complete(corpus, target):
@@ -194,6 +193,17 @@ def prepare(corpus: Corpus, *, progress: bool = True, commit_every_s: float = 30
             ) from error
         raise
     return target
+
+
+def is_prepared(corpus: Corpus) -> bool:
+    """Whether the data set is there; makes nothing.
+
+    Raises UserError where its directory holds something else, or the corpus names files that are not there.
+    """
+    if _is_complete(corpus, Path(corpus.dir).absolute()):
+        return True
+    corpus.input_files()
+    return False
 
 
 def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: float) -> None:

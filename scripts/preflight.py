@@ -4,7 +4,8 @@
     srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python scripts/preflight.py ...         # inside a job
     torchrun --nproc-per-node 8 scripts/preflight.py ...
 
-ranks=N says on a login node how many ranks the job will have: the batch and trainer.replicas are checked for them.
+ranks=N says on a login node how many ranks the job will have: the batch and trainer.replicas are checked for them, and
+no GPU is asked for. slurm/submit.sh does this before it submits slurm/train.sbatch.
 
 Checked are the config, the data against their checksums, that the run directory can be written to and holds no other
 run, space for the checkpoints, and package versions; with several processes also that all find the same GPUs, data
@@ -60,7 +61,7 @@ def main(arguments: list[str]) -> int:
     facts = gather(facts_of_this_rank(world), world)
     everyone = gather([[row.check, row.is_ok, row.found] for row in mine], world)
     rows = merge([[Row(*row) for row in rows] for rows in everyone], [fact["host"] for fact in facts])
-    rows += compare(facts, device=device)
+    rows += compare(facts, device="cpu" if ranks else device)
     if world.size > 1:
         rows.append(check_clocks(world, [fact["host"] for fact in facts]))
         if not any(row.check == "GPUs" and row.is_ok is False for row in rows):
@@ -86,7 +87,7 @@ def expected_ranks(arguments: list[str]) -> int | None:
 def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any]:
     """The checks that a rank makes alone, the same ones in the same order on each."""
     from quack_lm.attention.scores import check_backend
-    from quack_lm.check import check_ranks, check_run_dir, default_run_dir, make_model, open_data
+    from quack_lm.check import check_memory, check_ranks, check_run_dir, default_run_dir, make_model, open_data
     from quack_lm.config import instantiate
     from quack_lm.model import count_parameters
     from quack_lm.parallel import check_world, default_device, launched_world
@@ -95,23 +96,30 @@ def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any
     settings = instantiate(config["trainer"])
     run_dir = Path(config["run_dir"] or default_run_dir(config))
     counts: dict[str, int] = {}
+    # A login node needs no GPU for a job that will have some.
+    there = "cuda" if ranks and settings.device != "cpu" else device
 
     def model() -> str:
         counts.update(count_parameters(make_model(config, backend="eager")))
-        if device == "cuda" or settings.device == "cpu":  # else a login node, where the GPU that it may need is not
-            check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
+        if there == "cuda" or settings.device == "cpu":
+            check_backend(config["attention"]["backend"], device=there, precision=settings.precision)
         return f"{counts['total']:,} parameters"
 
     def processes() -> str:
-        if settings.device == "auto":
-            default_device()  # which says what is wrong
         here = launched_world()[1]
         size = ranks or here
         if here not in (1, size):
             raise UserError(f"ranks={size} is for a login node, and here are {here} processes: leave it out")
-        check_world(device=device)
+        if not ranks:
+            if settings.device == "auto":
+                default_device()  # which says what is wrong
+            check_world(device=device)
         check_ranks(settings, size)
-        return f"{size} on {device}, {settings.global_batch_size} sequences a step"
+        if counts and not ranks and (device == "cuda" or settings.device == "cpu"):
+            shape = make_model(config, backend="eager")
+            check_memory(config, shape, device=device, ranks_of_a_copy=size // settings.replicas)
+        where = "in the job" if ranks else f"on {device}"
+        return f"{size} {where}, {settings.global_batch_size} sequences a step"
 
     def data() -> str:
         opened = open_data(instantiate(config["data"]), config["model"]["vocab_size"])

@@ -21,6 +21,10 @@ What most people set: data.dir (where the shards go), data.tokenizer (a transfor
 null trains a byte-level BPE of data.vocab_size entries), data.val_fraction, data.probe_fraction, data.workers.
 All of it, with comments: configs/data/*.yaml and quack_lm/corpus.py.
 
+Other flags:
+    --config FILE   take the settings from the config.yaml of a run; key=value still overrides
+    --check         check the settings, and that the files are there; prepare nothing
+
 An interrupted preparation goes on where it was when the same command is given again; a finished one is left alone.
 """
 
@@ -34,13 +38,18 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         return
     # Worker processes import this file again; they need none of this.
-    from quack_lm.config import compose, instantiate
+    from quack_lm.config import compose, instantiate, read_flags
     from quack_lm.errors import exit_on_user_error
-    from quack_lm.preparation import prepare
+    from quack_lm.preparation import is_prepared, prepare
 
     with exit_on_user_error():
+        file, is_check, overrides = read_flags(arguments)
+        corpus = instantiate(compose(overrides, file=file)["data"])
+        if is_check:
+            print(f"{corpus.dir} is {'prepared already' if is_prepared(corpus) else 'ready to be prepared'}")
+            return
         try:
-            directory = prepare(instantiate(compose(arguments)["data"]))
+            directory = prepare(corpus)
         except KeyboardInterrupt:
             print("\ninterrupted: the same command goes on from here", file=sys.stderr)
             raise SystemExit(130) from None

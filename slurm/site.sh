@@ -24,6 +24,9 @@ PYTHON=(python)
 # PYTHON=(apptainer exec --nv "$HOME/quack_lm.sif" python)
 # In a container without slurm's commands, export MASTER_ADDR as well.
 
+# ---- whether slurm/submit.sh looks at the settings before it submits: no where Python cannot run on login nodes
+# QUACK_PREFLIGHT=no
+
 # ---- fast storage for caches that would fill a home directory
 SCRATCH=""
 # SCRATCH="/scratch/$USER"

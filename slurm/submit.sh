@@ -3,7 +3,8 @@
 #
 #   bash slurm/submit.sh [flags of sbatch] slurm/train.sbatch attention=mla stabilizer=quack
 #
-# #SBATCH lines cannot read variables, so what differs between clusters is passed as flags from here.
+# #SBATCH lines cannot read variables, so what differs between clusters is passed as flags from here. A mistake in the
+# arguments of train.sbatch or prepare_data.sbatch is told here, not after the wait in the queue (exit code 2).
 set -euo pipefail
 QUACK_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export QUACK_ROOT
@@ -25,5 +26,46 @@ for argument in "$@"; do
   fi
   arguments+=("$argument")
 done
+
+# Which look suits the job, and the number of its ranks, where the flags tell; the later flag wins, as for sbatch.
+look=() nodes=1 per_node=1 tasks=""
+words=(${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} "${arguments[@]}")
+for ((i = 0; i < ${#words[@]}; i++)); do
+  case ${words[i]} in
+    --nodes=* | --ntasks=* | --ntasks-per-node=*) value=${words[i]#*=} ;;
+    -[Nn][0-9]*) value=${words[i]#-?} ;;
+    *) value=${words[i + 1]:-} ;;
+  esac
+  case ${words[i]} in
+    --nodes | --nodes=* | -N*) nodes=$value ;;
+    --ntasks-per-node | --ntasks-per-node=*) per_node=$value ;;
+    --ntasks | --ntasks=* | -n*) tasks=$value ;;
+    train.sbatch | */train.sbatch)
+      # The job itself reads every byte of the data.
+      look=(preflight.py "${words[@]:i+1}" data.verify_checksums=false)
+      if [[ ${tasks:-$nodes$per_node} =~ ^[0-9]+$ ]]; then
+        look+=("ranks=${tasks:-$((nodes * per_node))}")
+      fi
+      break
+      ;;
+    prepare_data.sbatch | */prepare_data.sbatch)
+      look=(prepare_data.py --check "${words[@]:i+1}")
+      break
+      ;;
+  esac
+done
+if [[ ${#look[@]} -gt 0 && ${QUACK_PREFLIGHT:-} != no ]]; then
+  code=0
+  said=$("${PYTHON[@]}" "$QUACK_ROOT/scripts/${look[0]}" "${look[@]:1}" 2>&1) || code=$?
+  if [[ $code == 2 ]]; then
+    echo "$said" >&2
+    echo "nothing is submitted; QUACK_PREFLIGHT=no submits without looking, for what another job makes first" >&2
+    exit 2
+  elif [[ $code != 0 ]]; then
+    echo "$said" | tail -n 3 >&2
+    echo "warning: the settings could not be looked at here (exit code $code); submitting as it is" >&2
+  fi
+fi
+
 # The jobs need what this shell and the site's file have set, also where SBATCH_EXPORT says otherwise.
 exec sbatch --export=ALL ${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} "${arguments[@]}"

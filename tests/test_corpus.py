@@ -531,10 +531,15 @@ def test_the_script_prepares_prints_a_table_and_refuses_in_one_line(tmp_path: Pa
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
     overrides = ["data=local", "data.dir=set", "data.format=jsonl", "data.vocab_size=300", "data.val_fraction=0.2"]
-    done = run(*overrides, "data.probe_fraction=0.1", f"data.files=[{jsonl}]", "data.workers=0")
+    overrides += ["data.probe_fraction=0.1", f"data.files=[{jsonl}]", "data.workers=0"]
+    done = run("--check", *overrides)
+    assert (done.returncode, done.stdout) == (0, "set is ready to be prepared\n"), done.stderr
+    assert not list(tmp_path.glob("set*"))
+    done = run(*overrides)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[-4:]] == ["split", *SPLITS]
     TokenData.open(tmp_path / "set")
+    assert run("--check", *overrides).stdout == "set is prepared already\n"
     for wrong, named in (["data=local", "data.dir=other"], "data.files"), (["data=cosmopedia_v2"], "no connection"):
         refused = run(*wrong)
         assert refused.returncode == 2

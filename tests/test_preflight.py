@@ -47,13 +47,32 @@ def test_a_login_node_checks_the_batch_for_the_ranks_of_the_job(tmp_path: Path, 
     own = [*tiny_data, f"run_dir={tmp_path / 'run'}", "trainer.replicas=2"]
     done = preflight([*own, "ranks=6"])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 on cpu, 12 sequences a step" in done.stdout
+    assert "6 in the job, 12 sequences a step" in done.stdout
     done = preflight([*own, "ranks=4"])
     assert done.returncode == 2
     assert "must be a multiple of processes x trainer.micro_batch_size = 4 x 2 = 8" in done.stdout
     done = preflight([*own, "ranks=many"])
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "ranks=many must be a whole number" in done.stderr
+
+
+def test_a_login_node_needs_no_gpu_for_a_job_that_will_have_some(tmp_path: Path, tiny_data: list[str]) -> None:
+    own = [*tiny_data, f"run_dir={tmp_path / 'run'}", "trainer.device=cuda"]
+    done = preflight([*own, "ranks=2"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 in the job, 12 sequences a step" in done.stdout
+    # What a GPU would not mend is still told.
+    done = preflight([*own, "ranks=2", "attention.backend=flash", "trainer.precision=float32"])
+    assert done.returncode == 2
+    assert "attention.backend=flash needs" in done.stdout
+
+
+def test_a_model_that_cannot_fit_is_told(tmp_path: Path, tiny_data: list[str]) -> None:
+    own = [*tiny_data, f"run_dir={tmp_path / 'run'}", "model.d_ff=2000000000"]
+    done = preflight([*own, "trainer.device=cpu"])
+    assert done.returncode == 2
+    assert "model.d_ff=2000000000 is too large" in done.stdout
+    assert done.stdout.count("WRONG  ") == 2, done.stdout  # nor can its checkpoints
 
 
 def test_everything_that_is_wrong_is_in_the_table(tmp_path: Path) -> None:

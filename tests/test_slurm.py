@@ -82,6 +82,8 @@ class Site:
         self.environment = {**os.environ, "SLURM_CONF": str(state / "slurm.conf")}
         # The nodes' names are made up, and all on this machine.
         self.environment |= {"MASTER_ADDR": "127.0.0.1", "QUACK_SITE": str(folder / "site.sh"), "OMP_NUM_THREADS": "1"}
+        # Looking at the settings takes seconds each time, and these tests are about what jobs do.
+        self.environment["QUACK_PREFLIGHT"] = "no"
         self.write_site()
 
     def write_site(self, *flags: str, more: Sequence[str] = ()) -> None:
@@ -210,6 +212,35 @@ def test_a_mistake_in_the_settings_fails_the_job_with_one_line(site: Site, tmp_p
     (line,) = [line for line in site.log(job).splitlines() if line.startswith("error: ")]
     assert "/nowhere" in line
     assert "Traceback" not in site.log(job)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_is_told_before_anything_is_queued(site: Site, tmp_path: Path, tiny_data: list[str]) -> None:
+    del site.environment["QUACK_PREFLIGHT"]
+    submit = ["bash", ROOT / "slurm/submit.sh", "--parsable", "--hold"]
+    train = [ROOT / "slurm/train.sbatch", *SMALL, f"run_dir={tmp_path / 'run'}"]
+    ranks = ["-N", "2", "--ntasks-per-node=5"]
+    for arguments, mistake in (
+        ([*train, "data.dir=/nowhere"], "data.dir=/nowhere"),
+        ([*train, *tiny_data, "optimizer.lrr=1"], "optimizer.lrr"),
+        ([*ranks, *train, *tiny_data], "a multiple of processes x trainer.micro_batch_size = 10 x 2"),
+        ([ROOT / "slurm/prepare_data.sbatch", "data=local", "data.files=[/nowhere/*.txt]"], "/nowhere/*.txt"),
+    ):
+        done = site.run(*submit, *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert mistake in done.stderr
+        assert "nothing is submitted" in done.stderr
+    assert site.call("squeue", "-h") == ""
+    # The job will have the GPU that is not here.
+    done = site.run(*submit, "-N2", *train, *tiny_data, "trainer.device=cuda")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert site.show(done.stdout.strip())["JobState"] == "PENDING"
+    # Where Python cannot run, nobody is kept from submitting.
+    site.write_site(more=["PYTHON=(/nowhere/python)"])
+    done = site.run(*submit, *train, "data.dir=/nowhere")
+    assert done.returncode == 0
+    assert "warning: the settings could not be looked at here (exit code 127)" in done.stderr
+    site.call("scancel", "--user=root")
     assert not (tmp_path / "run").exists()
 
 
