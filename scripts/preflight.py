@@ -4,8 +4,8 @@
     srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python scripts/preflight.py ...         # inside a job
     torchrun --nproc-per-node 8 scripts/preflight.py ...
 
-ranks=N says on a login node how many ranks the job will have: the batch and trainer.replicas are checked for them, and
-no GPU is asked for. slurm/submit.sh does this before it submits slurm/train.sbatch.
+ranks=N says on a login node how many ranks the job will have, or ranks=any: the batch and trainer.replicas are checked
+for them, and no GPU is asked for. slurm/submit.sh does this before it submits slurm/train.sbatch.
 
 Checked are the config, the data against their checksums, that the run directory can be written to and holds no other
 run, space for the checkpoints, and package versions; with several processes also that all find the same GPUs, data
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     facts = gather(facts_of_this_rank(world), world)
     everyone = gather([[row.check, row.is_ok, row.found] for row in mine], world)
     rows = merge([[Row(*row) for row in rows] for rows in everyone], [fact["host"] for fact in facts])
-    rows += compare(facts, device="cpu" if ranks else device)
+    rows += compare(facts, device=device if ranks is None else "cpu")
     if world.size > 1:
         rows.append(check_clocks(world, [fact["host"] for fact in facts]))
         if not any(row.check == "GPUs" and row.is_ok is False for row in rows):
@@ -75,12 +75,16 @@ def main(arguments: list[str]) -> int:
 
 
 def expected_ranks(arguments: list[str]) -> int | None:
-    """The number after `ranks=`; None where it is not given."""
+    """The number after `ranks=`, 0 for any; None where it is not given."""
     if not arguments:
         return None
     text = arguments[-1].partition("=")[2]
+    if text == "any":
+        return 0
     if not text.isdecimal() or len(text) > 6 or int(text) == 0:
-        raise UserError(f"ranks={text} must be a whole number of at least 1: nodes x tasks per node of the job")
+        raise UserError(
+            f"ranks={text} must be a whole number of at least 1 (nodes x tasks per node of the job), or any"
+        )
     return int(text)
 
 
@@ -97,7 +101,8 @@ def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any
     run_dir = Path(config["run_dir"] or default_run_dir(config))
     counts: dict[str, int] = {}
     # A login node needs no GPU for a job that will have some.
-    there = "cuda" if ranks and settings.device != "cpu" else device
+    is_login_node = ranks is not None
+    there = "cuda" if is_login_node and settings.device != "cpu" else device
 
     def model() -> str:
         counts.update(count_parameters(make_model(config, backend="eager")))
@@ -107,19 +112,20 @@ def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any
 
     def processes() -> str:
         here = launched_world()[1]
-        size = ranks or here
-        if here not in (1, size):
-            raise UserError(f"ranks={size} is for a login node, and here are {here} processes: leave it out")
-        if not ranks:
+        if is_login_node and here not in (1, ranks):
+            raise UserError(f"ranks={ranks} is for a login node, and here are {here} processes: leave it out")
+        if ranks == 0:
+            return "as many as the job will have"
+        if not is_login_node:
             if settings.device == "auto":
                 default_device()  # which says what is wrong
             check_world(device=device)
-        check_ranks(settings, size)
-        if counts and not ranks and (device == "cuda" or settings.device == "cpu"):
+        check_ranks(settings, ranks or here)
+        if counts and not is_login_node and (device == "cuda" or settings.device == "cpu"):
             shape = make_model(config, backend="eager")
-            check_memory(config, shape, device=device, ranks_of_a_copy=size // settings.replicas)
-        where = "in the job" if ranks else f"on {device}"
-        return f"{size} {where}, {settings.global_batch_size} sequences a step"
+            check_memory(config, shape, device=device, ranks_of_a_copy=here // settings.replicas)
+        where = "in the job" if is_login_node else f"on {device}"
+        return f"{ranks or here} {where}, {settings.global_batch_size} sequences a step"
 
     def data() -> str:
         opened = open_data(instantiate(config["data"]), config["model"]["vocab_size"])

@@ -32,20 +32,22 @@ look=() nodes=1 per_node=1 tasks=""
 words=(${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} "${arguments[@]}")
 for ((i = 0; i < ${#words[@]}; i++)); do
   case ${words[i]} in
-    --nodes=* | --ntasks=* | --ntasks-per-node=*) value=${words[i]#*=} ;;
-    -[Nn][0-9]*) value=${words[i]#-?} ;;
+    --*=*) value=${words[i]#*=} ;;
+    -[Nn]?*) value=${words[i]#-?} ;;
     *) value=${words[i + 1]:-} ;;
   esac
   case ${words[i]} in
     --nodes | --nodes=* | -N*) nodes=$value ;;
     --ntasks-per-node | --ntasks-per-node=*) per_node=$value ;;
     --ntasks | --ntasks=* | -n*) tasks=$value ;;
+    --ntasks-per-*) tasks=any ;;
     train.sbatch | */train.sbatch)
-      # The job itself reads every byte of the data.
-      look=(preflight.py "${words[@]:i+1}" data.verify_checksums=false)
-      if [[ ${tasks:-$nodes$per_node} =~ ^[0-9]+$ ]]; then
-        look+=("ranks=${tasks:-$((nodes * per_node))}")
+      ranks=any
+      if [[ -n $tasks || $nodes$per_node =~ ^[0-9]+$ ]]; then
+        ranks=${tasks:-$((nodes * per_node))}
       fi
+      # The job itself reads every byte of the data.
+      look=(preflight.py "${words[@]:i+1}" data.verify_checksums=false "ranks=$ranks")
       break
       ;;
     prepare_data.sbatch | */prepare_data.sbatch)

@@ -61,6 +61,8 @@ def test_a_login_node_needs_no_gpu_for_a_job_that_will_have_some(tmp_path: Path,
     done = preflight([*own, "ranks=2"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 in the job, 12 sequences a step" in done.stdout
+    done = preflight([*own, "ranks=any", "trainer.replicas=7"])
+    assert done.returncode == 0, done.stdout + done.stderr
     # What a GPU would not mend is still told.
     done = preflight([*own, "ranks=2", "attention.backend=flash", "trainer.precision=float32"])
     assert done.returncode == 2

@@ -231,10 +231,11 @@ def test_a_mistake_is_told_before_anything_is_queued(site: Site, tmp_path: Path,
         assert mistake in done.stderr
         assert "nothing is submitted" in done.stderr
     assert site.call("squeue", "-h") == ""
-    # The job will have the GPU that is not here.
-    done = site.run(*submit, "-N2", *train, *tiny_data, "trainer.device=cuda")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert site.show(done.stdout.strip())["JobState"] == "PENDING"
+    # The job will have the GPU that is not here, and the ranks of the nodes that it gets.
+    for nodes, replicas in (("-N2", 2), ("--nodes=1-2", 4)):
+        done = site.run(*submit, nodes, *train, *tiny_data, "trainer.device=cuda", f"trainer.replicas={replicas}")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert site.show(done.stdout.strip())["JobState"] == "PENDING"
     # Where Python cannot run, nobody is kept from submitting.
     site.write_site(more=["PYTHON=(/nowhere/python)"])
     done = site.run(*submit, *train, "data.dir=/nowhere")
