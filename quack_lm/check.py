@@ -135,11 +135,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> Plan:
     stabilizer: Stabilizer = instantiate(config["stabilizer"])
     initialize_stabilizer(stabilizer, LogitWeights(reference.attentions))  # on the meta device
     if resumes_from:
-        if checkpoint.read_state(resumes_from)["manifest_sha256"] != data.manifest_sha256:
-            raise UserError(
-                f"data.dir={corpus.dir} is not the data set that run_dir={run_dir} was trained on; choose another "
-                "run_dir"
-            )
+        check_same_data(run_dir, resumes_from, data)
         _check_checkpoint(resumes_from, reference, recipe, stabilizer)
     # Last: it takes minutes, and nothing else that is wrong should wait for it.
     if corpus.verify_checksums and not finished:
@@ -288,6 +284,15 @@ def _check_same_run(where: str, before: dict[str, Any], config: dict[str, Any]) 
         differences = ", ".join(f"{key}={before.get(key)}, not {now.get(key)}" for key in changed[:KEYS_NAMED])
         more = f" (and {len(changed) - KEYS_NAMED} more keys)" if len(changed) > KEYS_NAMED else ""
         raise UserError(f"{where} holds a run with {differences}{more}; choose another run_dir")
+
+
+def check_same_data(run_dir: Path, found: Path, data: TokenData) -> None:
+    """UserError where a checkpoint's run was trained on another data set."""
+    if checkpoint.read_state(found)["manifest_sha256"] != data.manifest_sha256:
+        raise UserError(
+            f"data.dir={data.directory} is not the data set that run_dir={run_dir} was trained on; choose another "
+            "run_dir"
+        )
 
 
 def _check_checkpoint(found: Path, model: Transformer, recipe: Recipe, stabilizer: Stabilizer) -> None:

@@ -13,8 +13,9 @@ class UserError(ValueError):
     """A mistake in a config, data set, checkpoint or environment: one line naming the key or file, and the mend."""
 
 
-# srun ends the other ranks when one fails: the one that speaks needs a moment to do so, and to write its summary.
-SPEAKER_HAS_S = 1.0
+# srun ends the other ranks when one fails, and once one of them has died of that, it listens to none any more (slurm's
+# step_launch.c, client_io_handler_abort): the one that speaks needs a moment to be heard, and to write its summary.
+SPEAKER_HAS_S = 2.0
 
 
 def tell_job(word: str) -> None:
@@ -26,7 +27,10 @@ def tell_job(word: str) -> None:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the program with one clear line and exit code 2 instead of a traceback."""
+    """End the program with one clear line and exit code 2 instead of a traceback.
+
+    Under srun, that line or the traceback of another error is in the job's log before the other ranks are ended.
+    """
     try:
         yield
     except UserError as error:
@@ -40,14 +44,36 @@ def exit_on_user_error() -> Iterator[None]:
         distributed = sys.modules.get("torch.distributed")  # where it is not loaded, it has not been used
         if distributed is not None and distributed.is_initialized():
             exit_without_teardown(2)
+        _let_be_heard()
         raise SystemExit(2) from None
+    except Exception:
+        if not _is_one_of_many():
+            raise
+        sys.excepthook(*sys.exc_info())
+        _let_be_heard()
+        raise SystemExit(1) from None
 
 
 def exit_without_teardown(code: int) -> NoReturn:
     """End this process at once; what is still being done beside it, in threads, is neither waited for nor torn down."""
+    if code:
+        _let_be_heard()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _is_one_of_many() -> bool:
+    """Whether srun has started this process with others."""
+    return os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+
+
+def _let_be_heard() -> None:
+    """Wait until srun has passed on what was said."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _is_one_of_many():
+        time.sleep(SPEAKER_HAS_S)
 
 
 def printable(text: str) -> str:

@@ -45,7 +45,14 @@ from quack_lm.data import (
 )
 from quack_lm.errors import UserError
 from quack_lm.files import open_regular, sync_directory, take_lock, write_atomically
-from quack_lm.tokenizer import BAR_DELAY_S, dtype_name, encode_batches, make_encoder, make_tokenizer
+from quack_lm.tokenizer import (
+    BAR_DELAY_S,
+    dtype_name,
+    encode_batches,
+    make_encoder,
+    make_tokenizer,
+    refuse_missing_directory,
+)
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -198,16 +205,24 @@ def prepare(corpus: Corpus, *, progress: bool = True, commit_every_s: float = 30
 def is_prepared(corpus: Corpus) -> bool:
     """Whether the data set is there; makes nothing.
 
-    Raises UserError where its directory holds something else, or the corpus names files that are not there.
+    Raises UserError where its directory holds something else or cannot be made, or what the corpus names is not there.
     """
-    if _is_complete(corpus, Path(corpus.dir).absolute()):
+    target = Path(corpus.dir).absolute()
+    if _is_complete(corpus, target):
         return True
     corpus.input_files()
+    if corpus.tokenizer:
+        refuse_missing_directory(corpus)
+    place = next(parent for parent in target.parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"data.dir={target}: {place} is not a directory that can be written to")
+    if _partial(target).is_dir():
+        _refuse_foreign(_partial(target), OUR_FILES.fullmatch)
     return False
 
 
 def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: float) -> None:
-    partial = target.with_name(target.name + ".partial")
+    partial = _partial(target)
     is_new = not partial.exists()
     partial.mkdir(exist_ok=True)
     _refuse_foreign(partial, OUR_FILES.fullmatch)
@@ -223,6 +238,10 @@ def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: fl
     sync_directory(partial)
     partial.rename(target)
     sync_directory(target.parent)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
 
 
 def _is_worth_keeping(partial: Path, error: BaseException) -> bool:

@@ -57,15 +57,19 @@ def make_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
     return tokenizer
 
 
+def refuse_missing_directory(corpus: Corpus) -> str:
+    """Where the corpus says its tokenizer is: a directory that is there, or else a name on the hub; UserError."""
+    name = os.path.expanduser(str(corpus.tokenizer))
+    if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") > 1):
+        raise UserError(f"data.tokenizer={corpus.tokenizer}: no such directory")
+    return name
+
+
 def _load_tokenizer(corpus: Corpus) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    name = os.path.expanduser(str(corpus.tokenizer))
-    what = f"data.tokenizer={corpus.tokenizer}"
-    is_local = os.path.isdir(name)
-    if not is_local and (name.startswith((".", "/")) or name.count("/") > 1):
-        raise UserError(f"{what}: no such directory")
-    if is_local:
+    name, what = refuse_missing_directory(corpus), f"data.tokenizer={corpus.tokenizer}"
+    if os.path.isdir(name):
         with readable(lambda: what, trouble="not a transformers tokenizer directory"):
             for path in Path(name).iterdir():
                 if not path.is_dir():

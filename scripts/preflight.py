@@ -78,7 +78,9 @@ def expected_ranks(arguments: list[str]) -> int | None:
     """The number after `ranks=`, 0 for any; None where it is not given."""
     if not arguments:
         return None
-    text = arguments[-1].partition("=")[2]
+    if len(arguments) > 1:
+        raise UserError(f"{arguments[-1]} comes after {arguments[0]}: say it once (slurm/submit.sh says it by itself)")
+    text = arguments[0].partition("=")[2]
     if text == "any":
         return 0
     if not text.isdecimal() or len(text) > 6 or int(text) == 0:
@@ -91,8 +93,17 @@ def expected_ranks(arguments: list[str]) -> int | None:
 def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any]:
     """The checks that a rank makes alone, the same ones in the same order on each."""
     from quack_lm.attention.scores import check_backend
-    from quack_lm.check import check_memory, check_ranks, check_run_dir, default_run_dir, make_model, open_data
+    from quack_lm.check import (
+        check_memory,
+        check_ranks,
+        check_run_dir,
+        check_same_data,
+        default_run_dir,
+        make_model,
+        open_data,
+    )
     from quack_lm.config import instantiate
+    from quack_lm.data import TokenData
     from quack_lm.model import count_parameters
     from quack_lm.parallel import check_world, default_device, launched_world
     from quack_lm.preflight import attempt, check_disk, check_write_access
@@ -100,6 +111,7 @@ def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any
     settings = instantiate(config["trainer"])
     run_dir = Path(config["run_dir"] or default_run_dir(config))
     counts: dict[str, int] = {}
+    found: list[TokenData] = []
     # A login node needs no GPU for a job that will have some.
     is_login_node = ranks is not None
     there = "cuda" if is_login_node and settings.device != "cpu" else device
@@ -131,10 +143,13 @@ def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any
         opened = open_data(instantiate(config["data"]), config["model"]["vocab_size"])
         for split in ("train", "val", "probe"):
             opened.windows(split, settings.seq_len)
+        found.append(opened)
         return f"{config['data']['dir']}, {opened.manifest.split('train').tokens:,} training tokens"
 
     def directory() -> str:
         resumes_from, finished = check_run_dir(run_dir, config, settings)
+        if resumes_from and found:
+            check_same_data(run_dir, resumes_from, found[0])
         state = f"finished already: {finished}" if finished else f"continues from {resumes_from}"
         return f"{run_dir}: {state if finished or resumes_from else 'a new run'}"
 

@@ -27,7 +27,8 @@ run_ranks() {
   local code=0 said
   make_notice
   SECONDS=0
-  srun --kill-on-bad-exit=1 bash -c "$AS_RANK" rank "${PYTHON[@]}" "$@" || code=$?
+  # Nothing stands between srun and the program: under proctrack/cgroup slurm signals only its own child.
+  srun --kill-on-bad-exit=1 "${PYTHON[@]}" "$@" || code=$?
   said=$(echo "$QUACK_JOB".*)
   rm -f "$QUACK_JOB" "$QUACK_JOB".*
   case $said in
@@ -51,12 +52,6 @@ run_ranks() {
   fi
   return "$code"
 }
-
-# A rank's program, with its death by a signal made an exit code. srun stops listening as soon as one rank has died of
-# SIGTERM, and would lose the error of the rank that it ended the others for (client_io_handler_abort in its
-# step_launch.c). The program gets signals by itself: slurm sends them to the process group.
-# shellcheck disable=SC2016
-AS_RANK='trap : INT TERM USR1; "$@"; exit $?'
 
 # Once srun has ended the other ranks of one that failed, its exit code says only that. So a rank renames the file
 # QUACK_JOB to tell why it ends; renaming works on a full disk, too.

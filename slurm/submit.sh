@@ -26,28 +26,34 @@ for argument in "$@"; do
   fi
   arguments+=("$argument")
 done
+if [[ -z ${PYTHON+set} ]]; then
+  echo "error: PYTHON is not set in $QUACK_SITE, and the jobs need it: PYTHON=(python)" >&2
+  exit 2
+fi
 
 # Which look suits the job, and the number of its ranks, where the flags tell; the later flag wins, as for sbatch.
-look=() nodes=1 per_node=1 tasks=""
+look=() nodes=1 per_node=1 tasks="" place=.
 words=(${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} "${arguments[@]}")
 for ((i = 0; i < ${#words[@]}; i++)); do
   case ${words[i]} in
     --*=*) value=${words[i]#*=} ;;
-    -[Nn]?*) value=${words[i]#-?} ;;
+    -[NnD]?*) value=${words[i]#-?} ;;
     *) value=${words[i + 1]:-} ;;
   esac
   case ${words[i]} in
+    --wrap | --wrap=*) break ;;
+    --chdir | --chdir=* | -D*) place=$value ;;
     --nodes | --nodes=* | -N*) nodes=$value ;;
     --ntasks-per-node | --ntasks-per-node=*) per_node=$value ;;
     --ntasks | --ntasks=* | -n*) tasks=$value ;;
-    --ntasks-per-*) tasks=any ;;
+    --ntasks-per-* | --gpus-per-task | --gpus-per-task=*) tasks=any ;;
     train.sbatch | */train.sbatch)
       ranks=any
       if [[ -n $tasks || $nodes$per_node =~ ^[0-9]+$ ]]; then
-        ranks=${tasks:-$((nodes * per_node))}
+        ranks=${tasks:-$((10#$nodes * 10#$per_node))}
       fi
       # The job itself reads every byte of the data.
-      look=(preflight.py "${words[@]:i+1}" data.verify_checksums=false "ranks=$ranks")
+      look=(preflight.py "ranks=$ranks" data.verify_checksums=false "${words[@]:i+1}")
       break
       ;;
     prepare_data.sbatch | */prepare_data.sbatch)
@@ -58,7 +64,7 @@ for ((i = 0; i < ${#words[@]}; i++)); do
 done
 if [[ ${#look[@]} -gt 0 && ${QUACK_PREFLIGHT:-} != no ]]; then
   code=0
-  said=$("${PYTHON[@]}" "$QUACK_ROOT/scripts/${look[0]}" "${look[@]:1}" 2>&1) || code=$?
+  said=$(cd "$place" && "${PYTHON[@]}" "$QUACK_ROOT/scripts/${look[0]}" "${look[@]:1}" 2>&1) || code=$?
   if [[ $code == 2 ]]; then
     echo "$said" >&2
     echo "nothing is submitted; QUACK_PREFLIGHT=no submits without looking, for what another job makes first" >&2

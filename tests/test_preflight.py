@@ -1,12 +1,13 @@
 """The look before a long run: on a login node, and from inside a job of two ranks."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from test_train import REPOSITORY, SMALL
+from test_train import REPOSITORY, SMALL, run_here
 
 from quack_lm.config import compose
 from quack_lm.errors import UserError
@@ -75,6 +76,18 @@ def test_a_model_that_cannot_fit_is_told(tmp_path: Path, tiny_data: list[str]) -
     assert done.returncode == 2
     assert "model.d_ff=2000000000 is too large" in done.stdout
     assert done.stdout.count("WRONG  ") == 2, done.stdout  # nor can its checkpoints
+
+
+def test_a_run_is_not_continued_on_another_data_set(tmp_path: Path, tiny_data: list[str]) -> None:
+    run_here(tiny_data, tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(tiny_data[-1].partition("=")[2], other)
+    (other / "manifest.json").write_text((other / "manifest.json").read_text() + "\n")
+    own = [f"run_dir={tmp_path / 'run'}", "trainer.steps=100"]
+    assert "continues from" in preflight([*tiny_data, *own]).stdout
+    done = preflight([tiny_data[0], f"data.dir={other}", *own])
+    assert done.returncode == 2
+    assert f"data.dir={other} is not the data set that run_dir={tmp_path / 'run'} was trained on" in done.stdout
 
 
 def test_everything_that_is_wrong_is_in_the_table(tmp_path: Path) -> None:

@@ -224,7 +224,10 @@ def test_a_mistake_is_told_before_anything_is_queued(site: Site, tmp_path: Path,
         ([*train, "data.dir=/nowhere"], "data.dir=/nowhere"),
         ([*train, *tiny_data, "optimizer.lrr=1"], "optimizer.lrr"),
         ([*ranks, *train, *tiny_data], "a multiple of processes x trainer.micro_batch_size = 10 x 2"),
+        ([*train, *tiny_data, "ranks=2"], "ranks=2 comes after ranks=1"),
+        (["-D", tmp_path, *train, *tiny_data[:-1], "data.dir=elsewhere"], "data.dir=elsewhere"),
         ([ROOT / "slurm/prepare_data.sbatch", "data=local", "data.files=[/nowhere/*.txt]"], "/nowhere/*.txt"),
+        ([ROOT / "slurm/prepare_data.sbatch", "data=stdlib", "data.tokenizer=/nowhere"], "data.tokenizer=/nowhere"),
     ):
         done = site.run(*submit, *arguments)
         assert (done.returncode, done.stdout) == (2, "")
@@ -232,8 +235,10 @@ def test_a_mistake_is_told_before_anything_is_queued(site: Site, tmp_path: Path,
         assert "nothing is submitted" in done.stderr
     assert site.call("squeue", "-h") == ""
     # The job will have the GPU that is not here, and the ranks of the nodes that it gets.
-    for nodes, replicas in (("-N2", 2), ("--nodes=1-2", 4)):
-        done = site.run(*submit, nodes, *train, *tiny_data, "trainer.device=cuda", f"trainer.replicas={replicas}")
+    here = Path(tiny_data[-1].partition("=")[2])
+    relative = [f"--chdir={here.parent}", *train, tiny_data[0], f"data.dir={here.name}", "trainer.device=cuda"]
+    for flags, replicas in ((["-N2"], 2), (["--nodes=1-2"], 4), (["--gpus=4", "--gpus-per-task=1"], 4)):
+        done = site.run(*submit, *flags, *relative, f"trainer.replicas={replicas}")
         assert (done.returncode, done.stderr) == (0, "")
         assert site.show(done.stdout.strip())["JobState"] == "PENDING"
     # Where Python cannot run, nobody is kept from submitting.
@@ -241,6 +246,13 @@ def test_a_mistake_is_told_before_anything_is_queued(site: Site, tmp_path: Path,
     done = site.run(*submit, *train, "data.dir=/nowhere")
     assert done.returncode == 0
     assert "warning: the settings could not be looked at here (exit code 127)" in done.stderr
+    site.write_site(more=["unset PYTHON"])
+    done = site.run(*submit, *train, *tiny_data)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"PYTHON is not set in {site.folder / 'site.sh'}" in done.stderr
+    # A command that names the script is another job.
+    site.write_site()
+    assert site.run(*submit, "--wrap", "echo slurm/train.sbatch").returncode == 0
     site.call("scancel", "--user=root")
     assert not (tmp_path / "run").exists()
 
@@ -259,10 +271,25 @@ def test_a_mistake_that_one_rank_finds_is_one_though_slurm_kills_the_others(site
     job = site.call("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--output=slurm-%j.out", script)
     assert (site.wait_for_end(job), site.show(job)["ExitCode"]) == ("FAILED", "2:0"), site.log(job)
     assert "error: a mistake\n" in site.log(job)
-    # Of a signal that ends a rank srun would say so, and lose the line above every tenth time.
-    assert "task 1: Exited with exit code 143" in site.log(job)
-    assert "Force Terminated" not in site.log(job)
+    assert "task 1: Terminated" in site.log(job)
     assert not list(site.folder.glob(".quack_job*"))
+
+
+def test_a_traceback_is_in_the_log_though_slurm_kills_the_others(site: Site) -> None:
+    code = "import os, time, quack_lm.errors as e\nwith e.exit_on_user_error(): "
+    code += "time.sleep(60) if os.environ['SLURM_PROCID'] == '1' else 1 / 0"
+    job = site.ranks(f"run_ranks -c {shlex.quote(code)}", flags=["--nodes=2", "--ntasks-per-node=1"])
+    assert (site.wait_for_end(job), site.show(job)["ExitCode"]) == ("FAILED", "143:0"), site.log(job)
+    assert "ZeroDivisionError: division by zero\n" in site.log(job)
+    assert "task 0: Exited with exit code 1" in site.log(job)
+
+
+def test_slurm_signals_the_program_itself(site: Site) -> None:
+    # With anything between them, it would hear of no time limit where processes are tracked by cgroup.
+    code = "import os; print('child of', open(f'/proc/{os.getppid()}/comm').read())"
+    job = site.ranks(f"run_ranks -c {shlex.quote(code)}")
+    assert site.wait_for_end(job) == "COMPLETED", site.log(job)
+    assert "child of slurmstepd" in site.log(job)
 
 
 def test_what_an_earlier_start_of_a_job_said_does_not_count(site: Site) -> None:
