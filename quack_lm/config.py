@@ -33,7 +33,10 @@ from omegaconf.errors import OmegaConfBaseException
 from quack_lm.errors import UserError
 from quack_lm.files import open_regular
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+PACKAGE = Path(__file__).resolve().parent
+# In a checkout these lie beside the package, in an installed wheel inside it.
+CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+SLURM_DIR = PACKAGE / "batch" if (PACKAGE / "batch").is_dir() else PACKAGE.parent / "slurm"
 
 # The class that each section's `_target_` must be, or derive from.
 SECTIONS = {
@@ -41,9 +44,9 @@ SECTIONS = {
     "attention": "quack_lm.attention.base.Attention",
     "stabilizer": "quack_lm.stabilizers.base.Stabilizer",
     "optimizer": "quack_lm.optim.recipe.Recipe",
-    "data": "quack_lm.corpus.Corpus",
-    "trainer": "quack_lm.train.TrainerSettings",
-    "logger": "quack_lm.metrics.LoggerSettings",
+    "data": "quack_lm.data.corpus.Corpus",
+    "trainer": "quack_lm.training.settings.TrainerSettings",
+    "logger": "quack_lm.training.metrics.LoggerSettings",
 }
 SCALARS: dict[str, Any] = {"run_dir": str | None, "seed": pydantic.NonNegativeInt}
 
@@ -250,7 +253,7 @@ def _parse_one(text: str) -> Override:
             f"like run_dir='\"a=b\"' ({_one_line(error)})"
         ) from None
     if override.is_sweep_override():
-        raise UserError(f"{text}: one run takes one value per key; use scripts/sweep.py for several")
+        raise UserError(f"{text}: one run takes one value per key; use quack-lm sweep for several")
     if override.is_delete() or override.package is not None:
         raise UserError(f"{text}: write key=value; keys cannot be deleted or moved")
     # Here too, for the command itself is written down, with what a later override replaces.

@@ -23,13 +23,13 @@ def main(times: int, overrides: list[str]) -> None:
     """Print a line per time, and the median ratios."""
     import torch
 
-    from quack_lm.build import build
-    from quack_lm.check import check_run
-    from quack_lm.checkpoint import create_optimizer_state, named_tensors
     from quack_lm.config import compose
     from quack_lm.parallel import local
-    from quack_lm.saver import Saver
-    from quack_lm.train import summarize
+    from quack_lm.training.build import build
+    from quack_lm.training.check import check_run
+    from quack_lm.training.checkpoint import create_optimizer_state, named_tensors
+    from quack_lm.training.loop import summarize
+    from quack_lm.training.saver import Saver
 
     with tempfile.TemporaryDirectory() as directory:
         run = build(check_run(compose([*DEFAULT, *overrides, f"run_dir={directory}/run"])))

@@ -1,72 +1,13 @@
-"""Turn text into the token shards that training reads.
-
-    python scripts/prepare_data.py [key=value ...]
-
-The source is the `data` section of the config, in the same words that train.py takes; everything else has defaults:
-
-    # Python's own standard library: about 11 MB, nothing to download
-    python scripts/prepare_data.py data=stdlib
-
-    # the paper's data, from the Hugging Face hub, with eight processes
-    python scripts/prepare_data.py data=cosmopedia_v2 data.workers=8
-
-    # ... or from copies of its files
-    python scripts/prepare_data.py data=cosmopedia_v2 'data.files=[/copies/*.parquet]' data.tokenizer=/copies/tokenizer
-
-    # files of your own: text (a document is a file), jsonl or parquet (a document is a row)
-    python scripts/prepare_data.py data=local data.dir=data/notes 'data.files=[notes/**/*.md]' data.vocab_size=4096
-    python scripts/prepare_data.py data=local data.format=jsonl data.text_field=body 'data.files=[posts.jsonl]'
-
-What most people set: data.dir (where the shards go), data.tokenizer (a transformers tokenizer, directory or hub name;
-null trains a byte-level BPE of data.vocab_size entries), data.val_fraction, data.probe_fraction, data.workers.
-All of it, with comments: configs/data/*.yaml and quack_lm/corpus.py.
-
-Other flags:
-    --config FILE   take the settings from the config.yaml of a run; key=value still overrides
-    --check         check the settings, and that the files are there; prepare nothing
-
-An interrupted preparation goes on where it was when the same command is given again; a finished one is left alone.
-"""
+"""`quack-lm prepare`: see `python scripts/prepare_data.py --help`."""
 
 import sys
-from pathlib import Path
 
-
-def main(arguments: list[str]) -> None:
-    """Prepare the data set that the arguments describe and print what is in it."""
-    if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
-        return
-    # Worker processes import this file again; they need none of this.
-    from quack_lm.config import compose, instantiate, read_flags
-    from quack_lm.errors import exit_on_user_error
-    from quack_lm.preparation import is_prepared, prepare
-
-    with exit_on_user_error():
-        file, is_check, overrides = read_flags(arguments)
-        corpus = instantiate(compose(overrides, file=file)["data"])
-        if is_check:
-            print(f"{corpus.dir} is {'prepared already' if is_prepared(corpus) else 'ready to be prepared'}")
-            return
-        try:
-            directory = prepare(corpus)
-        except KeyboardInterrupt:
-            print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-            raise SystemExit(130) from None
-        print_contents(directory)
-
-
-def print_contents(directory: Path) -> None:
-    """One line for each split."""
-    from quack_lm.data import SPLITS, TokenData
-
-    manifest = TokenData.open(directory, verify_checksums=False).manifest
-    print(f"{directory}: {manifest.vocab_size} vocabulary, unigram entropy {manifest.unigram_entropy:.3f} nats/token")
-    print(f"{'split':<6} {'documents':>12} {'tokens':>16} {'shards':>7}")
-    for name in SPLITS:
-        split = manifest.split(name)
-        print(f"{name:<6} {split.documents:>12,} {split.tokens:>16,} {len(split.shards):>7,}")
-
+try:
+    from quack_lm.cli import main
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"error: {error}; activate the environment: source .venv/bin/activate (bash scripts/quickstart.sh makes it)"
+    )
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(["prepare", *sys.argv[1:]])

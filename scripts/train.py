@@ -1,85 +1,13 @@
-"""Train one model.
-
-    python scripts/train.py experiment=tiny attention=mla stabilizer=quack
-    python scripts/train.py experiment=tiny stabilizer=quack stabilizer.tau=0.1 optimizer.lr=3e-3 run_dir=runs/mine
-    torchrun --nproc-per-node 8 scripts/train.py model=1b attention=mla stabilizer=qk_clip data.dir=/data/cosmopedia
-    python scripts/train.py --config runs/mine/config.yaml run_dir=runs/again     # the same run again
-
-Settings are key=value (Hydra's grammar). A group takes one of its choices:
-{groups}
-and every key inside a group can be set alone. Other flags:
-    --config FILE   take all settings from the config.yaml of an earlier run; key=value still overrides
-    --check         print the resolved config and the parameter counts, check everything, and train nothing
-    -h, --help      this text
-
-The run directory gets config.yaml, environment.json, metrics.jsonl, summary.json and checkpoints/. Calling the same
-command again continues an unfinished run. On a slurm cluster, slurm/train.sbatch starts it. Exit codes: 0 completed,
-diverged or interrupted; 2 a mistake in the settings; 1 a crash.
-"""
+"""`quack-lm train`: see `python scripts/train.py --help`."""
 
 import sys
-from contextlib import suppress
 
-import yaml
-
-from quack_lm.config import CONFIG_DIR, choices, compose, read_flags
-from quack_lm.errors import UserError, exit_on_user_error, exit_without_teardown, tell_job
-
-
-def main(arguments: list[str]) -> int:
-    """Read the command line, check, and train."""
-    if {"-h", "--help"} & set(arguments):
-        groups = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name != "sweep")
-        table = "\n".join(f"    {group + '=':13} {' | '.join(choices(group))}" for group in groups)
-        print((__doc__ or "").replace("{groups}", table))
-        return 0
-    file, is_check, overrides = read_flags(arguments)
-    config = compose(overrides, file=file)
-
-    # Imported late: --help and a mistake in the settings need not wait for it.
-    from quack_lm.build import build
-    from quack_lm.check import check_run, doubts, make_model
-    from quack_lm.model import count_parameters
-    from quack_lm.slurm import WORDS, was_canceled
-    from quack_lm.train import summarize, train
-
-    if is_check:
-        counts = count_parameters(make_model(config))
-        print(yaml.safe_dump(config, sort_keys=False))
-        print("\n".join(f"{n:>15,}  {component}" for component, n in counts.items()))
-    plan = check_run(config, is_rehearsal=is_check)
-    warnings = [f"warning: {doubt}\n" for doubt in doubts(plan)]
-    if is_check:
-        sys.stderr.writelines(warnings)
-        print(f"ready to train in {plan.run_dir}")
-        return 0
-    if plan.finished:
-        print(f"{plan.run_dir} is finished already: {plan.finished}")
-        return 0
-    run = build(plan)
-    sys.stderr.writelines(warnings if run.world.is_main else [])
-    try:
-        status = train(run)
-    except KeyboardInterrupt:
-        summarize(run, "interrupted", reason="stopped at once by a second SIGINT")
-        exit_without_teardown(130)  # nor waiting for a checkpoint that is being written
-    except BaseException as error:
-        last = summarize(run, "failed", reason=f"{type(error).__name__}: {error}")
-        if isinstance(error, UserError):  # that all ranks have agreed on: none may end while W&B is told
-            run.log.close(last)
-            with suppress(RuntimeError):
-                run.world.barrier()
-        raise
-    if run.world.is_main:
-        print(f"{status} at step {run.progress.step}: validation loss {run.progress.val_loss:.4f}, {plan.run_dir}")
-        if status == "interrupted" and run.stopped_by in WORDS:
-            tell_job(WORDS[run.stopped_by])
-            # Asked when all is saved: a controller may take its time to answer.
-            if run.stopped_by == "SIGTERM" and was_canceled():
-                summarize(run, status, reason="the job was canceled (SIGTERM)")
-    return run.world.leave(0)
-
+try:
+    from quack_lm.cli import main
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"error: {error}; activate the environment: source .venv/bin/activate (bash scripts/quickstart.sh makes it)"
+    )
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        sys.exit(main(sys.argv[1:]))
+    main(["train", *sys.argv[1:]])

@@ -53,18 +53,18 @@ for ((i = 0; i < ${#words[@]}; i++)); do
         ranks=${tasks:-$((10#$nodes * 10#$per_node))}
       fi
       # The job itself reads every byte of the data.
-      look=(preflight.py "ranks=$ranks" data.verify_checksums=false "${words[@]:i+1}")
+      look=(preflight "ranks=$ranks" data.verify_checksums=false "${words[@]:i+1}")
       break
       ;;
     prepare_data.sbatch | */prepare_data.sbatch)
-      look=(prepare_data.py --check "${words[@]:i+1}")
+      look=(prepare --check "${words[@]:i+1}")
       break
       ;;
   esac
 done
 if [[ ${#look[@]} -gt 0 && ${QUACK_PREFLIGHT:-} != no ]]; then
   code=0
-  said=$(cd "$place" && "${PYTHON[@]}" "$QUACK_ROOT/scripts/${look[0]}" "${look[@]:1}" 2>&1) || code=$?
+  said=$(cd "$place" && "${PYTHON[@]}" -m quack_lm "${look[@]}" 2>&1) || code=$?
   if [[ $code == 2 ]]; then
     echo "$said" >&2
     echo "nothing is submitted; QUACK_PREFLIGHT=no submits without looking, for what another job makes first" >&2

@@ -11,8 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
-from quack_lm.corpus import LocalCorpus
-from quack_lm.preparation import prepare
+from quack_lm.data.corpus import LocalCorpus
+from quack_lm.data.prepare import prepare
 
 settings.register_profile("quack_lm", deadline=None)
 settings.load_profile("quack_lm")

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quack_lm.check import make_model
 from quack_lm.config import choices, compose
 from quack_lm.model import Transformer
 from quack_lm.parallel import World, materialize, shard
+from quack_lm.training.check import make_model
 
 LONE = World(0, 1, 0, torch.device("cpu"))
 

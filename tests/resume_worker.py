@@ -5,10 +5,10 @@ torchrun --nproc-per-node 2 tests/resume_worker.py DIRECTORY attention/stabilize
 
 import sys
 
-from quack_lm import build
-from quack_lm.check import check_run
 from quack_lm.config import compose
-from quack_lm.train import train
+from quack_lm.training import build
+from quack_lm.training.check import check_run
+from quack_lm.training.loop import train
 
 # Low enough that heads are clipped at every step.
 EXTRA = {"qk_clip": ["stabilizer.threshold=0.1"]}

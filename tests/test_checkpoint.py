@@ -14,10 +14,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quack_lm import checkpoint
 from quack_lm.errors import UserError
 from quack_lm.parallel import World
-from quack_lm.saver import Saver
+from quack_lm.training import checkpoint
+from quack_lm.training.saver import Saver
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 SHARD = "shard-00001-model-00001-of-00001.safetensors"

@@ -16,9 +16,9 @@ from calls import call_here, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quack_lm.check import make_model
 from quack_lm.config import CONFIG_DIR, check, choice, choices, compose, fingerprint, flatten, instantiate
 from quack_lm.errors import UserError
+from quack_lm.training.check import make_model
 
 SCRIPT = CONFIG_DIR.parent / "scripts" / "train.py"
 GROUPS = ("attention", "data", "experiment", "logger", "model", "optimizer", "stabilizer", "trainer")

@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from quack_lm.data.manifest import SPLITS, SplitName, TokenData
 from transformers import AutoTokenizer
 
 from quack_lm.config import CONFIG_DIR, compose, instantiate
-from quack_lm.corpus import Corpus, HubCorpus, LocalCorpus, StdlibCorpus
-from quack_lm.data import SPLITS, SplitName, TokenData
+from quack_lm.data.corpus import Corpus, HubCorpus, LocalCorpus, StdlibCorpus
+from quack_lm.data.prepare import prepare
 from quack_lm.errors import UserError
-from quack_lm.preparation import prepare
 
 EOT = "<|endoftext|>"
 WORDS = ["attention", "logits", "change", "step,", "bound", "größer", "≤", "思", "🦆", "def f(x):\n\treturn x\n"]
@@ -228,7 +228,8 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path, prepared: P
 # Commits after every batch of five documents, so that a kill soon has something to come back to.
 INTERRUPTIBLE = """
 import json, sys, time
-from quack_lm import corpus, preparation
+from quack_lm.data.batches import corpus
+from quack_lm.data.batches import prepare as preparation
 if __name__ == "__main__":
     preparation.BATCH_DOCUMENTS = 5
     settings, pause_s = json.loads(sys.argv[1]), float(sys.argv[2])
@@ -410,7 +411,7 @@ def test_what_breaks_after_a_commit_goes_on(
     tmp_path: Path, jsonl: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readings.clear()
-    monkeypatch.setattr("quack_lm.preparation.BATCH_DOCUMENTS", 5)
+    monkeypatch.setattr("quack_lm.data.prepare.BATCH_DOCUMENTS", 5)
     corpus = BreakingCorpus(**vars(local(tmp_path / "set", [str(jsonl)])), error="RuntimeError", at=2)
     with pytest.raises(UserError, match="broken"):
         prepare(corpus, progress=False, commit_every_s=0)

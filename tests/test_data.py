@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quack_lm.data import EvalBatches, TokenData, TrainBatches, Windows, permutation
+from quack_lm.data.batches import EvalBatches, TrainBatches, Windows, permutation
+from quack_lm.data.manifest import TokenData
 from quack_lm.errors import UserError
 
 sizes = st.integers(1, 6)
@@ -181,7 +182,7 @@ def test_a_split_shorter_than_a_window_names_seq_len_and_the_split(data_set: Pat
 
 
 def test_no_data_set_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no data set in .*missing.*python scripts/prepare_data\.py"):
+    with pytest.raises(UserError, match=r"no data set in .*missing.*quack-lm prepare"):
         TokenData.open(tmp_path / "nothing")
 
 
@@ -190,7 +191,7 @@ def test_one_changed_byte_is_refused_by_name(data_set: Path, name: str) -> None:
     content = bytearray((data_set / name).read_bytes())
     content[1] ^= 1
     (data_set / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} is damaged or foreign: its sha256 .* scripts/prepare_data\.py"):
+    with pytest.raises(UserError, match=rf"{name} is damaged or foreign: its sha256 .*quack-lm prepare"):
         TokenData.open(data_set)
 
 

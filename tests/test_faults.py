@@ -293,7 +293,7 @@ def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(tmp_path: Path, t
     first, second = stacks_of(run_dir)
     assert re.search(r"metrics\.py\", line \d+, in flush", first)
     # Wherever it has to wait for the other.
-    assert re.search(r"train\.py\", line \d+, in train", second)
+    assert re.search(r"loop\.py\", line \d+, in train", second)
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "metrics.aside").rename(run_dir / "metrics.jsonl")
     wait_until_gone(run_dir)
@@ -588,7 +588,7 @@ def steps_done(run_dir: Path) -> int:
 
 
 def test_no_duration_is_taken_from_a_clock_that_people_can_set() -> None:
-    comparing_clocks = REPOSITORY / "quack_lm/preflight.py"
+    comparing_clocks = REPOSITORY / "quack_lm/training/preflight.py"
     for path in (*REPOSITORY.glob("quack_lm/**/*.py"), *REPOSITORY.glob("scripts/*.py")):
         assert path == comparing_clocks or not re.search(
             r"\btime\.time\(|datetime\.(now|utcnow)\(", path.read_text()

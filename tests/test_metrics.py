@@ -16,13 +16,14 @@ import torch
 import wandb
 from hypothesis import given
 from hypothesis import strategies as st
+from quack_lm.training.flops import flops_per_token, peak_flops
 from wandb.proto import wandb_internal_pb2 as wandb_pb
 
-from quack_lm.check import make_model
 from quack_lm.config import compose
 from quack_lm.files import open_regular, read_json, write_atomically, write_json
-from quack_lm.metrics import LoggerSettings, RunLog, WandbMirror, flops_per_token, format_count, peak_flops
 from quack_lm.parallel import World
+from quack_lm.training.check import make_model
+from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror, format_count
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
@@ -418,7 +419,7 @@ LOG_WITH_A_DYING_SERVICE = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from quack_lm.metrics import LoggerSettings, RunLog, WandbMirror
+from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
 from quack_lm.parallel import World
 
 directory = Path(sys.argv[1])
@@ -455,7 +456,7 @@ LOG_WITHOUT_A_SERVER = """
 import sys
 from pathlib import Path
 import torch
-from quack_lm.metrics import LoggerSettings, RunLog, WandbMirror
+from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
 from quack_lm.parallel import World
 
 directory = Path(sys.argv[1])

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quack_lm.attention.rope import rope_table, rotate
-from quack_lm.check import make_model
 from quack_lm.config import compose
 from quack_lm.model import Transformer, count_parameters
 from quack_lm.parallel import materialize
+from quack_lm.training.check import make_model
 
 CPU = torch.device("cpu")
 

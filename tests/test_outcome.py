@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quack_lm.outcome import Progress, StabilityRules, kind_of_end
+from quack_lm.training.state import Progress, StabilityRules, kind_of_end
 
 RULES = StabilityRules(
     diverged_factor=1.5,

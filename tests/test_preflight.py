@@ -11,7 +11,7 @@ from test_train import REPOSITORY, SMALL, run_here
 
 from quack_lm.config import compose
 from quack_lm.errors import UserError
-from quack_lm.preflight import BROKEN, Row, check_disk, check_write_access, compare, compare_clocks, merge
+from quack_lm.training.preflight import BROKEN, Row, check_disk, check_write_access, compare, compare_clocks, merge
 
 
 def preflight(overrides: list[str], ranks: int = 1, own: list[str] = SMALL) -> subprocess.CompletedProcess[str]:

@@ -27,11 +27,11 @@ import torch
 import yaml
 from calls import SCRIPTS, call_here, snapshot, write_files
 
-from quack_lm.build import build
-from quack_lm.check import check_run
-from quack_lm.checkpoint import file_digest
 from quack_lm.config import compose
-from quack_lm.train import train
+from quack_lm.training.build import build
+from quack_lm.training.check import check_run
+from quack_lm.training.checkpoint import file_digest
+from quack_lm.training.loop import train
 
 
 class Given(NamedTuple):
@@ -353,7 +353,7 @@ TRAIN: dict[str, Bad] = {
     ),
     "vocabulary_of_billions": one("model.vocab_size=2000000000", rf"model\.vocab_size=2000000000 {TOO_LARGE}"),
     # what is not there
-    "missing_data": one("data.dir=TMP/nowhere", r"data\.dir: .*TMP/nowhere.*prepare_data\.py"),
+    "missing_data": one("data.dir=TMP/nowhere", r"data\.dir: .*TMP/nowhere.*quack-lm prepare"),
     "data_is_a_file": one("data.dir=TMP/file", r"data\.dir: .*TMP/file", files={"file": b"x"}),
     "data_without_manifest": one("data.dir=TMP/d", r"data\.dir: .*TMP/d .*manifest", files={"d/x": b""}),
     "flex_on_cpu": Bad(["attention.backend=flex", "trainer.device=cpu"], r"attention\.backend=flex .*sdpa"),
@@ -370,9 +370,9 @@ TRAIN: dict[str, Bad] = {
     "target_os_system": one("model._target_=os.system", r"model\._target_='os\.system' must be a class of quack_lm"),
     "target_eval": one("stabilizer._target_=builtins.eval", r"stabilizer\._target_='builtins\.eval'"),
     "target_function": one("data._target_=quack_lm.config.compose", r"data\._target_='quack_lm\.config\.compose'"),
-    "target_module": one("data._target_=quack_lm.corpus", r"data\._target_='quack_lm\.corpus'"),
+    "target_module": one("data._target_=quack_lm.data.corpus", r"data\._target_='quack_lm\.data\.corpus'"),
     "target_through_an_import": one(
-        "trainer._target_=quack_lm.train.Path", r"trainer\._target_='quack_lm\.train\.Path'"
+        "trainer._target_=quack_lm.training.loop.Path", r"trainer\._target_='quack_lm\.training\.loop\.Path'"
     ),
     "target_deeper": one("trainer._target_=quack_lm.config.importlib.import_module", r"trainer\._target_="),
     "target_of_another_section": one("stabilizer._target_=quack_lm.attention.mha.MHA", r"stabilizer\._target_="),
@@ -396,7 +396,7 @@ TRAIN: dict[str, Bad] = {
     "no_key": one("=3", r"'?=3'?.*key=value"),
     "two_equal_signs": one("run_dir=a=b", r"run_dir=a=b.*quote"),
     "unclosed_bracket": one("logger.tags=[a", r"logger\.tags=\[a.*key=value"),
-    "sweep": one("optimizer.lr=0.1,0.2", r"optimizer\.lr=0\.1,0\.2: one run takes one value.*scripts/sweep\.py"),
+    "sweep": one("optimizer.lr=0.1,0.2", r"optimizer\.lr=0\.1,0\.2: one run takes one value.*quack-lm sweep"),
     "sweep_of_choices": one("attention=mha,mla", r"attention=mha,mla: one run takes one value"),
     "range": one("seed=range(1,3)", r"seed=range\(1,3\): one run takes one value"),
     "deletion": one("~seed", r"~seed: write key=value; keys cannot be deleted"),
@@ -637,13 +637,21 @@ TRAIN: dict[str, Bad] = {
     "places_of_tensors_nested": bad_checkpoint(resaved(about="[" * 99_999), r"step_\S+ is damaged \(RecursionError"),
     "tensors_are_a_pickle": bad_checkpoint(written("*.safetensors", b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.")),
     # more that a config from somebody else could try
-    "target_train": one("trainer._target_=quack_lm.train.train", r"trainer\._target_='quack_lm\.train\.train'"),
-    "target_check_run": one("model._target_=quack_lm.check.check_run", r"model\._target_='quack_lm\.check\.check_run'"),
-    "target_run": one("trainer._target_=quack_lm.train.Run", r"trainer\._target_='quack_lm\.train\.Run'"),
-    "target_prepare": one("data._target_=quack_lm.preparation.prepare", r"data\._target_='quack_lm\.prep"),
-    "target_base_class": one("data._target_=quack_lm.corpus.Corpus", r"data\._target_='quack_lm\.corpus\.Corpus'"),
-    "target_subprocess": one("logger._target_=quack_lm.build.subprocess.Popen", r"logger\._target_="),
-    "target_dunder": one("logger._target_=quack_lm.metrics.LoggerSettings.__init__", r"logger\._target_="),
+    "target_train": one(
+        "trainer._target_=quack_lm.training.loop.train", r"trainer\._target_='quack_lm\.training\.loop\.train'"
+    ),
+    "target_check_run": one(
+        "model._target_=quack_lm.training.check.check_run", r"model\._target_='quack_lm\.training\.check\.check_run'"
+    ),
+    "target_run": one(
+        "trainer._target_=quack_lm.training.loop.Run", r"trainer\._target_='quack_lm\.training\.loop\.Run'"
+    ),
+    "target_prepare": one("data._target_=quack_lm.data.prepare.prepare", r"data\._target_='quack_lm\.data\.prep"),
+    "target_base_class": one(
+        "data._target_=quack_lm.data.corpus.Corpus", r"data\._target_='quack_lm\.data\.corpus\.Corpus'"
+    ),
+    "target_subprocess": one("logger._target_=quack_lm.training.build.subprocess.Popen", r"logger\._target_="),
+    "target_dunder": one("logger._target_=quack_lm.training.metrics.LoggerSettings.__init__", r"logger\._target_="),
     "password_in_a_url": Bad(
         ["data=local", "data.files=['https://duck:hunter2@pond.example/x.jsonl']"],
         r"^error: data\.files has a password in its URL(?!.*hunter2)",
@@ -711,8 +719,8 @@ CONFIG_FILES: dict[str, tuple[bytes, str]] = {
     "number_of_5000_digits": (b"seed: " + b"9" * 5000 + b"\n", r"TMP/file\.yaml|beyond 64 bits"),
     "nul": (b'run_dir: "a\\0b"\nseed: 1\n', r"must be a section|NUL"),
     "foreign_callable_of_ours": (
-        b"seed: 1\nrun_dir: null\nmodel: {_target_: quack_lm.preparation.prepare, corpus: x}\n",
-        r"model\._target_='quack_lm\.preparation\.prepare'",
+        b"seed: 1\nrun_dir: null\nmodel: {_target_: quack_lm.data.prepare.prepare, corpus: x}\n",
+        r"model\._target_='quack_lm\.data\.prepare\.prepare'",
     ),
     "partial_of_hydra": (
         b"seed: 1\nrun_dir: null\nmodel: {_target_: quack_lm.model.ModelSizes, _partial_: true}\n",
@@ -953,7 +961,7 @@ def bad_plan(files: dict[str, bytes], message: str) -> Bad:
 REPORT: dict[str, Bad] = {
     "no_argument": Bad([], r"sweep_dir; see --help"),
     "unknown_flag": Bad(["TMP", "--fast"], r"--fast; see --help"),
-    "missing_directory": one("TMP/nowhere", r"TMP/nowhere: no plan\.json here; .*sweep\.py plan"),
+    "missing_directory": one("TMP/nowhere", r"TMP/nowhere: no plan\.json here; .*quack-lm sweep plan"),
     "directory_without_a_plan": one("TMP", r"TMP: no plan\.json here"),
     "directory_is_a_file": one("TMP/f", r"TMP/f: no plan\.json here", files={"f": b""}),
     "plan_is_a_directory": one("TMP", r"TMP: no plan\.json here", files={"plan.json/x": b""}),

@@ -13,7 +13,8 @@ import pytest
 
 from quack_lm import report
 from quack_lm.errors import UserError
-from quack_lm.report import claims, collected, figures, page, results, runs, table
+from quack_lm.paper import claims
+from quack_lm.report import collected, figures, page, results, runs, table
 from quack_lm.report.comparison import differences_at, over_rates, speeds
 from quack_lm.report.results import middle_head
 from quack_lm.sweep.cell import Cell
@@ -109,7 +110,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
     """Writes the plan of some cells and returns the sweep directory."""
 
     def write(*cells: Cell) -> Path:
-        command = "python scripts/sweep.py run sweep=demo"
+        command = "quack-lm sweep run sweep=demo"
         write_plan(
             tmp_path, Plan(sweep="demo", question="Which one?\nHeld fixed: <all>.", command=command, cells=[*cells])
         )
@@ -297,7 +298,7 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
     done, diverged, _ = cells = [make_cell(tmp_path, "mha", s) for s in ("quack", "none", "brand_new")]
     write_run(done, final=3.782)
     write_run(diverged, status="diverged", last_step=10)
-    path = report.write(save(*cells), tmp_path / "out", command="python scripts/report.py somewhere")
+    path = report.write(save(*cells), tmp_path / "out", command="quack-lm report somewhere")
     html, markdown = path.read_text(), (tmp_path / "out" / "report.md").read_text()
     for text in (html, markdown):
         assert "mha brand_new lr 0.3 seed 0: pending" in text
@@ -307,9 +308,9 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
         assert "cpu count" in text
         assert "git revision" not in text
         assert "command: [" not in text
-        assert "python scripts/report.py somewhere" in text
-        assert "python scripts/sweep.py run sweep=demo" in text
-        assert "python scripts/train.py attention=mha stabilizer=brand_new optimizer.lr=0.3 seed=0" in text
+        assert "quack-lm report somewhere" in text
+        assert "quack-lm sweep run sweep=demo" in text
+        assert "quack-lm train attention=mha stabilizer=brand_new optimizer.lr=0.3 seed=0" in text
         assert str(tmp_path) not in text  # pages are passed on
     assert "Held fixed: &lt;all&gt;." in html
     assert "<script" not in html

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from calls import SCRIPTS, call_here, snapshot, write_files
 
-from quack_lm.build import build
-from quack_lm.check import check_run
 from quack_lm.config import CONFIG_DIR, compose
 from quack_lm.errors import UserError
 from quack_lm.sweep.cell import shell_line
-from quack_lm.train import train
+from quack_lm.training.build import build
+from quack_lm.training.check import check_run
+from quack_lm.training.loop import train
 
 ROOT = CONFIG_DIR.parent
 SOURCES = sorted([*(ROOT / "quack_lm").rglob("*.py"), *(ROOT / "scripts").glob("*.py")])

@@ -22,7 +22,6 @@ from test_faults import ranks_of
 from test_train import SMALL, run_here, summary
 
 from quack_lm import slurm
-from quack_lm.check import check_run
 from quack_lm.config import compose
 from quack_lm.errors import UserError
 from quack_lm.files import take_lock
@@ -30,6 +29,7 @@ from quack_lm.sweep import cluster as jobs
 from quack_lm.sweep.cell import LOG_FILE, Cell
 from quack_lm.sweep.file import override_value
 from quack_lm.sweep.plan import read_plan
+from quack_lm.training.check import check_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = ROOT / "scripts" / "sweep.py"
@@ -458,7 +458,7 @@ def test_a_hung_rank_ends_the_job_which_is_queued_again_and_completes(
     assert site.wait_for_end(job) == "COMPLETED", site.log(job)
     assert f"requeueing job {job}, which continues from its last checkpoint" in site.log(job)
     # Wherever it waited for the other.
-    assert re.search(r"rank 0: nothing happened for .*train\.py", site.log(job), flags=re.DOTALL)
+    assert re.search(r"rank 0: nothing happened for .*loop\.py", site.log(job), flags=re.DOTALL)
     assert summary(run_dir)["status"] == "completed"
     assert_every_step_once(run_dir)
 

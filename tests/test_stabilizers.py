@@ -19,7 +19,7 @@ from quack_lm.attention.mha import MHA
 from quack_lm.attention.mla import MLA
 from quack_lm.attention.scores import logits, number_documents
 from quack_lm.config import choices, instantiate
-from quack_lm.data import EvalBatches, Windows
+from quack_lm.data.batches import EvalBatches, Windows
 from quack_lm.model import Transformer
 from quack_lm.probe import Probe
 from quack_lm.stabilizers.base import Stabilizer

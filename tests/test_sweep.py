@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from quack_lm.check import make_model
 from quack_lm.config import compose, fingerprint
 from quack_lm.model import count_parameters
 from quack_lm.sweep.cell import Cell, last_lines
@@ -20,6 +19,7 @@ from quack_lm.sweep.file import Point, StopRule, known_sweeps, load, override_va
 from quack_lm.sweep.label import titles
 from quack_lm.sweep.plan import Plan, make_cells, read_plan, write_plan
 from quack_lm.sweep.rule import Watch, forget_other_rules, is_hopeless, record_stop
+from quack_lm.training.check import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "sweep.py"

@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quack_lm.build import build
-from quack_lm.check import check_run
 from quack_lm.config import choices, compose
 from quack_lm.errors import UserError
-from quack_lm.train import train
+from quack_lm.training.build import build
+from quack_lm.training.check import check_run
+from quack_lm.training.loop import train
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = [

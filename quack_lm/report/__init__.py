@@ -5,6 +5,7 @@ or collected files                 \\--> figures, heat --draw--> figures/
 """
 
 import errno
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from quack_lm.errors import UserError
@@ -12,10 +13,15 @@ from quack_lm.report import collected, page
 from quack_lm.report.draw import draw, save
 from quack_lm.report.figures import Plot, plots
 from quack_lm.report.heat import HeatMaps, heat_maps
+from quack_lm.report.results import Results
+from quack_lm.report.sections import Section
 
 
-def write(sweep_dir: Path, out_dir: Path, *, command: str) -> Path:
-    """Write the report of a sweep directory, finished or not, and return the path of its page."""
+def write(sweep_dir: Path, out_dir: Path, *, command: str, lead: Sequence[Callable[[Results], Section]] = ()) -> Path:
+    """Write the report of a sweep directory, finished or not, and return the path of its page.
+
+    `lead` makes the sections that come first: what is known of one paper's claims, for instance.
+    """
     measured = collected.load(sweep_dir)
     pictures = []
     files: dict[str, bytes] = {}
@@ -29,8 +35,9 @@ def write(sweep_dir: Path, out_dir: Path, *, command: str) -> Path:
         files |= {f"figures/{plot.name}.png": wide, f"figures/{plot.name}.pdf": save(figure, "pdf")}
         about = {"name": plot.name, "title": plot.title, "caption": plot.caption}
         pictures.append(page.Picture(**about, wide=wide, narrow=narrow))
-    files["report.md"] = page.as_markdown(measured, pictures, command).encode()
-    files["report.html"] = page.as_html(measured, pictures, command).encode()
+    first = [make(measured) for make in lead]
+    files["report.md"] = page.as_markdown(measured, pictures, command, first).encode()
+    files["report.html"] = page.as_html(measured, pictures, command, first).encode()
     # Only now, when nothing can go wrong but the writing.
     try:
         (out_dir / "figures").mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def load(directory: Path) -> Results:
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{directory}: {RESULTS_FILE} or {CURVES_FILE} is damaged or foreign ({reason(error)}); make them "
-                "again with python scripts/sweep.py collect"
+                "again with quack-lm sweep collect"
             ) from None
     return from_runs(directory)
 

@@ -55,7 +55,7 @@ class Picture:
     narrow: bytes
 
 
-def as_html(results: Results, pictures: Sequence[Picture], report_command: str) -> str:
+def as_html(results: Results, pictures: Sequence[Picture], report_command: str, lead: Sequence[Section] = ()) -> str:
     title = f"Sweep {results.plan.sweep}"
     facts = "".join(f"<dt>{_e(k)}</dt><dd>{_e(v)}</dd>\n" for k, v in provenance(results, report_command).items())
     return f"""<!doctype html>
@@ -70,7 +70,7 @@ def as_html(results: Results, pictures: Sequence[Picture], report_command: str) 
 <h1>{_e(title)}</h1>
 <p class="question">{_e(results.plan.question)}</p>
 <p>{_e(runs.counts(results))}.</p>
-{"".join(_section_html(section) for section in before_figures(results))}
+{"".join(_section_html(section) for section in before_figures(results, lead))}
 <h2>Figures</h2>
 {"".join(_picture_html(picture) for picture in pictures) or f"<p>{no_pictures(results)}</p>"}
 {"".join(_section_html(section) for section in after_figures(results))}
@@ -82,7 +82,9 @@ def as_html(results: Results, pictures: Sequence[Picture], report_command: str) 
 """
 
 
-def as_markdown(results: Results, pictures: Sequence[Picture], report_command: str) -> str:
+def as_markdown(
+    results: Results, pictures: Sequence[Picture], report_command: str, lead: Sequence[Section] = ()
+) -> str:
     question = "\n".join(f"> {markdown(line)}" for line in results.plan.question.splitlines())
     facts = "\n".join(
         f"- {markdown(key)}: {markdown(value)}" for key, value in provenance(results, report_command).items()
@@ -92,7 +94,7 @@ def as_markdown(results: Results, pictures: Sequence[Picture], report_command: s
         f"# Sweep {markdown(results.plan.sweep)}",
         question,
         f"{runs.counts(results)}.",
-        *(_section_markdown(section) for section in before_figures(results)),
+        *(_section_markdown(section) for section in before_figures(results, lead)),
         "## Figures",
         figures or no_pictures(results),
         *(_section_markdown(section) for section in after_figures(results)),

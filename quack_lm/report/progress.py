@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from quack_lm.outcome import kind_of_end
 from quack_lm.report.table import NO_NUMBER, Table, duration, loss, per_second
 from quack_lm.slurm import Task
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.label import titles
+from quack_lm.training.state import kind_of_end
 
 
 def status_table(cells: Sequence[Cell], tasks: Mapping[str, Task] | None = None) -> str:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from quack_lm.config import choice
 from quack_lm.files import metrics_line, read_json
-from quack_lm.outcome import kind_of_end
 from quack_lm.sweep.cell import FINISHED, LOG_FILE, METRICS_FILE, Cell, last_lines
 from quack_lm.sweep.label import labels, title
 from quack_lm.sweep.plan import Plan, read_plan
+from quack_lm.training.state import kind_of_end
 
 # A metric's name, or what to take from a line of metrics; `...` stands for "not due at this step".
 Reader = str | Callable[[dict[str, Any]], Any]

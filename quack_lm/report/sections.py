@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from quack_lm.config import flatten
-from quack_lm.report import claims, runs
+from quack_lm.report import runs
 from quack_lm.report.comparison import (
     ROUNDING,
     best_settings,
@@ -42,16 +42,10 @@ class Section:
         return bool(self.lines) or (self.table is not None and bool(self.table.rows))
 
 
-def before_figures(results: Results) -> list[Section]:
-    """Conclusions, and what is missing for them; a section with nothing to say is left out."""
+def before_figures(results: Results, lead: Sequence[Section] = ()) -> list[Section]:
+    """Conclusions, and what is missing for them; `lead` comes first; a section with nothing to say is left out."""
     return _with_content(
-        Section(
-            title="What the paper shows, and what these runs show",
-            intro="Computed from the runs: a claim holds where every place that can test it bears it out, and a "
-            "difference counts only where its paired 95% interval excludes zero. The paper's rates are matched by "
-            "distance travelled (steps x rate).",
-            table=claims.as_table(claims.claims(results)),
-        ),
+        *lead,
         _over_rates(results),
         _conditions(results),
         Section(

@@ -11,8 +11,8 @@ import pydantic
 
 from quack_lm.config import choice
 from quack_lm.files import metrics_line, read_json, take_lock
-from quack_lm.outcome import Count, Seconds
 from quack_lm.sweep.file import override_value
+from quack_lm.training.state import Count, Seconds
 
 LOG_FILE = "train.log"
 METRICS_FILE = "metrics.jsonl"
@@ -48,16 +48,16 @@ class Cell:
         return self.total_steps * self.tokens_per_step
 
     def arguments(self) -> list[str]:
-        """The arguments of scripts/train.py; a cell that was started before continues."""
+        """The arguments of quack-lm train; a cell that was started before continues."""
         return [*self.overrides, f"run_dir={override_value(str(self.run_dir))}", "trainer.resume=auto"]
 
     def command(self) -> str:
         """The run as one line to paste into a shell."""
-        return shell_line(["python", "scripts/train.py", *self.arguments()])
+        return shell_line(["quack-lm", "train", *self.arguments()])
 
     def bare_command(self) -> str:
         """The same without the directory, for a reader who has another one."""
-        return shell_line(["python", "scripts/train.py", *self.overrides])
+        return shell_line(["quack-lm", "train", *self.overrides])
 
     # -------------------------------------------------------------------------------------------- what it has reached
 

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from quack_lm import slurm
-from quack_lm.config import CONFIG_DIR
+from quack_lm.config import SLURM_DIR
 from quack_lm.errors import UserError
 from quack_lm.files import LOCK_WAIT_S, take_lock
 from quack_lm.sweep.cell import LOG_FILE, Cell
-from quack_lm.sweep.local import TRAIN_SCRIPT
+from quack_lm.sweep.local import TRAIN
 from quack_lm.sweep.plan import PLAN_FILE, Plan, read_plan, write_plan
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
 
 FOLDER = "submitted"
-SLURM_SCRIPTS = CONFIG_DIR.parent / "slurm"
 # Many tasks read the files of all runs, from a file system that others use, too.
 RULE_POLL_S = 10.0
 # Slurm gives canceled runs its KillWait to save, 30 s unless the site says otherwise, and then tidies the nodes up.
@@ -126,8 +125,8 @@ def _sbatch(directory: Path, file: str, n_cells: int, resources: Resources, conc
     log = str(directory / FOLDER / "slurm").replace("%", "%%") + "-%A_%a.out"
     flags = [f"--job-name={slurm.job_name(directory / file)}", f"--output={log}"]
     flags += [f"--array=0-{n_cells - 1}%{concurrency}", *resources.flags(), *more]
-    script = [str(SLURM_SCRIPTS / "sweep.sbatch"), f"file={directory / file}"]
-    return slurm.call(["bash", str(SLURM_SCRIPTS / "submit.sh"), *flags, *script], name="sbatch")
+    script = [str(SLURM_DIR / "sweep.sbatch"), f"file={directory / file}"]
+    return slurm.call(["bash", str(SLURM_DIR / "submit.sh"), *flags, *script], name="sbatch")
 
 
 def _job_number(answer: str) -> int:
@@ -222,7 +221,7 @@ def _cells_of(directory: Path, file: str, tasks: Sequence[slurm.Task]) -> list[C
         if task.is_active and task.index >= len(cells):
             raise UserError(
                 f"{directory / file} is damaged or gone, and job {task} trains a run of it; cancel the sweep's jobs, "
-                "python scripts/sweep.py cancel dir=..., and submit again"
+                "quack-lm sweep cancel dir=..., and submit again"
             )
     return cells
 
@@ -275,7 +274,7 @@ def run_task(file: Path, index: int) -> NoReturn:
     for descriptor in (1, 2):
         os.dup2(log.fileno(), descriptor)
     # The same process from here on: slurm's signals reach the trainer, and its exit code slurm.
-    os.execv(sys.executable, [sys.executable, str(TRAIN_SCRIPT), *cell.arguments()])
+    os.execv(sys.executable, [*TRAIN, *cell.arguments()])
 
 
 def _start_watch(cell: Cell, plan: Plan, directory: Path) -> None:

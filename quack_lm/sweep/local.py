@@ -13,14 +13,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from quack_lm.config import CONFIG_DIR
 from quack_lm.files import take_lock
 from quack_lm.sweep.cell import LOG_FILE, Cell, last_lines
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.label import titles
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
 
-TRAIN_SCRIPT = CONFIG_DIR.parent / "scripts" / "train.py"
+# Another process of this Python, whatever the directory; `quack-lm` itself may not be on its path.
+TRAIN = [sys.executable, "-m", "quack_lm", "train"]
 
 POLL_S = 0.5
 RULE_POLL_S = 2.0
@@ -141,7 +141,7 @@ def _start(cell: Cell, slot: Slot, threads: int) -> subprocess.Popen[bytes] | No
             return None
         with _pinned(slot.cores):
             return subprocess.Popen(
-                [sys.executable, str(TRAIN_SCRIPT), *cell.arguments()],
+                [*TRAIN, *cell.arguments()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

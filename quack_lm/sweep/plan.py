@@ -125,9 +125,7 @@ def read_plan(directory: Path, file: str = PLAN_FILE) -> Plan:
     """The plan of a sweep directory, wherever the directory lies now."""
     path = directory / file
     if not path.is_file():
-        raise UserError(
-            f"{directory}: no {file} here; python scripts/sweep.py plan sweep=... dir={directory} writes it"
-        )
+        raise UserError(f"{directory}: no {file} here; quack-lm sweep plan sweep=... dir={directory} writes it")
     try:
         written = _Document.model_validate_json(path.read_bytes())
     except (OSError, pydantic.ValidationError) as error:

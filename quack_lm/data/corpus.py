@@ -1,7 +1,7 @@
 """Where the text comes from: the `data` section of a config, and the documents of each kind of source.
 
 Training imports this module for the settings alone, so the libraries that read documents are imported where they are
-used. `quack_lm.preparation` makes token shards of the documents.
+used. `quack_lm.data.prepare` makes token shards of the documents.
 """
 
 import contextlib
@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from quack_lm.data import (
-    SplitName,
-)
+from quack_lm.data.manifest import SplitName
 from quack_lm.errors import UserError
 
 if TYPE_CHECKING:

@@ -17,12 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from quack_lm.corpus import Corpus, read_texts, readable, require_hub
-from quack_lm.data import (
-    SPLITS,
-    TOKENIZER,
-    SplitName,
-)
+from quack_lm.data.corpus import Corpus, read_texts, readable, require_hub
+from quack_lm.data.manifest import SPLITS, TOKENIZER, SplitName
 from quack_lm.errors import UserError
 from quack_lm.files import open_regular
 

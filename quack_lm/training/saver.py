@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from quack_lm import checkpoint
-from quack_lm.checkpoint import Kind, TensorWriter
 from quack_lm.parallel import World
+from quack_lm.training import checkpoint
+from quack_lm.training.checkpoint import Kind, TensorWriter
 
 
 class Saver:

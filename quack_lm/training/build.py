@@ -14,19 +14,12 @@ from typing import IO, TypeVar
 import torch
 import yaml
 
-from quack_lm import checkpoint, slurm
-from quack_lm.check import CHECKPOINTS, Plan, initialize_stabilizer, progress_of, seen_of
+from quack_lm import slurm
 from quack_lm.config import choice, fingerprint, identity
-from quack_lm.data import EvalBatches, TrainBatches
+from quack_lm.data.batches import EvalBatches, TrainBatches
 from quack_lm.errors import UserError
 from quack_lm.files import LOCK_WAIT_S, open_regular, read_json, take_lock, write_atomically, write_json
-from quack_lm.metrics import (
-    RunLog,
-    WandbMirror,
-    peak_flops,
-)
 from quack_lm.model import count_parameters
-from quack_lm.outcome import Progress
 from quack_lm.parallel import (
     World,
     launched_world,
@@ -35,10 +28,15 @@ from quack_lm.parallel import (
     start_world,
 )
 from quack_lm.probe import Probe
-from quack_lm.saver import Saver
 from quack_lm.step import LogitWeights
-from quack_lm.train import Run
-from quack_lm.watchdog import Watchdog
+from quack_lm.training import checkpoint
+from quack_lm.training.check import CHECKPOINTS, Plan, initialize_stabilizer, progress_of, seen_of
+from quack_lm.training.flops import peak_flops
+from quack_lm.training.loop import Run
+from quack_lm.training.metrics import RunLog, WandbMirror
+from quack_lm.training.saver import Saver
+from quack_lm.training.state import Progress
+from quack_lm.training.watchdog import Watchdog
 
 T = TypeVar("T")
 

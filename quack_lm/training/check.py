@@ -11,21 +11,15 @@ from typing import Any
 
 import torch
 
-from quack_lm import checkpoint
 from quack_lm.attention.base import Attention
 from quack_lm.attention.scores import check_backend
 from quack_lm.config import choice, fingerprint, flatten, identity, instantiate, read_yaml, refuse_password
-from quack_lm.corpus import Corpus
-from quack_lm.data import TokenData
+from quack_lm.data.corpus import Corpus
+from quack_lm.data.manifest import TokenData
 from quack_lm.errors import UserError
 from quack_lm.files import read_json
-from quack_lm.metrics import (
-    LoggerSettings,
-    flops_per_token,
-)
 from quack_lm.model import ModelSizes, Transformer, count_parameters
 from quack_lm.optim.recipe import Recipe
-from quack_lm.outcome import Progress
 from quack_lm.parallel import (
     check_world,
     default_device,
@@ -34,7 +28,11 @@ from quack_lm.parallel import (
 )
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
-from quack_lm.train import TrainerSettings
+from quack_lm.training import checkpoint
+from quack_lm.training.flops import flops_per_token
+from quack_lm.training.metrics import LoggerSettings
+from quack_lm.training.settings import TrainerSettings
+from quack_lm.training.state import Progress
 
 # Float32 weights, their gradients, and one moment of an optimizer; what is computed comes on top.
 LEAST_BYTES_PER_PARAMETER = 12

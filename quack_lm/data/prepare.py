@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from quack_lm.corpus import Corpus, read_texts
-from quack_lm.data import (
+from quack_lm.data.corpus import Corpus, read_texts
+from quack_lm.data.manifest import (
     FORMAT_VERSION,
     HASHING_THREADS,
     MANIFEST,
@@ -43,9 +43,7 @@ from quack_lm.data import (
     manifest_json,
     read_manifest,
 )
-from quack_lm.errors import UserError
-from quack_lm.files import open_regular, sync_directory, take_lock, write_atomically
-from quack_lm.tokenizer import (
+from quack_lm.data.tokenizer import (
     BAR_DELAY_S,
     dtype_name,
     encode_batches,
@@ -53,6 +51,8 @@ from quack_lm.tokenizer import (
     make_tokenizer,
     refuse_missing_directory,
 )
+from quack_lm.errors import UserError
+from quack_lm.files import open_regular, sync_directory, take_lock, write_atomically
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

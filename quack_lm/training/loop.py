@@ -7,63 +7,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.optim import Optimizer
 
-from quack_lm.checkpoint import named_tensors
-from quack_lm.data import EvalBatches, TrainBatches
+from quack_lm.data.batches import EvalBatches, TrainBatches
 from quack_lm.errors import UserError
 from quack_lm.files import write_json
-from quack_lm.metrics import Clock, RunLog
 from quack_lm.model import Transformer
 from quack_lm.optim.recipe import set_rates
-from quack_lm.outcome import Progress, StabilityRules
 from quack_lm.parallel import World, clip_gradients, evaluating
 from quack_lm.probe import Probe
-from quack_lm.saver import Saver
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights, stabilized_step
-from quack_lm.watchdog import Watchdog
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerSettings(StabilityRules):
-    """How long, how much at once, in which precision, and what happens every so many steps (0: only at the end).
-
-    Batch sizes are in sequences. `replicas` > 1 shards within groups of ranks and replicates across them (HSDP).
-    `recompute` trades a second forward for activation memory; `loss_chunk` bounds the tokens whose vocabulary logits
-    exist at once. `resume` is `auto` (continue from the newest whole checkpoint of run_dir) or `never`. The newest
-    `keep_checkpoints` are kept, and those of every `keep_every`th step (0: of none). `async_checkpoints` writes them
-    beside the training, from a copy in host memory. A run that does nothing for `timeout_s` ends with every rank's
-    stack on stderr. `probe_parts` splits the change of the logits into what the query weights, the key weights and
-    everything before them did, for one more forward per probe.
-    """
-
-    steps: PositiveInt
-    seq_len: PositiveInt
-    global_batch_size: PositiveInt
-    micro_batch_size: PositiveInt
-    precision: Literal["float32", "bfloat16"]
-    val_every: NonNegativeInt
-    val_sequences: PositiveInt
-    probe_every: NonNegativeInt
-    probe_sequences: PositiveInt
-    checkpoint_every: NonNegativeInt
-    keep_checkpoints: PositiveInt = 2
-    keep_every: NonNegativeInt = 0
-    async_checkpoints: bool = True
-    resume: Literal["auto", "never"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    replicas: PositiveInt = 1
-    compile: bool = False
-    recompute: bool = False
-    loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | None = None
-    timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 600.0
-    probe_parts: bool = False
+from quack_lm.training.checkpoint import named_tensors
+from quack_lm.training.metrics import Clock, RunLog
+from quack_lm.training.saver import Saver
+from quack_lm.training.settings import TrainerSettings
+from quack_lm.training.state import Progress
+from quack_lm.training.watchdog import Watchdog
 
 
 @dataclass

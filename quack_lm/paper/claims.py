@@ -21,6 +21,7 @@ from quack_lm.report.comparison import (
     speeds,
 )
 from quack_lm.report.results import Place, Result, Results
+from quack_lm.report.sections import Section
 from quack_lm.report.statistics import excludes_zero
 from quack_lm.report.table import NO_NUMBER, Table, interval, loss, significant
 
@@ -73,6 +74,17 @@ def _together(verdicts: Sequence[bool | None]) -> bool | None:
 def claims(results: Results) -> list[Claim]:
     """Every claim, also those that this sweep cannot test."""
     return [Claim(source=s, text=t, findings=list(test(results))) for s, t, test in _CLAIMS]
+
+
+def section(results: Results) -> Section:
+    """The table of all claims, as a section of a report."""
+    return Section(
+        title="What the paper shows, and what these runs show",
+        intro="Computed from the runs: a claim holds where every place that can test it bears it out, and a "
+        "difference counts only where its paired 95% interval excludes zero. The paper's rates are matched by "
+        "distance travelled (steps x rate).",
+        table=as_table(claims(results)),
+    )
 
 
 def as_table(found: Sequence[Claim]) -> Table:
