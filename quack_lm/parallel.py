@@ -54,11 +54,11 @@ class World:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
-    def largest(self, *numbers: int) -> list[int]:
+    def max_over_ranks(self, *numbers: int) -> list[int]:
         """The largest of each number over the ranks; every rank gets the same, and no GPU is waited for."""
         return self.max(torch.tensor(numbers)).tolist() if self.size > 1 else list(numbers)
 
-    def texts(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """Before: a short line per rank. After: the lines of all, in the order of the ranks, on every rank."""
         lines = torch.zeros(self.size, MAX_TEXT, dtype=torch.int32)
         own = text.encode()[:MAX_TEXT]
@@ -67,7 +67,7 @@ class World:
             self.sum(lines)
         return [bytes(line[line > 0].tolist()).decode(errors="replace") for line in lines]
 
-    def load(self, tensor: Tensor) -> Tensor:
+    def to_device(self, tensor: Tensor) -> Tensor:
         """A host tensor on this rank's device, without waiting for what the device is doing."""
         # From ordinary memory a copy of more than 64 kB would queue behind the running kernels and block the host.
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
@@ -88,7 +88,7 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def leave(self, code: int) -> int:
+    def shutdown(self, code: int) -> int:
         """Leave the process group and end this process with an exit code; a process without a group gets it back.
 
         Threads of a group may still be freeing tensors of the last collective, for which they take the interpreter's

@@ -45,7 +45,7 @@ class Probe:
     ) -> None:
         self.model = model
         self.attentions = attentions
-        self.batches = [(world.load(tokens[:, :-1]), world.load(weights)) for tokens, weights in batches]
+        self.batches = [(world.to_device(tokens[:, :-1]), world.to_device(weights)) for tokens, weights in batches]
         self.world = world
         self.eot_id = eot_id
         self.weights = weights

@@ -30,7 +30,7 @@ def main(nan_step: int, overrides: list[str]) -> None:
     run.model.register_forward_hook(spoil)
     status = train(run)
     print(f"rank {run.world.rank}: {status}, NaN in {forwards} forwards seen", flush=True)
-    run.world.leave(0)
+    run.world.shutdown(0)
 
 
 if __name__ == "__main__":

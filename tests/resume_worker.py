@@ -28,7 +28,7 @@ def main(directory: str, pairs: list[str], overrides: list[str]) -> None:
             if run.lock is not None:
                 run.lock.close()  # as the end of its process would
             world.barrier()
-    world.leave(0)
+    world.shutdown(0)
 
 
 if __name__ == "__main__":

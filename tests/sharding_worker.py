@@ -163,7 +163,7 @@ def main() -> None:
     configs = json.loads((arguments.directory / "configs.json").read_text())
     world = start_world(device="cpu", is_wrapped=True, replicas=arguments.replicas)
     torch.save(everything(configs, world), arguments.directory / f"rank_{world.rank}.pt")
-    world.leave(0)
+    world.shutdown(0)
 
 
 if __name__ == "__main__":

@@ -514,7 +514,7 @@ with exit_on_user_error():
         torch.distributed.all_reduce(torch.ones(1), async_op=True)
     if sys.argv[1] == "2":
         raise UserError("a mistake")
-    world.leave(int(sys.argv[1]))
+    world.shutdown(int(sys.argv[1]))
 """
 
 

@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
         words = {True: "ok", False: "WRONG", None: "-"}
         print(Table(header=("check", "", "found"), rows=[(r.check, words[r.is_ok], r.found) for r in rows]).as_text())
         print("\nready to train" if is_ready else "\nNOT READY: mend what is marked WRONG")
-    return world.leave(0 if is_ready else 2)
+    return world.shutdown(0 if is_ready else 2)
 
 
 def expected_ranks(arguments: list[str]) -> int | None:

@@ -77,4 +77,4 @@ def main(arguments: list[str]) -> int:
             # Asked when all is saved: a controller may take its time to answer.
             if run.stopped_by == "SIGTERM" and was_canceled():
                 summarize(run, status, reason="the job was canceled (SIGTERM)")
-    return run.world.leave(0)
+    return run.world.shutdown(0)

@@ -124,9 +124,9 @@ def meet(run: Run, signal_number: int = 0) -> int:
     # In this order: a thread that has ended has said what went wrong before.
     mine = run.saver.is_writing
     run.trouble = run.trouble or run.saver.trouble or run.batches.trouble or run.validation.trouble
-    number, is_in_trouble, is_writing = run.world.largest(signal_number, run.trouble is not None, mine)
+    number, is_in_trouble, is_writing = run.world.max_over_ranks(signal_number, run.trouble is not None, mine)
     if is_in_trouble:
-        raise UserError(next(text for text in run.world.texts(run.trouble or "") if text))
+        raise UserError(next(text for text in run.world.all_gather_text(run.trouble or "") if text))
     if not is_writing:
         run.saver.advance()
     run.watchdog.feed()
@@ -153,7 +153,7 @@ def accumulate_gradients(run: Run) -> Tensor:
     """
     share = torch.zeros((), device=run.world.device)
     for tokens in run.batches.micro_batches(run.progress.step):
-        tokens = run.world.load(tokens)
+        tokens = run.world.to_device(tokens)
         loss = run.model(tokens[:, :-1], tokens[:, 1:]).sum() / run.batch_tokens
         # FSDP averages gradients over ranks; the loss is already this rank's share of a sum.
         (loss * (run.world.size if run.world.mesh is not None else 1)).backward()
@@ -167,7 +167,7 @@ def validate(run: Run) -> None:
     with evaluating(run.model):
         for tokens, weights_B in run.validation:
             run.watchdog.feed()
-            tokens, weights_B = run.world.load(tokens), run.world.load(weights_B)
+            tokens, weights_B = run.world.to_device(tokens), run.world.to_device(weights_B)
             nats_BT = run.model(tokens[:, :-1], tokens[:, 1:]).unflatten(0, (len(tokens), -1))
             # Padding sequences have weight 0; where() and not a product: they may be NaN in a run that diverges.
             total[0] += torch.where(weights_B[:, None] > 0, nats_BT, 0.0).sum(dtype=torch.float64)

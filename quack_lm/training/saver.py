@@ -63,7 +63,7 @@ class Saver:
         if self.world.is_main:
             self._guarded(lambda: self._prepare(aside))
         # Before: rank 0 has made the directory, or could not. After: every rank knows which.
-        if any(self.world.largest(self.trouble is not None)):
+        if any(self.world.max_over_ranks(self.trouble is not None)):
             return
         entry = (step, state, checkpoint.kinds(tensors))
         self._work, self._uncommitted = self._writer.write(aside, tensors), entry
