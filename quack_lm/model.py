@@ -54,7 +54,7 @@ class Transformer(nn.Module):
         make_attention: Callable[[], Attention],
         *,
         eot_id: int | None = None,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
         loss_chunk: int | None = None,
     ) -> None:
         super().__init__()
@@ -62,7 +62,9 @@ class Transformer(nn.Module):
         self.eot_id = eot_id
         self.loss_chunk = loss_chunk
         self.embedding = nn.Embedding(sizes.vocab_size, sizes.d_model)
-        self.blocks = nn.ModuleList(Block(sizes, make_attention(), recompute) for _ in range(sizes.n_layers))
+        self.blocks = nn.ModuleList(
+            Block(sizes, make_attention(), activation_checkpointing) for _ in range(sizes.n_layers)
+        )
         self.norm = nn.RMSNorm(sizes.d_model, eps=sizes.norm_eps)
         self.head = None if sizes.tied_embeddings else linear(sizes.d_model, sizes.vocab_size)
 
@@ -104,11 +106,14 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); `recompute` trades a second forward for activation memory."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, sizes: ModelSizes, attention: Attention, recompute: bool = False) -> None:
+    `activation_checkpointing` trades a second forward for activation memory.
+    """
+
+    def __init__(self, sizes: ModelSizes, attention: Attention, activation_checkpointing: bool = False) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.activation_checkpointing = activation_checkpointing
         self.attention_norm = nn.RMSNorm(sizes.d_model, eps=sizes.norm_eps)
         self.attention = attention
         self.mlp_norm = nn.RMSNorm(sizes.d_model, eps=sizes.norm_eps)
@@ -116,7 +121,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope_2TF: Tensor, mask: Mask) -> Tensor:
         """One layer."""
-        if self.recompute and torch.is_grad_enabled():
+        if self.activation_checkpointing and torch.is_grad_enabled():
             # Nothing in a block is random, so there is no generator state to restore.
             return checkpoint(self._layer, x_BTD, rope_2TF, mask, use_reentrant=False, preserve_rng_state=False)
         return self._layer(x_BTD, rope_2TF, mask)

@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from quack_lm.data.manifest import SPLITS, SplitName, TokenData
 from transformers import AutoTokenizer
 
 from quack_lm.config import CONFIG_DIR, compose, instantiate
 from quack_lm.data.corpus import Corpus, HubCorpus, LocalCorpus, StdlibCorpus
+from quack_lm.data.manifest import SPLITS, SplitName, TokenData
 from quack_lm.data.prepare import prepare
 from quack_lm.errors import UserError
 

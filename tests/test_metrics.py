@@ -16,13 +16,13 @@ import torch
 import wandb
 from hypothesis import given
 from hypothesis import strategies as st
-from quack_lm.training.flops import flops_per_token, peak_flops
 from wandb.proto import wandb_internal_pb2 as wandb_pb
 
 from quack_lm.config import compose
 from quack_lm.files import open_regular, read_json, write_atomically, write_json
 from quack_lm.parallel import World
 from quack_lm.training.check import make_model
+from quack_lm.training.flops import flops_per_token, peak_flops
 from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror, format_count
 
 CPU = torch.device("cpu")

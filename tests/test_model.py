@@ -148,7 +148,7 @@ def test_initial_values_depend_on_the_seed_and_the_name_alone() -> None:
     for overrides in (
         ("stabilizer=quack",),
         ("stabilizer=qk_norm",),
-        ("trainer.recompute=true",),
+        ("trainer.activation_checkpointing=true",),
         ("attention=mla", "attention.v_dim=4"),
     ):
         other = dict(make(*overrides).named_parameters())
@@ -229,7 +229,7 @@ def loss_and_gradients(model: Transformer) -> tuple[Tensor, dict[str, Tensor], T
 def test_recomputation_changes_no_bit_of_loss_gradients_or_maxima(attention: str) -> None:
     choice = (f"attention={attention}", "stabilizer=qk_clip")
     nats, gradients, maxima = loss_and_gradients(make(*choice))
-    again_nats, again, again_maxima = loss_and_gradients(make(*choice, "trainer.recompute=true"))
+    again_nats, again, again_maxima = loss_and_gradients(make(*choice, "trainer.activation_checkpointing=true"))
     assert torch.equal(nats, again_nats)
     assert torch.equal(maxima, again_maxima)
     assert maxima.isfinite().all()

@@ -291,7 +291,7 @@ TRAIN: dict[str, Bad] = {
     "dictionary_for_int": one("seed={a: 3}", r"seed=.*integer"),
     "string_for_float": one("optimizer.lr=fast", r"optimizer\.lr='fast': .*number"),
     "bool_for_float": one("optimizer.lr=true", r"optimizer\.lr=True: .*number"),
-    "int_for_bool": one("trainer.recompute=1", r"trainer\.recompute=1: .*boolean"),
+    "int_for_bool": one("trainer.activation_checkpointing=1", r"trainer\.activation_checkpointing=1: .*boolean"),
     "string_for_bool": one("model.tied_embeddings='true'", r"model\.tied_embeddings='true': .*boolean"),
     "int_for_string": one("data.dir=3", r"data\.dir=3: .*string"),
     "null_for_string": one("data.dir=null", r"data\.dir=None: .*string"),

@@ -524,8 +524,8 @@ def test_document_masking_lowers_some_maxima() -> None:
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_recomputed_forwards_do_not_change_the_tracked_maxima(name: str) -> None:
     recorded = []
-    for recompute in ("true", "false"):
-        model = clip_model(name, f"trainer.recompute={recompute}")
+    for activation_checkpointing in ("true", "false"):
+        model = clip_model(name, f"trainer.activation_checkpointing={activation_checkpointing}")
         for seed in range(2):
             batch = tokens(3, seed=seed)
             model(batch[:, :-1], batch[:, 1:]).mean().backward()

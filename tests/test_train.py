@@ -130,7 +130,7 @@ def test_curves_do_not_depend_on_micro_batches_recomputation_or_loss_chunks(
     overrides = [*tiny_data, "attention=mla", "stabilizer=qk_clip", "stabilizer.threshold=0.1"]
     run_here(overrides, tmp_path / "plain")
     run_here([*overrides, "trainer.micro_batch_size=12"], tmp_path / "whole")
-    run_here([*overrides, "trainer.recompute=true", "trainer.loss_chunk=17"], tmp_path / "frugal")
+    run_here([*overrides, "trainer.activation_checkpointing=true", "trainer.loss_chunk=17"], tmp_path / "frugal")
     assert_close_records(tmp_path / "plain", tmp_path / "whole", 2e-4)
     assert_close_records(tmp_path / "plain", tmp_path / "frugal", 2e-4)
 

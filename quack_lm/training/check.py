@@ -55,7 +55,7 @@ CHANGEABLE = {
     "trainer.device",
     "trainer.replicas",
     "trainer.compile",
-    "trainer.recompute",
+    "trainer.activation_checkpointing",
     "trainer.loss_chunk",
     "trainer.timeout_s",
 }
@@ -95,7 +95,11 @@ def make_model(config: dict[str, Any], *, eot_id: int | None = None, backend: st
     try:
         with torch.device("meta"):
             return Transformer(
-                sizes, make_attention, eot_id=eot_id, recompute=settings.recompute, loss_chunk=settings.loss_chunk
+                sizes,
+                make_attention,
+                eot_id=eot_id,
+                activation_checkpointing=settings.activation_checkpointing,
+                loss_chunk=settings.loss_chunk,
             )
     except (TypeError, RuntimeError, OverflowError) as error:
         # Without memory behind them, matrices can only fail by sizes that no machine can count.

@@ -13,12 +13,12 @@ class TrainerSettings(StabilityRules):
     """How long, how much at once, in which precision, and what happens every so many steps (0: only at the end).
 
     Batch sizes are in sequences. `replicas` > 1 shards within groups of ranks and replicates across them (HSDP).
-    `recompute` trades a second forward for activation memory; `loss_chunk` bounds the tokens whose vocabulary logits
-    exist at once. `resume` is `auto` (continue from the newest whole checkpoint of run_dir) or `never`. The newest
-    `keep_checkpoints` are kept, and those of every `keep_every`th step (0: of none). `async_checkpoints` writes them
-    beside the training, from a copy in host memory. A run that does nothing for `timeout_s` ends with every rank's
-    stack on stderr. `probe_parts` splits the change of the logits into what the query weights, the key weights and
-    everything before them did, for one more forward per probe.
+    `activation_checkpointing` trades a second forward for activation memory; `loss_chunk` bounds the tokens whose
+    vocabulary logits exist at once. `resume` is `auto` (continue from the newest whole checkpoint of run_dir) or
+    `never`. The newest `keep_checkpoints` are kept, and those of every `keep_every`th step (0: of none).
+    `async_checkpoints` writes them beside the training, from a copy in host memory. A run that does nothing for
+    `timeout_s` ends with every rank's stack on stderr. `probe_parts` splits the change of the logits into what the
+    query weights, the key weights and everything before them did, for one more forward per probe.
     """
 
     steps: PositiveInt
@@ -38,7 +38,7 @@ class TrainerSettings(StabilityRules):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     replicas: PositiveInt = 1
     compile: bool = False
-    recompute: bool = False
+    activation_checkpointing: bool = False
     loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | None = None
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 600.0
     probe_parts: bool = False
