@@ -175,15 +175,15 @@ def newton_schulz(matrix: Array, steps: int = 5) -> Array:
 class Muon:
     """One matrix under Muon; `lr_rows` is a rate for each row."""
 
-    def __init__(self, *, momentum: float = 0.95, is_nesterov: bool = True, update_scale: str = "jordan") -> None:
-        self.momentum, self.is_nesterov, self.update_scale = momentum, is_nesterov, update_scale
+    def __init__(self, *, momentum: float = 0.95, nesterov: bool = True, update_scale: str = "jordan") -> None:
+        self.momentum, self.nesterov, self.update_scale = momentum, nesterov, update_scale
         self.buffer: Array | float = 0.0
 
     def step(self, w: Array, gradient: Array, lr_rows: Array, decay_rows: Array) -> Array:
         """The weight after a step; `decay_rows` is learning rate times weight decay for each row."""
         mu = self.momentum
         self.buffer = mu * self.buffer + (1 - mu) * gradient
-        direction = (1 - mu) * gradient + mu * self.buffer if self.is_nesterov else self.buffer
+        direction = (1 - mu) * gradient + mu * self.buffer if self.nesterov else self.buffer
         rows, columns = w.shape
         scale = math.sqrt(max(1, rows / columns)) if self.update_scale == "jordan" else 0.2 * math.sqrt(max(w.shape))
         return w * (1 - decay_rows[:, None]) - lr_rows[:, None] * scale * newton_schulz(direction)

@@ -84,7 +84,7 @@ def test_model_1b_is_the_papers_setting_number_by_number(attention: str) -> None
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "momentum": 0.95,
-        "is_nesterov": True,
+        "nesterov": True,
         "update_scale": "jordan",
         "ns_dtype": "bfloat16",
         "adamw_lr": None,

@@ -39,15 +39,15 @@ def random_gradients(parameters: list[nn.Parameter], seed: int) -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.95])
-@pytest.mark.parametrize("is_nesterov", [True, False])
+@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("update_scale", ["jordan", "moonlight"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_muon_equals_torchs_muon(momentum: float, is_nesterov: bool, update_scale: Any, weight_decay: float) -> None:
+def test_muon_equals_torchs_muon(momentum: float, nesterov: bool, update_scale: Any, weight_decay: float) -> None:
     ours, theirs = random_parameters(), random_parameters()
     common = {"lr": 0.1, "momentum": momentum, "weight_decay": weight_decay}
     optimizers = [
-        Muon(ours, **common, is_nesterov=is_nesterov, update_scale=update_scale),
-        torch.optim.Muon(theirs, **common, nesterov=is_nesterov, adjust_lr_fn=TORCH_SCALE[update_scale]),
+        Muon(ours, **common, nesterov=nesterov, update_scale=update_scale),
+        torch.optim.Muon(theirs, **common, nesterov=nesterov, adjust_lr_fn=TORCH_SCALE[update_scale]),
     ]
     start = [p.detach().clone() for p in ours]
     for step in range(4):
@@ -60,26 +60,24 @@ def test_muon_equals_torchs_muon(momentum: float, is_nesterov: bool, update_scal
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.95])
-@pytest.mark.parametrize("is_nesterov", [True, False])
+@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("update_scale", ["jordan", "moonlight"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_muon_in_float32_equals_the_equations(
-    momentum: float, is_nesterov: bool, update_scale: Any, weight_decay: float
+    momentum: float, nesterov: bool, update_scale: Any, weight_decay: float
 ) -> None:
     parameters, lr = random_parameters(), 0.1
     optimizer = Muon(
         parameters,
         lr=lr,
         momentum=momentum,
-        is_nesterov=is_nesterov,
+        nesterov=nesterov,
         update_scale=update_scale,
         weight_decay=weight_decay,
         ns_dtype=torch.float32,
     )
     expected = [p.detach().double().numpy() for p in parameters]
-    references = [
-        reference.Muon(momentum=momentum, is_nesterov=is_nesterov, update_scale=update_scale) for _ in parameters
-    ]
+    references = [reference.Muon(momentum=momentum, nesterov=nesterov, update_scale=update_scale) for _ in parameters]
     for step in range(4):
         random_gradients(parameters, step)
         for i, (each, parameter) in enumerate(zip(references, parameters, strict=True)):

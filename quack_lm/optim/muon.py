@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
         *,
         lr: float,
         momentum: float = 0.95,
-        is_nesterov: bool = True,
+        nesterov: bool = True,
         weight_decay: float = 0.0,
         update_scale: UpdateScale = "jordan",
         ns_dtype: torch.dtype = torch.bfloat16,
@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
         defaults = {
             "lr": lr,
             "momentum": momentum,
-            "is_nesterov": is_nesterov,
+            "nesterov": nesterov,
             "weight_decay": weight_decay,
             "update_scale": update_scale,
             "ns_dtype": ns_dtype,
@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        directions = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["is_nesterov"] else buffers
+        directions = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
         # One batch of matrices, cast first: half the bytes travel in bfloat16.
         stack_NrC = torch.stack([d.to(group["ns_dtype"]) for d in directions])
         update_NrC = map_whole_matrices(orthogonalize, stack_NrC, parameters[0]).to(weights[0].dtype)

@@ -77,7 +77,7 @@ class MuonRecipe(Recipe):
     """Muon for the matrices inside the blocks; AdamW for embedding, head and norms, at `adamw_lr` (null: at `lr`)."""
 
     momentum: Beta = 0.95
-    is_nesterov: bool = True
+    nesterov: bool = True
     update_scale: UpdateScale = "jordan"
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     adamw_lr: PositiveFloat | None = None
@@ -89,7 +89,7 @@ class MuonRecipe(Recipe):
             hidden,
             lr=self.lr,
             momentum=self.momentum,
-            is_nesterov=self.is_nesterov,
+            nesterov=self.nesterov,
             weight_decay=self.weight_decay,
             update_scale=self.update_scale,
             ns_dtype=getattr(torch, self.ns_dtype),
