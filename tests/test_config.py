@@ -80,7 +80,7 @@ def test_model_1b_is_the_papers_setting_number_by_number(attention: str) -> None
         "warmup_steps": 500,
         "schedule": "constant",
         "decay_fraction": 0.2,
-        "final_ratio": 0.0,
+        "min_lr_ratio": 0.0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "momentum": 0.95,

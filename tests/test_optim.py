@@ -250,19 +250,19 @@ def test_each_optimizer_can_be_chosen_in_the_tiny_experiment(optimizer: str) -> 
     ],
 )
 def test_schedules_give_the_factors_worked_by_hand(name: Any, expected: list[float]) -> None:
-    schedule = make_schedule(name, total_steps=12, warmup_steps=4, decay_fraction=0.5, final_ratio=0.2)
+    schedule = make_schedule(name, total_steps=12, warmup_steps=4, decay_fraction=0.5, min_lr_ratio=0.2)
     assert [schedule(step) for step in range(13)] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["constant", "cosine", "wsd"])
 def test_without_warm_up_the_first_step_has_the_whole_rate(name: Any) -> None:
-    schedule = make_schedule(name, total_steps=10, warmup_steps=0, decay_fraction=0.2, final_ratio=0.0)
+    schedule = make_schedule(name, total_steps=10, warmup_steps=0, decay_fraction=0.2, min_lr_ratio=0.0)
     assert schedule(0) == 1
 
 
 @pytest.mark.parametrize("name", ["constant", "cosine", "wsd"])
 def test_a_run_shorter_than_its_warm_up_only_warms_up(name: Any) -> None:
-    schedule = make_schedule(name, total_steps=3, warmup_steps=8, decay_fraction=0.2, final_ratio=0.0)
+    schedule = make_schedule(name, total_steps=3, warmup_steps=8, decay_fraction=0.2, min_lr_ratio=0.0)
     assert [schedule(step) for step in range(3)] == [1 / 8, 2 / 8, 3 / 8]
 
 
@@ -283,7 +283,7 @@ def test_the_paper_runs_at_a_constant_rate_after_500_steps_of_warm_up() -> None:
 def test_every_factor_is_positive_at_most_one_and_falls_after_warm_up(
     name: Any, total: int, warmup: int, fraction: float, final: float
 ) -> None:
-    schedule = make_schedule(name, total_steps=total, warmup_steps=warmup, decay_fraction=fraction, final_ratio=final)
+    schedule = make_schedule(name, total_steps=total, warmup_steps=warmup, decay_fraction=fraction, min_lr_ratio=final)
     factors = [schedule(step) for step in range(total)]
     assert all(0 < factor <= 1 + 1e-12 for factor in factors)
     assert factors[:warmup] == sorted(factors[:warmup])

@@ -28,7 +28,7 @@ class Recipe(ABC):
     warmup_steps: NonNegativeInt
     schedule: ScheduleName = "constant"
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    final_ratio: Fraction = 0.0
+    min_lr_ratio: Fraction = 0.0
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat | None = 1.0
     adamw_beta1: Beta = 0.9
@@ -46,7 +46,7 @@ class Recipe(ABC):
             total_steps=total_steps,
             warmup_steps=self.warmup_steps,
             decay_fraction=self.decay_fraction,
-            final_ratio=self.final_ratio,
+            min_lr_ratio=self.min_lr_ratio,
         )
 
     def _adamw(self, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:

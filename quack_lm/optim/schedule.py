@@ -9,13 +9,13 @@ ScheduleName = Literal["constant", "cosine", "wsd"]
 
 
 def make_schedule(
-    name: ScheduleName, *, total_steps: int, warmup_steps: int, decay_fraction: float, final_ratio: float
+    name: ScheduleName, *, total_steps: int, warmup_steps: int, decay_fraction: float, min_lr_ratio: float
 ) -> Callable[[int], float]:
     """Linear warm-up, then `constant` (the paper), `cosine` to the end, or `wsd`: linear decay in the last fraction."""
     shapes: dict[str, Callable[[float], float]] = {
         "constant": _constant,
-        "cosine": partial(_cosine, final_ratio=final_ratio),
-        "wsd": partial(_wsd, decay_fraction=decay_fraction, final_ratio=final_ratio),
+        "cosine": partial(_cosine, min_lr_ratio=min_lr_ratio),
+        "wsd": partial(_wsd, decay_fraction=decay_fraction, min_lr_ratio=min_lr_ratio),
     }
     after = shapes[name]
 
@@ -31,10 +31,10 @@ def _constant(progress: float) -> float:
     return 1.0
 
 
-def _cosine(progress: float, *, final_ratio: float) -> float:
-    return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+def _cosine(progress: float, *, min_lr_ratio: float) -> float:
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def _wsd(progress: float, *, decay_fraction: float, final_ratio: float) -> float:
+def _wsd(progress: float, *, decay_fraction: float, min_lr_ratio: float) -> float:
     into_decay = max(0.0, (min(progress, 1.0) - (1 - decay_fraction)) / decay_fraction)
-    return 1 - (1 - final_ratio) * into_decay
+    return 1 - (1 - min_lr_ratio) * into_decay
