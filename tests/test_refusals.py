@@ -945,7 +945,7 @@ def plan_json(**changes: Any) -> dict[str, bytes]:
     config = {
         "seed": 0,
         "attention": {"_target_": "quack_lm.attention.mha.MHA"},
-        "stabilizer": {"_target_": "quack_lm.stabilizers.none.Nothing"},
+        "stabilizer": {"_target_": "quack_lm.stabilizers.none.NoStabilizer"},
         "optimizer": {"_target_": "quack_lm.optim.recipe.MuonRecipe", "lr": 0.3},
         "trainer": {"steps": 3, "global_batch_size": 2, "seq_len": 4},
     }

@@ -24,7 +24,7 @@ from quack_lm.model import Transformer
 from quack_lm.probe import Probe
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.stabilizers.fixed import Fixed
-from quack_lm.stabilizers.none import Nothing
+from quack_lm.stabilizers.none import NoStabilizer
 from quack_lm.stabilizers.qk_clip import QKClip
 from quack_lm.stabilizers.quack import QuacK
 from quack_lm.step import LogitWeights, stabilized_step
@@ -350,7 +350,7 @@ def test_a_plain_step_on_large_weights_breaks_the_bound_of_lemma_1(
     sizes: tuple[float, ...], d: float, seed: int
 ) -> None:
     options: dict[str, Any] = {"initial_sizes": (1.0,) * 6, "sizes": sizes, "d": d, "eta": 0.01, "is_aligned": True}
-    plain, start, before = one_step(Nothing(), rng=np.random.default_rng(seed), **options)
+    plain, start, before = one_step(NoStabilizer(), rng=np.random.default_rng(seed), **options)
     quack, _, _ = one_step(QuacK(tau=1.0), rng=np.random.default_rng(seed), **options)
     for change, kept, bound in zip(plain, quack, lemma_bounds(start, before, tau=1.0, eta=0.01, d=d), strict=True):
         assert kept <= bound < change
@@ -392,7 +392,7 @@ def test_every_attentions_logit_change_under_quack_stays_bounded_as_its_weights_
 
 @pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "mla_latent_norm"])
 def test_every_attentions_logit_change_under_one_rate_grows_with_its_weights(name: str) -> None:
-    bound, change = first_order_bound_and_change(name, 100, Nothing)
+    bound, change = first_order_bound_and_change(name, 100, NoStabilizer)
     assert (change > bound).all()
 
 
@@ -438,7 +438,7 @@ def first_order_bound_and_change(name: str, growth: int, make_stabilizer: Callab
 @pytest.mark.parametrize("tau", [0.01, 0.1, 10.0])
 def test_under_the_fixed_factor_the_declared_weights_and_no_others_move_tau_times_as_far(name: str, tau: float) -> None:
     moved = {}
-    for stabilizer in (Nothing(), Fixed(tau=tau)):
+    for stabilizer in (NoStabilizer(), Fixed(tau=tau)):
         model = small_model(small_config(name))
         start = {n: p.detach().clone() for n, p in model.named_parameters()}
         batch = tokens(2)

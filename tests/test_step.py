@@ -15,7 +15,7 @@ from quack_lm.config import instantiate
 from quack_lm.model import Transformer
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.stabilizers.fixed import Fixed
-from quack_lm.stabilizers.none import Nothing
+from quack_lm.stabilizers.none import NoStabilizer
 from quack_lm.stabilizers.qk_clip import QKClip
 from quack_lm.stabilizers.quack import QuacK
 from quack_lm.step import LogitWeights, stabilized_step
@@ -105,7 +105,7 @@ def expected_scales(
 
 
 MAKE: dict[str, Callable[[bool], Stabilizer]] = {
-    "none": lambda scales_decay: Nothing(),
+    "none": lambda scales_decay: NoStabilizer(),
     "fixed": lambda scales_decay: Fixed(tau=TAU, scales_weight_decay=scales_decay),
     "quack": lambda scales_decay: QuacK(tau=TAU, scales_weight_decay=scales_decay),
     "quack_spectral": lambda scales_decay: QuacK(tau=TAU, norm="spectral", scales_weight_decay=scales_decay),
@@ -241,7 +241,7 @@ def assert_identical(ours: dict[str, reference.Array], theirs: dict[str, referen
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_neutral_settings_are_bit_identical_to_no_stabilizer(name: str, optimizer: str) -> None:
-    plain = weights_after(name, Nothing(), optimizer, N_STEPS)
+    plain = weights_after(name, NoStabilizer(), optimizer, N_STEPS)
     for neutral in (
         Fixed(tau=1.0),
         Fixed(tau=1.0, scales_weight_decay=False),
@@ -257,7 +257,7 @@ def test_neutral_settings_are_bit_identical_to_no_stabilizer(name: str, optimize
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_quacks_first_step_with_tau_one_is_bit_identical_to_no_stabilizer(name: str, optimizer: str, norm: Any) -> None:
-    plain = [weights_after(name, Nothing(), optimizer, n_steps) for n_steps in (1, 2)]
+    plain = [weights_after(name, NoStabilizer(), optimizer, n_steps) for n_steps in (1, 2)]
     for scales_decay in (True, False):
         quack = [
             weights_after(name, QuacK(tau=1.0, norm=norm, scales_weight_decay=scales_decay), optimizer, n_steps)

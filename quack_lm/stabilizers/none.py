@@ -3,5 +3,5 @@
 from quack_lm.stabilizers.base import Stabilizer
 
 
-class Nothing(Stabilizer):
+class NoStabilizer(Stabilizer):
     """One rate for all."""
