@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quack_lm.training.state import Progress, StabilityRules, kind_of_end
+from quack_lm.training.state import StabilityRules, TrainState, kind_of_end
 
 RULES = StabilityRules(
     diverged_factor=1.5,
@@ -20,9 +20,9 @@ RULES = StabilityRules(
 UNIGRAM = 6.0
 
 
-def follow(losses: list[float], *, flush_every: int = 1000, progress: Progress | None = None) -> str | None:
+def follow(losses: list[float], *, flush_every: int = 1000, progress: TrainState | None = None) -> str | None:
     """Feed the losses of steps 1, 2, ... in groups, as a log does that is flushed every so many steps."""
-    progress = progress or Progress()
+    progress = progress or TrainState()
     for start in range(0, len(losses), flush_every):
         group = losses[start : start + flush_every]
         progress.step += len(group)
@@ -82,21 +82,21 @@ def test_the_verdict_does_not_depend_on_when_the_log_is_flushed_or_the_run_resum
 ) -> None:
     expected = follow(losses, flush_every=1)
     assert follow(losses, flush_every=flush_every) == expected
-    before = Progress()
+    before = TrainState()
     reason = follow(losses[:resume_at], progress=before)
     if reason is None:
         # What a checkpoint holds went through json, which has no infinity.
-        restored = Progress.from_json(json.loads(json.dumps(before.as_json(), allow_nan=False)))
+        restored = TrainState.from_json(json.loads(json.dumps(before.as_json(), allow_nan=False)))
         reason = follow(losses[resume_at:], progress=restored)
     assert reason == expected
 
 
 @pytest.mark.parametrize("seen", [math.nan, math.inf])
 def test_a_logit_that_was_not_finite_is_still_known_after_a_checkpoint(seen: float) -> None:
-    before = Progress()
+    before = TrainState()
     for logit in (3.0, seen, 4.0):
         before.take_logits(logit, 0.1)
-    after = Progress.from_json(json.loads(json.dumps(before.as_json(), allow_nan=False)))
+    after = TrainState.from_json(json.loads(json.dumps(before.as_json(), allow_nan=False)))
     after.take_logits(5.0, 0.1)
     assert after.probes == 4
     assert after.peak_logit is not None
@@ -109,8 +109,8 @@ def test_a_logit_that_was_not_finite_is_still_known_after_a_checkpoint(seen: flo
 
 def finished(
     *, step: int = 100, val_losses: tuple[float, ...] = (6.5, 4.0), logits: tuple[float, ...] = (5.0,)
-) -> Progress:
-    progress = Progress()
+) -> TrainState:
+    progress = TrainState()
     for number, loss in enumerate(val_losses):
         progress.step = 0 if number == 0 else step
         progress.take_val_loss(loss)
@@ -121,7 +121,7 @@ def finished(
 
 def test_a_run_that_learned_is_stable() -> None:
     assert finished().instabilities(RULES, UNIGRAM) == []
-    assert Progress().instabilities(RULES, UNIGRAM) == [], "and so is one that has not begun"
+    assert TrainState().instabilities(RULES, UNIGRAM) == [], "and so is one that has not begun"
 
 
 @pytest.mark.parametrize("logits", [(5.0, 250.0, 5.0), (math.inf,), (math.nan,), (5.0, math.nan), (5.0, math.inf, 5.0)])

@@ -134,7 +134,7 @@ def _shard_sizes(split: SplitName, tokens: int, shard_tokens: int) -> list[tuple
 
 
 @dataclass(frozen=True)
-class Progress:
+class PrepareState:
     """The last commit of a preparation: what was read, and what of it is safely written."""
 
     identity: dict[str, Any]
@@ -143,12 +143,12 @@ class Progress:
     written: dict[str, dict[str, int]]
 
     @classmethod
-    def start(cls, identity: dict[str, Any]) -> "Progress":
+    def start(cls, identity: dict[str, Any]) -> "PrepareState":
         """Nothing read yet."""
         return cls(identity, 0, None, {split: {"tokens": 0, "documents": 0} for split in SPLITS})
 
     @classmethod
-    def read(cls, path: Path) -> "Progress | None":
+    def read(cls, path: Path) -> "PrepareState | None":
         """What a file says, None if there is none or it is not ours."""
         try:
             with open_regular(path) as file:
@@ -246,7 +246,7 @@ def _partial(target: Path) -> Path:
 
 def _is_worth_keeping(partial: Path, error: BaseException) -> bool:
     """Hours of work are: the hub may be back tomorrow. Of a corpus that is refused or breaks at once, nothing is."""
-    committed = Progress.read(partial / PROGRESS)
+    committed = PrepareState.read(partial / PROGRESS)
     # Whoever interrupts means to go on, be it with the tokenizer alone.
     return committed is not None and (committed.documents > 0 or isinstance(error, KeyboardInterrupt))
 
@@ -308,15 +308,15 @@ def _is_complete_but_for_progress(corpus: Corpus, partial: Path) -> bool:
     return manifest.source == json.loads(json.dumps(corpus.settings()))
 
 
-def _resume(corpus: Corpus, partial: Path) -> Progress | None:
-    committed = Progress.read(partial / PROGRESS)
+def _resume(corpus: Corpus, partial: Path) -> PrepareState | None:
+    committed = PrepareState.read(partial / PROGRESS)
     if committed is None or committed.identity != _identity(corpus) or not _has_committed(corpus, partial, committed):
         return None
     print(f"going on with {partial} after {committed.documents} documents")
     return committed
 
 
-def _has_committed(corpus: Corpus, partial: Path, committed: Progress) -> bool:
+def _has_committed(corpus: Corpus, partial: Path, committed: PrepareState) -> bool:
     """Whether the files hold at least what was committed; not so after somebody meddled with them."""
     for split in SPLITS:
         for name, tokens in _shard_sizes(split, committed.written[split]["tokens"], corpus.shard_tokens):
@@ -326,7 +326,7 @@ def _has_committed(corpus: Corpus, partial: Path, committed: Progress) -> bool:
     return (partial / TOKENIZER).is_dir()
 
 
-def _start_over(corpus: Corpus, partial: Path, *, progress: bool) -> Progress:
+def _start_over(corpus: Corpus, partial: Path, *, progress: bool) -> PrepareState:
     _remove_ours(partial)
     identity = _identity(corpus)
     make_tokenizer(corpus, progress=progress).save_pretrained(partial / TOKENIZER, save_jinja_files=False)
@@ -334,7 +334,7 @@ def _start_over(corpus: Corpus, partial: Path, *, progress: bool) -> Progress:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_directory(partial / TOKENIZER)
-    start = Progress.start(identity)
+    start = PrepareState.start(identity)
     write_atomically(partial / PROGRESS, json.dumps(dataclasses.asdict(start)))
     return start
 
@@ -348,7 +348,9 @@ def _remove_ours(partial: Path) -> None:
             path.unlink()
 
 
-def _write_shards(corpus: Corpus, partial: Path, committed: Progress, *, progress: bool, commit_every_s: float) -> None:
+def _write_shards(
+    corpus: Corpus, partial: Path, committed: PrepareState, *, progress: bool, commit_every_s: float
+) -> None:
     encoder = make_encoder(corpus, partial)
     writers = {
         split: SplitWriter(partial, split, encoder.dtype, corpus.shard_tokens, **committed.written[split])
@@ -369,7 +371,7 @@ def _write_shards(corpus: Corpus, partial: Path, committed: Progress, *, progres
             bar.set_postfix_str(_token_rate(writers, committed, bar), refresh=False)
             bar.update(documents - bar.n)
             if time.monotonic() - committed_at >= commit_every_s:
-                _commit(partial, Progress(committed.identity, documents, state, _written(writers)), writers)
+                _commit(partial, PrepareState(committed.identity, documents, state, _written(writers)), writers)
                 committed_at = time.monotonic()
     for writer in writers.values():
         writer.close()
@@ -392,7 +394,7 @@ def _batches(corpus: Corpus, stream: "IterableDataset", documents: int) -> Itera
     yield (documents, stream.state_dict()), texts
 
 
-def _commit(partial: Path, progress: Progress, writers: dict[SplitName, SplitWriter]) -> None:
+def _commit(partial: Path, progress: PrepareState, writers: dict[SplitName, SplitWriter]) -> None:
     for writer in writers.values():
         writer.sync()
     write_atomically(partial / PROGRESS, json.dumps(dataclasses.asdict(progress)))
@@ -402,7 +404,7 @@ def _written(writers: dict[SplitName, SplitWriter]) -> dict[str, dict[str, int]]
     return {split: {"tokens": writer.tokens, "documents": writer.documents} for split, writer in writers.items()}
 
 
-def _token_rate(writers: dict[SplitName, SplitWriter], committed: Progress, bar: "tqdm[Any]") -> str:
+def _token_rate(writers: dict[SplitName, SplitWriter], committed: PrepareState, bar: "tqdm[Any]") -> str:
     new = sum(writer.tokens - committed.written[split]["tokens"] for split, writer in writers.items())
     elapsed_s = bar.format_dict["elapsed"]
     return f"{new / elapsed_s:,.0f} tokens/s" if elapsed_s else ""

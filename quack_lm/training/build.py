@@ -35,7 +35,7 @@ from quack_lm.training.flops import peak_flops
 from quack_lm.training.loop import Run
 from quack_lm.training.metrics import RunLog, WandbMirror
 from quack_lm.training.saver import Saver
-from quack_lm.training.state import Progress
+from quack_lm.training.state import TrainState
 from quack_lm.training.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ def _assemble(plan: Plan, world: World, watchdog: Watchdog) -> Run:
         initialize_stabilizer(plan.stabilizer, weights)
 
     watchdog.feed()
-    progress = progress_of(resumes_from) if resumes_from else Progress()
+    progress = progress_of(resumes_from) if resumes_from else TrainState()
     batch_tokens = settings.global_batch_size * settings.seq_len
     log = RunLog(plan.run_dir, plan.logger, world, batch_tokens=batch_tokens, total_steps=settings.steps)
     split = {"micro_batch_size": settings.micro_batch_size, "rank": world.rank, "world_size": world.size}

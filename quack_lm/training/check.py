@@ -32,7 +32,7 @@ from quack_lm.training import checkpoint
 from quack_lm.training.flops import flops_per_token
 from quack_lm.training.metrics import LoggerSettings
 from quack_lm.training.settings import TrainerSettings
-from quack_lm.training.state import Progress
+from quack_lm.training.state import TrainState
 
 # Float32 weights, their gradients, and one moment of an optimizer; what is computed comes on top.
 LEAST_BYTES_PER_PARAMETER = 12
@@ -305,11 +305,11 @@ def _check_checkpoint(found: Path, model: Transformer, recipe: Recipe, stabilize
     checkpoint.check_tensors(found, checkpoint.named_tensors(model, optimizers, stabilizer))
 
 
-def progress_of(found: Path) -> Progress:
+def progress_of(found: Path) -> TrainState:
     """What a run knew of itself when it wrote this checkpoint; UserError where it cannot be used."""
     state = checkpoint.read_state(found)
     try:
-        progress = Progress.from_json(state["progress"])
+        progress = TrainState.from_json(state["progress"])
         if progress.step != state["step"]:
             raise ValueError(f"it is of step {progress.step}")
     except ValueError as error:

@@ -26,7 +26,7 @@ from quack_lm.training.checkpoint import named_tensors
 from quack_lm.training.metrics import Clock, RunLog
 from quack_lm.training.saver import Saver
 from quack_lm.training.settings import TrainerSettings
-from quack_lm.training.state import Progress
+from quack_lm.training.state import TrainState
 from quack_lm.training.watchdog import Watchdog
 
 
@@ -50,7 +50,7 @@ class Run:
     log: RunLog
     saver: Saver
     watchdog: Watchdog
-    progress: Progress
+    progress: TrainState
     unigram_entropy: float
     flops_per_token: float
     peak_flops: float

@@ -33,7 +33,7 @@ class StabilityRules:
 
 
 def kind_of_end(status: str, reason: str | None) -> str:
-    """The status in finer words: what `reason`, as written by `Progress`, the loop or an exception, tells about it."""
+    """The status in finer words: what `reason`, as written by `TrainState`, the loop or an exception, tells about it."""
     reason = reason or ""
     if status == "diverged" and any(f"loss {value} at step" in reason for value in ("nan", "inf")):
         return "non-finite"
@@ -47,7 +47,7 @@ def kind_of_end(status: str, reason: str | None) -> str:
 
 
 @dataclass
-class Progress:
+class TrainState:
     """What a run knows of itself; a checkpoint carries it."""
 
     step: Count = 0
@@ -72,7 +72,7 @@ class Progress:
         return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in own.items()}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Progress":
+    def from_json(cls, values: dict[str, Any]) -> "TrainState":
         """What `as_json` gave, every key of it; ValueError in one line for anything else."""
         own: dict[str, Any] = {k: float(v) if isinstance(v, str) else v for k, v in values.items()}
         # Strict, since what would only be odd here ends a run far from here, or makes its results wrong.
