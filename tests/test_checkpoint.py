@@ -59,8 +59,8 @@ def names(directory: Path) -> list[str]:
 @pytest.mark.parametrize("is_async", [True, False])
 def test_what_is_saved_is_read_back(is_async: bool, tmp_path: Path) -> None:
     write(saver(tmp_path, is_async=is_async), 3)
-    (found,) = checkpoint.found(tmp_path)
-    assert checkpoint.newest_valid(tmp_path) == found
+    (found,) = checkpoint.list_checkpoints(tmp_path)
+    assert checkpoint.latest_valid_checkpoint(tmp_path) == found
     assert names(found) == ["manifest.json", SHARD, "state.json"]
     saved = load_file(found / SHARD)
     assert saved.keys() == tensors(3).keys()
@@ -72,7 +72,7 @@ def test_what_is_saved_is_read_back(is_async: bool, tmp_path: Path) -> None:
 def test_a_large_checkpoint_is_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 64)  # model.w is 60 bytes
     write(saver(tmp_path), 3)
-    found = checkpoint.newest_valid(tmp_path)
+    found = checkpoint.latest_valid_checkpoint(tmp_path)
     assert found is not None
     first, second = (load_file(found / f"shard-00001-model-0000{n}-of-00002.safetensors") for n in (1, 2))
     assert (first.keys(), second.keys()) == ({"model.w", "optimizer.w.step"}, {"model.half"})
@@ -134,20 +134,20 @@ def test_a_damaged_checkpoint_is_named_and_skipped_and_left_alone(
     if damage == "cut manifest":  # the last byte is a line's end, which json does not need
         spoil(tmp_path / "step_00000002" / name)
     left = names(tmp_path / "step_00000002")
-    assert checkpoint.newest_valid(tmp_path) == tmp_path / "step_00000001"
+    assert checkpoint.latest_valid_checkpoint(tmp_path) == tmp_path / "step_00000001"
     (line,) = capsys.readouterr().err.splitlines()
     assert "step_00000002 is not a whole checkpoint and is skipped" in line
     assert re.search(message, line)
     assert names(tmp_path / "step_00000002") == left
     shutil.rmtree(tmp_path / "step_00000001")
     with pytest.raises(UserError, match=f"none of the 1 checkpoints in {tmp_path} is whole.*({message})"):
-        checkpoint.newest_valid(tmp_path)
+        checkpoint.latest_valid_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_under_another_ones_name_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(saver(tmp_path), 1)
     shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000005")
-    assert checkpoint.newest_valid(tmp_path) == tmp_path / "step_00000001"
+    assert checkpoint.latest_valid_checkpoint(tmp_path) == tmp_path / "step_00000001"
     assert "of another step" in capsys.readouterr().err
 
 
@@ -160,21 +160,21 @@ def test_a_damaged_checkpoint_does_not_count_as_kept_and_is_not_deleted(tmp_path
     write(saver(tmp_path), 1, 2, 3, 6)
     flip_a_bit(tmp_path / "step_00000006" / SHARD)
     cut(tmp_path / "step_00000002" / SHARD)
-    newest = checkpoint.newest_valid(tmp_path)
+    newest = checkpoint.latest_valid_checkpoint(tmp_path)
     assert newest == tmp_path / "step_00000003"
     to = saver(tmp_path, keep=2, first_step=3)
     write(to, 4)
     assert names(tmp_path) == [f"step_{step:08d}" for step in (2, 3, 4, 6)]
     write(to, 5, 6)
     assert names(tmp_path) == ["damaged_step_00000006_1", *(f"step_{step:08d}" for step in (2, 5, 6))]
-    assert checkpoint.newest_valid(tmp_path) == tmp_path / "step_00000006"
+    assert checkpoint.latest_valid_checkpoint(tmp_path) == tmp_path / "step_00000006"
 
 
 def test_what_a_killed_save_left_is_invisible_and_goes_with_the_next(tmp_path: Path) -> None:
     partial = tmp_path / ".step_00000009.partial"
     partial.mkdir(parents=True)
     (partial / SHARD).write_bytes(b"half")
-    assert checkpoint.newest_valid(tmp_path) is None
+    assert checkpoint.latest_valid_checkpoint(tmp_path) is None
     write(saver(tmp_path), 1)
     assert names(tmp_path) == ["step_00000001"]
 
@@ -188,7 +188,7 @@ def test_a_save_that_fails_says_which_directory_and_leaves_the_last_one(tmp_path
     to.wait()
     assert to.trouble is not None
     assert str(tmp_path) in to.trouble
-    assert checkpoint.newest_valid(tmp_path) == tmp_path / "step_00000001"
+    assert checkpoint.latest_valid_checkpoint(tmp_path) == tmp_path / "step_00000001"
 
 
 def test_every_file_is_on_disk_before_the_checkpoint_has_its_name(

@@ -253,7 +253,7 @@ def check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettin
         )
     finished = _finished(run_dir, settings)
     # One process reads every byte and chooses; the others take its choice once they have met.
-    found = checkpoint.newest_valid(place) if launched_world()[0] == 0 else None
+    found = checkpoint.latest_valid_checkpoint(place) if launched_world()[0] == 0 else None
     if found:
         _check_same_run(str(found), checkpoint.read_state(found)["config"], config)
     elif launched_world()[0] == 0 and not finished:
@@ -328,7 +328,7 @@ def initialize_stabilizer(stabilizer: Stabilizer, weights: LogitWeights) -> None
 def seen_of(run_dir: Path, settings: TrainerSettings) -> tuple[list[str], str | None]:
     """The names of a run's checkpoints, and how it has ended; nothing of what `check_run_dir` is about to refuse."""
     try:
-        return [path.name for path in checkpoint.found(run_dir / CHECKPOINTS)], _finished(run_dir, settings)
+        return [path.name for path in checkpoint.list_checkpoints(run_dir / CHECKPOINTS)], _finished(run_dir, settings)
     except OSError:
         return [], None
 

@@ -69,16 +69,16 @@ class Digest:
     sha256: str
 
 
-class Kind(NamedTuple):
+class TensorSpec(NamedTuple):
     """What is known of a tensor without its values; of a sharded one, of the whole."""
 
     shape: torch.Size
     dtype: torch.dtype
 
 
-def kinds(tensors: dict[str, Tensor]) -> dict[str, Kind]:
+def tensor_specs(tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
     """The kind of each tensor."""
-    return {name: Kind(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    return {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 class Piece(NamedTuple):
@@ -89,21 +89,21 @@ class Piece(NamedTuple):
     dtype: torch.dtype
 
 
-def found(directory: Path) -> list[Path]:
-    """Every directory that is named like a checkpoint, by step; whether it is one, `damage` says."""
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Every directory that is named like a checkpoint, by step; whether it is one, `validate_checkpoint` says."""
     paths = directory.iterdir() if directory.is_dir() else ()
     return sorted((path for path in paths if NAME.fullmatch(path.name)), key=step_of)
 
 
-def newest_valid(directory: Path) -> Path | None:
+def latest_valid_checkpoint(directory: Path) -> Path | None:
     """The last checkpoint whose manifest matches; each newer one that is not is reported in a line, and left alone.
 
     None where there is no checkpoint; UserError where there are some and none is whole: beginning again would throw
     away what the run has logged.
     """
     wrong: dict[Path, str] = {}
-    for path in reversed(found(directory)):
-        reason = damage(path, verify_checksums=True)
+    for path in reversed(list_checkpoints(directory)):
+        reason = validate_checkpoint(path, verify_checksums=True)
         if reason is None:
             for other, why in wrong.items():
                 print(f"warning: {other} is not a whole checkpoint and is skipped: {why}", file=sys.stderr)
@@ -118,7 +118,7 @@ def newest_valid(directory: Path) -> Path | None:
     return None
 
 
-def damage(checkpoint: Path, *, verify_checksums: bool = False) -> str | None:
+def validate_checkpoint(checkpoint: Path, *, verify_checksums: bool = False) -> str | None:
     """What is wrong with a checkpoint, or None; without checksums, its files are still checked for their sizes."""
     try:
         listed = read_manifest(checkpoint)
@@ -159,7 +159,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Digest]:
     return listed
 
 
-def commit(aside: Path, target: Path, state: dict[str, Any], wanted: dict[str, Kind]) -> None:
+def commit(aside: Path, target: Path, state: dict[str, Any], wanted: dict[str, TensorSpec]) -> None:
     """Give written tensors their state, their manifest and, once the disk has all of it, their name.
 
     OSError where the files of all ranks do not hold every tensor that is wanted.
@@ -201,7 +201,7 @@ def check_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
     Their values are not asked for: they may lie on the meta device.
     """
-    wrong = _first_wrong(_stored(checkpoint), kinds(tensors))
+    wrong = _first_wrong(_stored(checkpoint), tensor_specs(tensors))
     listed = read_state(checkpoint)["stabilizer_state"]
     if listed != sorted(name.removeprefix(OF_STABILIZER) for name in tensors if name.startswith(OF_STABILIZER)):
         wrong = f"its {STATE} lists a stabilizer_state of another stabilizer"
@@ -244,7 +244,7 @@ def _stored(checkpoint: Path) -> dict[str, list[Piece]]:
     return pieces
 
 
-def _first_wrong(stored: dict[str, list[Piece]], wanted: dict[str, Kind]) -> str | None:
+def _first_wrong(stored: dict[str, list[Piece]], wanted: dict[str, TensorSpec]) -> str | None:
     """What is missing of these tensors; torch.distributed.checkpoint would leave rows of a lost file as they are, and
     would round numbers of another dtype."""
     for name, (shape, dtype) in wanted.items():
@@ -316,7 +316,7 @@ def _numbers_of_files(tensors: dict[str, Tensor], n_shards: int) -> dict[str, in
     return numbers
 
 
-def cause(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """What went wrong on the first of the ranks that torch.distributed.checkpoint tells about."""
     while isinstance(error, CheckpointException) and error.failures:
         error = error.failures[min(error.failures)][0]
@@ -337,7 +337,7 @@ def named_tensors(
     return tensors
 
 
-def kept(checkpoints: list[Path], *, keep: int, keep_every: int) -> Iterator[Path]:
+def retained_checkpoints(checkpoints: list[Path], *, keep: int, keep_every: int) -> Iterator[Path]:
     """Of whole checkpoints, by step: the newest `keep`, and those of every `keep_every`th step (0: of none)."""
     for path in checkpoints:
         if path in checkpoints[-keep:] or (keep_every and step_of(path) % keep_every == 0):

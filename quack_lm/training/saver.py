@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quack_lm.parallel import World
 from quack_lm.training import checkpoint
-from quack_lm.training.checkpoint import Kind, TensorWriter
+from quack_lm.training.checkpoint import TensorSpec, TensorWriter
 
 
 class Saver:
@@ -45,10 +45,12 @@ class Saver:
         self._writer = TensorWriter(world, is_async=is_async)
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: Future[Any] | None = None  # first the tensors', then the commit's
-        self._uncommitted: tuple[int, dict[str, Any], dict[str, Kind]] | None = None
+        self._uncommitted: tuple[int, dict[str, Any], dict[str, TensorSpec]] | None = None
         self._began = 0.0
         # What lies beyond the step that the run continues from was refused: neither counted nor deleted.
-        self._refused = {path for path in checkpoint.found(directory) if checkpoint.step_of(path) > first_step}
+        self._refused = {
+            path for path in checkpoint.list_checkpoints(directory) if checkpoint.step_of(path) > first_step
+        }
 
     @property
     def is_writing(self) -> bool:
@@ -65,7 +67,7 @@ class Saver:
         # Before: rank 0 has made the directory, or could not. After: every rank knows which.
         if any(self.world.max_over_ranks(self.trouble is not None)):
             return
-        entry = (step, state, checkpoint.kinds(tensors))
+        entry = (step, state, checkpoint.tensor_specs(tensors))
         self._work, self._uncommitted = self._writer.write(aside, tensors), entry
         if not self._writer.is_async:
             self.wait()
@@ -91,7 +93,7 @@ class Saver:
             shutil.rmtree(left)
         aside.mkdir(parents=True)
 
-    def _commit(self, step: int, state: dict[str, Any], kinds: dict[str, Kind]) -> None:
+    def _commit(self, step: int, state: dict[str, Any], kinds: dict[str, TensorSpec]) -> None:
         target = self.directory / checkpoint.name_of(step)
         if target.exists():  # a damaged one: a valid one would have been continued
             _set_aside(target)
@@ -102,12 +104,12 @@ class Saver:
         self._prune()
 
     def _prune(self) -> None:
-        others = [path for path in checkpoint.found(self.directory) if path not in self._refused]
+        others = [path for path in checkpoint.list_checkpoints(self.directory) if path not in self._refused]
         # By size alone: the newest was read when its manifest was made, and to read every byte of the others at each
         # save would multiply what a save costs. One whose bits turned since counts as kept until a run wants to
         # continue from it, which reads every byte and takes the one before; the newest is there in any case.
-        whole = [path for path in others if not checkpoint.damage(path)]
-        kept = set(checkpoint.kept(whole, keep=self.keep, keep_every=self.keep_every))
+        whole = [path for path in others if not checkpoint.validate_checkpoint(path)]
+        kept = set(checkpoint.retained_checkpoints(whole, keep=self.keep, keep_every=self.keep_every))
         for old in whole:
             if old not in kept:
                 # Renamed first: a crash in the middle must not leave half a checkpoint under its name.
@@ -126,7 +128,7 @@ class Saver:
         try:
             work()
         except checkpoint.WRITING_ERRORS as error:  # whatever it is: the ranks must agree on it before one of them ends
-            reason = checkpoint.cause(error)
+            reason = checkpoint.root_cause(error)
             what = getattr(reason, "strerror", None) or f"{type(reason).__name__}: {reason}"
             self.trouble = (
                 f"{self.directory}: no checkpoint could be written ({what}); "
