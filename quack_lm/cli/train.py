@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     from quack_lm.model import count_parameters
     from quack_lm.slurm import WORDS, was_canceled
     from quack_lm.training.build import build
-    from quack_lm.training.check import check_run, doubts, make_model
+    from quack_lm.training.check import check_run, make_model, run_warnings
     from quack_lm.training.loop import summarize, train
 
     if is_check:
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         print(yaml.safe_dump(config, sort_keys=False))
         print("\n".join(f"{n:>15,}  {component}" for component, n in counts.items()))
     plan = check_run(config, is_rehearsal=is_check)
-    warnings = [f"warning: {doubt}\n" for doubt in doubts(plan)]
+    warnings = [f"warning: {text}\n" for text in run_warnings(plan)]
     if is_check:
         sys.stderr.writelines(warnings)
         print(f"ready to train in {plan.run_dir}")

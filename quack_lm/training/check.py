@@ -159,7 +159,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> Plan:
     )
 
 
-def doubts(plan: Plan) -> list[str]:
+def run_warnings(plan: Plan) -> list[str]:
     """What is allowed and probably not meant."""
     warmup = plan.recipe.warmup_steps
     if plan.settings.steps < warmup:
