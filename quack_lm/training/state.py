@@ -33,7 +33,7 @@ class StabilityRules:
 
 
 def kind_of_end(status: str, reason: str | None) -> str:
-    """The status in finer words: what `reason`, as written by `TrainState`, the loop or an exception, tells about it."""
+    """The status refined by `reason`, as `TrainState`, the loop or an exception wrote it."""
     reason = reason or ""
     if status == "diverged" and any(f"loss {value} at step" in reason for value in ("nan", "inf")):
         return "non-finite"
