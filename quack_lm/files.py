@@ -2,11 +2,14 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import stat
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +18,7 @@ from quack_lm.errors import UserError
 LOCK_POLL_S = 0.2
 # What a node that died had locked is free again when the file server has noticed.
 LOCK_WAIT_S = 180.0
+HASHING_THREADS = 8
 
 
 def open_regular(path: Path, mode: str = "r", *, errors: str | None = None) -> IO[Any]:
@@ -74,6 +78,23 @@ def metrics_line(line: str | bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) and type(record.get("step")) is int else {}
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_sha256s(paths: Sequence[Path]) -> list[str]:
+    """The sha256 of each file, several at a time."""
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        return list(threads.map(file_sha256, paths))
+
+
+def nearest_existing_parent(path: Path) -> Path:
+    """The path itself where it exists, else the nearest directory above it that does."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def take_lock(file: IO[Any], *, shared: bool = False, wait_s: float = 0.0) -> bool:

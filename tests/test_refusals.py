@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +27,9 @@ import yaml
 from calls import SCRIPTS, call_here, snapshot, write_files
 
 from quack_lm.config import compose
+from quack_lm.files import file_sha256
 from quack_lm.training.build import build
 from quack_lm.training.check import check_run
-from quack_lm.training.checkpoint import file_digest
 from quack_lm.training.loop import train
 
 
@@ -155,7 +154,7 @@ def bad_checkpoint(damage: Callable[[Path], object], message: str = r"TMP/run/ch
         (checkpoint,) = run.glob("checkpoints/*")
         damage(checkpoint)
         paths = [path for path in checkpoint.iterdir() if path.name != "manifest.json"]
-        files = {path.name: asdict(file_digest(path)) for path in paths}
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
         (checkpoint / "manifest.json").write_text(json.dumps({"files": files}))
 
     return bad_run(forge, message)

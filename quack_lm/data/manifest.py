@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shlex
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -20,12 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from quack_lm.data.batches import Windows, file_mark
 from quack_lm.errors import UserError
-from quack_lm.files import open_regular
+from quack_lm.files import file_sha256, file_sha256s, open_regular
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
-HASHING_THREADS = 8
 
 # A manifest may come from somebody else: its names stay inside the directory.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-][A-Za-z0-9_.\-]*$")]
@@ -171,12 +169,6 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
     return manifest, hashlib.sha256(raw).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check_tokenizer(directory: Path, manifest: Manifest) -> None:
     folder = directory / TOKENIZER
     expected = manifest.tokenizer.files
@@ -203,14 +195,12 @@ def _check_shards(directory: Path, manifest: Manifest, *, verify_checksums: bool
             raise _damaged(directory, path, f"it has {path.stat().st_size} bytes, the manifest says {size}")
     if not verify_checksums:
         return
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        digests = threads.map(lambda shard: file_sha256(directory / shard.file), shards)
-        for shard, digest in zip(shards, digests, strict=True):
-            if digest != shard.sha256:
-                raise _damaged(directory, directory / shard.file, "its sha256 is not that of the manifest")
-            tokens = np.memmap(directory / shard.file, dtype=manifest.token_dtype, mode="r")
-            if tokens.max() >= manifest.vocab_size:
-                raise _damaged(directory, directory / shard.file, "it has tokens beyond the vocabulary")
+    paths = [directory / shard.file for shard in shards]
+    for shard, path, digest in zip(shards, paths, file_sha256s(paths), strict=True):
+        if digest != shard.sha256:
+            raise _damaged(directory, path, "its sha256 is not that of the manifest")
+        if np.memmap(path, dtype=manifest.token_dtype, mode="r").max() >= manifest.vocab_size:
+            raise _damaged(directory, path, "it has tokens beyond the vocabulary")
 
 
 def _refuse_link_out(directory: Path, path: Path) -> None:

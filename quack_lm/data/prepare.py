@@ -28,7 +28,6 @@ from tqdm import tqdm
 from quack_lm.data.corpus import Corpus, read_texts
 from quack_lm.data.manifest import (
     FORMAT_VERSION,
-    HASHING_THREADS,
     MANIFEST,
     SPLITS,
     TOKENIZER,
@@ -39,7 +38,6 @@ from quack_lm.data.manifest import (
     Splits,
     TokenData,
     TokenizerFiles,
-    file_sha256,
     manifest_json,
     read_manifest,
 )
@@ -52,7 +50,16 @@ from quack_lm.data.tokenizer import (
     refuse_missing_directory,
 )
 from quack_lm.errors import UserError
-from quack_lm.files import open_regular, sync_directory, take_lock, write_atomically
+from quack_lm.files import (
+    HASHING_THREADS,
+    file_sha256,
+    file_sha256s,
+    nearest_existing_parent,
+    open_regular,
+    sync_directory,
+    take_lock,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -213,7 +220,7 @@ def is_prepared(corpus: Corpus) -> bool:
     corpus.input_files()
     if corpus.tokenizer:
         refuse_missing_directory(corpus)
-    place = next(parent for parent in target.parents if parent.exists())
+    place = nearest_existing_parent(target.parent)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"data.dir={target}: {place} is not a directory that can be written to")
     if _partial(target).is_dir():
@@ -427,8 +434,8 @@ def _refuse_empty_splits(corpus: Corpus, writers: dict[SplitName, SplitWriter]) 
 
 
 def _make_manifest(corpus: Corpus, partial: Path, writers: dict[SplitName, SplitWriter], eot_id: int) -> Manifest:
+    splits = {split: _make_split(writer) for split, writer in writers.items()}
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        splits = {split: _make_split(writer, threads) for split, writer in writers.items()}
         train = [path for path, _ in writers["train"].shards()]
         counts = sum(
             threads.map(lambda path: _count_tokens(path, corpus), train), np.zeros(corpus.vocab_size, np.int64)
@@ -449,9 +456,9 @@ def _make_manifest(corpus: Corpus, partial: Path, writers: dict[SplitName, Split
     )
 
 
-def _make_split(writer: SplitWriter, threads: ThreadPoolExecutor) -> Split:
+def _make_split(writer: SplitWriter) -> Split:
     paths, sizes = zip(*writer.shards(), strict=True)
-    digests = threads.map(file_sha256, paths)
+    digests = file_sha256s(paths)
     shards = [Shard(file=p.name, tokens=n, sha256=digest) for p, n, digest in zip(paths, sizes, digests, strict=True)]
     return Split(tokens=writer.tokens, documents=writer.documents, shards=shards)
 

@@ -13,14 +13,13 @@ written.
 """
 
 import errno
-import hashlib
 import json
 import re
 import sys
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from quack_lm.errors import UserError
-from quack_lm.files import sync_directory, write_atomically
+from quack_lm.files import file_sha256s, sync_directory, write_atomically
 from quack_lm.parallel import HostGroup, World
 from quack_lm.stabilizers.base import Stabilizer
 
@@ -40,7 +39,6 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_\d{8,}")
 OF_STABILIZER = "stabilizer."
-HASHING_THREADS = 8
 # The bytes of a file are put together in memory before they are written: safetensors knows no other way.
 FILE_BYTES = 1 << 30
 # One process needs no group. Here and not around the calls, because some are made in threads.
@@ -133,11 +131,10 @@ def validate_checkpoint(checkpoint: Path, *, verify_checksums: bool = False) -> 
             if (size := paths[name].stat().st_size) != listed[name].bytes:
                 return f"{name} has {size} bytes, not {listed[name].bytes}"
         if verify_checksums:
-            with ThreadPoolExecutor(HASHING_THREADS) as threads:
-                digests = threads.map(lambda name: file_digest(checkpoint / name), listed)
-                for (name, expected), digest in zip(listed.items(), digests, strict=True):
-                    if digest != expected:
-                        return f"{name} has another sha256 than its {MANIFEST} says"
+            digests = file_sha256s([checkpoint / name for name in listed])
+            for (name, expected), digest in zip(listed.items(), digests, strict=True):
+                if digest != expected.sha256:
+                    return f"{name} has another sha256 than its {MANIFEST} says"
             if read_state(checkpoint)["step"] != step_of(checkpoint):
                 return f"{STATE} is of another step"
     except (OSError, ValueError, UserError) as error:
@@ -167,20 +164,14 @@ def commit(aside: Path, target: Path, state: dict[str, Any], wanted: dict[str, T
     if wrong := _first_wrong(_stored(aside), wanted):
         raise OSError(errno.EIO, f"{wrong}, though all ranks have written")
     write_atomically(aside / STATE, json.dumps(state, indent=2) + "\n")
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        paths = sorted(aside.iterdir())
-        digests = zip(paths, threads.map(file_digest, paths), strict=True)
-        files = {path.name: asdict(digest) for path, digest in digests}
+    paths = sorted(aside.iterdir())
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, file_sha256s(paths), strict=True)
+    }
     write_atomically(aside / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
     aside.rename(target)
     sync_directory(target.parent)
-
-
-def file_digest(path: Path) -> Digest:
-    """The size and sha256 of a file."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return Digest(file.tell(), sha256)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
