@@ -17,7 +17,7 @@ from quack_lm.config import choice, fingerprint, flatten, identity, instantiate,
 from quack_lm.data.corpus import Corpus
 from quack_lm.data.manifest import TokenData
 from quack_lm.errors import UserError
-from quack_lm.files import read_json
+from quack_lm.files import nearest_existing_parent, read_json
 from quack_lm.model import ModelSizes, Transformer, count_parameters
 from quack_lm.optim.recipe import Recipe
 from quack_lm.parallel import (
@@ -225,7 +225,7 @@ def open_data(corpus: Corpus, vocab_size: int, *, verify_checksums: bool = True)
 def check_run_dir(run_dir: Path, config: dict[str, Any], settings: TrainerSettings) -> tuple[Path | None, str | None]:
     """(the checkpoint to continue from, the status with which this run has ended already), or None for each."""
     try:
-        existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+        existing = nearest_existing_parent(run_dir)
     except OSError as error:
         raise UserError(f"run_dir={run_dir}: {error.strerror}; choose another run_dir") from None
     if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from quack_lm.errors import UserError
+from quack_lm.files import nearest_existing_parent
 from quack_lm.parallel import World
 
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "wandb", "safetensors")
@@ -80,7 +81,7 @@ def check_disk(run_dir: Path, *, n_params: int, kept: int) -> str:
     """That the checkpoints which are kept fit, and the one that is written before the oldest goes."""
     needed = CHECKPOINT_BYTES_PER_PARAMETER * n_params * (kept + 1)
     there = sum(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*") if path.is_file())
-    free = shutil.disk_usage(_nearest(run_dir)).free + there
+    free = shutil.disk_usage(nearest_existing_parent(run_dir)).free + there
     text = f"{_size(free)} free for {kept} + 1 checkpoints of up to {_size(needed / (kept + 1))}"
     if free < needed:
         raise UserError(
@@ -92,7 +93,7 @@ def check_disk(run_dir: Path, *, n_params: int, kept: int) -> str:
 
 def check_write_access(run_dir: Path) -> str:
     """Writes a file without a name, which is gone when closed; the permission bits alone do not tell on NFS."""
-    place = _nearest(run_dir)
+    place = nearest_existing_parent(run_dir)
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"\0" * 4096)
@@ -103,11 +104,6 @@ def check_write_access(run_dir: Path) -> str:
     if not os.access(place, os.W_OK):
         raise UserError(f"run_dir={run_dir} cannot be written to; choose another")
     return f"{place} can be written to"
-
-
-def _nearest(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def _size(n_bytes: float) -> str:
