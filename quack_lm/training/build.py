@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -31,6 +30,7 @@ from quack_lm.probe import Probe
 from quack_lm.step import LogitWeights
 from quack_lm.training import checkpoint
 from quack_lm.training.check import CHECKPOINTS, Plan, initialize_stabilizer, progress_of, seen_of
+from quack_lm.training.environment import package_versions
 from quack_lm.training.flops import peak_flops
 from quack_lm.training.loop import Run
 from quack_lm.training.metrics import RunLog, WandbMirror
@@ -204,12 +204,11 @@ def _take_run_dir(plan: Plan) -> IO[str]:
 def _describe(plan: Plan, world: World, n_params: int) -> None:
     """Write what a result is worthless without: the resolved config and the environment."""
     write_atomically(plan.run_dir / "config.yaml", yaml.safe_dump(plan.config, sort_keys=False))
-    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "wandb")
     environment = {
         "command": sys.argv,
         "git_revision": _git("rev-parse", "HEAD"),
         "git_is_dirty": bool(_git("status", "--porcelain")),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "versions": package_versions(),
         "device": torch.cuda.get_device_name()
         if world.device.type == "cuda"
         else platform.processor() or platform.machine(),

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ import torch.distributed as dist
 from quack_lm.errors import UserError
 from quack_lm.files import nearest_existing_parent
 from quack_lm.parallel import World
+from quack_lm.training.environment import MISSING, package_versions
 
-PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "wandb", "safetensors")
 # More than the hand-out of results through the group takes; ntp keeps clocks of a cluster within milliseconds.
 MAX_CLOCK_SKEW_S = 2.0
 BROKEN = "does not work"
@@ -66,15 +65,8 @@ def facts_of_this_rank(world: World) -> dict[str, Any]:
         "rank": world.rank,
         "host": platform.node(),
         "gpus": gpus,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": package_versions(),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "missing"
 
 
 def check_disk(run_dir: Path, *, n_params: int, kept: int) -> str:
@@ -149,7 +141,7 @@ def compare(facts: Sequence[dict[str, Any]], *, device: str) -> list[Row]:
 
 def _packages(facts: Sequence[dict[str, Any]]) -> Row:
     first = facts[0]["versions"]
-    missing = sorted({name for fact in facts for name, version in fact["versions"].items() if version == "missing"})
+    missing = sorted({name for fact in facts for name, version in fact["versions"].items() if version == MISSING})
     if missing:
         return Row("packages", False, f"{', '.join(missing)} missing: install the project, pip install -e .")
     for fact in facts[1:]:
