@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from quack_lm import slurm
 from quack_lm.errors import UserError, exit_without_teardown
 
-MAX_TEXT = 1000  # bytes of a line that ranks tell each other
-
+T = TypeVar("T")
 HostGroup = dist.ProcessGroup | None  # None: a single process on plain tensors
 
 
@@ -58,14 +58,12 @@ class World:
         """The largest of each number over the ranks; every rank gets the same, and no GPU is waited for."""
         return self.max(torch.tensor(numbers)).tolist() if self.size > 1 else list(numbers)
 
-    def all_gather_text(self, text: str) -> list[str]:
-        """Before: a short line per rank. After: the lines of all, in the order of the ranks, on every rank."""
-        lines = torch.zeros(self.size, MAX_TEXT, dtype=torch.int32)
-        own = text.encode()[:MAX_TEXT]
-        lines[self.rank, : len(own)] = torch.tensor(list(own), dtype=torch.int32)
+    def all_gather(self, value: T) -> list[T]:
+        """Before: a small object per rank. After: those of all, in the order of the ranks, on every rank."""
+        values = [value] * self.size
         if self.size > 1:
-            self.sum(lines)
-        return [bytes(line[line > 0].tolist()).decode(errors="replace") for line in lines]
+            dist.all_gather_object(values, value)
+        return values
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """A host tensor on this rank's device, without waiting for what the device is doing."""

@@ -42,12 +42,10 @@ def main(arguments: list[str]) -> int:
     from quack_lm.parallel import check_launch, default_device, launched_world, start_world
     from quack_lm.report.table import Table
     from quack_lm.training.preflight import (
-        Row,
         check_all_reduce,
         check_clocks,
         compare,
         facts_of_this_rank,
-        gather,
         merge,
     )
 
@@ -65,15 +63,14 @@ def main(arguments: list[str]) -> int:
     patient = world.host_group(timeout_s=DATA_TIMEOUT_S)
     mine = own_rows(config, device, ranks)
     world.barrier(patient)
-    facts = gather(facts_of_this_rank(world), world)
-    everyone = gather([[row.check, row.is_ok, row.found] for row in mine], world)
-    rows = merge([[Row(*row) for row in rows] for rows in everyone], [fact["host"] for fact in facts])
+    facts = world.all_gather(facts_of_this_rank(world))
+    rows = merge(world.all_gather(mine), [fact["host"] for fact in facts])
     rows += compare(facts, device=device if ranks is None else "cpu")
     if world.size > 1:
         rows.append(check_clocks(world, [fact["host"] for fact in facts]))
         if not any(row.check == "GPUs" and row.is_ok is False for row in rows):
             rows.append(check_all_reduce(world, device=device, timeout_s=JOIN_TIMEOUT_S))
-    is_ready = not gather(any(row.is_ok is False for row in rows), world).count(True)
+    is_ready = not world.all_gather(any(row.is_ok is False for row in rows)).count(True)
     if world.is_main:
         words = {True: "ok", False: "WRONG", None: "-"}
         print(Table(header=("check", "", "found"), rows=[(r.check, words[r.is_ok], r.found) for r in rows]).as_text())

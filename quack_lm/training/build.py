@@ -84,7 +84,7 @@ def _assemble(plan: Plan, world: World, watchdog: Watchdog) -> Run:
     settings, config = plan.settings, plan.config
     lock = _by_main(world, plan.run_dir, lambda: _take_run_dir(plan))
     # Before: rank 0 has chosen a checkpoint. After: every rank has its name.
-    chosen = world.all_gather_text(plan.resumes_from.name if plan.resumes_from else "")[0]
+    chosen = world.all_gather(plan.resumes_from.name if plan.resumes_from else "")[0]
     resumes_from = plan.run_dir / CHECKPOINTS / chosen if chosen else None
     state = checkpoint.read_state(resumes_from) if resumes_from else {}
 
@@ -177,7 +177,7 @@ def _by_main(world: World, run_dir: Path, work: Callable[[], T]) -> T | None:
             trouble = (
                 f"run_dir={run_dir} cannot be written to ({error.strerror}); mend that and run the same command again"
             )
-    trouble = world.all_gather_text(trouble)[0]
+    trouble = world.all_gather(trouble)[0]
     if trouble:
         raise UserError(trouble)
     return made

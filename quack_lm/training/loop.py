@@ -126,7 +126,7 @@ def meet(run: Run, signal_number: int = 0) -> int:
     run.trouble = run.trouble or run.saver.trouble or run.batches.trouble or run.validation.trouble
     number, is_in_trouble, is_writing = run.world.max_over_ranks(signal_number, run.trouble is not None, mine)
     if is_in_trouble:
-        raise UserError(next(text for text in run.world.all_gather_text(run.trouble or "") if text))
+        raise UserError(next(text for text in run.world.all_gather(run.trouble or "") if text))
     if not is_writing:
         run.saver.advance()
     run.watchdog.feed()

@@ -5,7 +5,6 @@
 Nothing is created in the run directory. What can only be wrong inside a job (GPUs, other nodes) is checked there.
 """
 
-import json
 import math
 import os
 import platform
@@ -105,20 +104,6 @@ def _size(n_bytes: float) -> str:
 # ------------------------------------------------------------------------------------------------ all ranks
 
 
-def gather(value: Any, world: World) -> list[Any]:
-    """Before: one value per rank, made of what JSON has. After: all of them in order of rank, on every rank."""
-    if world.size == 1:
-        return [value]
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world.size)]
-    dist.all_gather(sizes, torch.tensor([len(text)]))
-    longest = int(max(sizes))
-    padded = torch.cat([text, torch.zeros(longest - len(text), dtype=torch.uint8)])
-    everyone = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world.size)]
-    dist.all_gather(everyone, padded)
-    return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(everyone, sizes, strict=True)]
-
-
 def compare(facts: Sequence[dict[str, Any]], *, device: str) -> list[Row]:
     """Whether the ranks have the same software and GPUs."""
     first = facts[0]
@@ -162,7 +147,7 @@ def _by_host(facts: Sequence[dict[str, Any]]) -> list[str]:
 def check_clocks(world: World, hosts: Sequence[str]) -> Row:
     """The ranks' clocks, read right after a barrier."""
     world.barrier()
-    return compare_clocks(gather(time.time(), world), hosts)
+    return compare_clocks(world.all_gather(time.time()), hosts)
 
 
 def compare_clocks(clocks: Sequence[float], hosts: Sequence[str]) -> Row:
@@ -191,7 +176,7 @@ def check_all_reduce(world: World, *, device: str, timeout_s: float) -> Row:
     except RuntimeError as error:
         complaint = str(error).splitlines()[0]
     # A rank that has no memory, for instance, must not keep the others waiting in the sum.
-    for rank, said in enumerate(gather(complaint, world)):
+    for rank, said in enumerate(world.all_gather(complaint)):
         if said:
             return Row("all-reduce", False, f"{backend}: rank {rank}: {said}")
     try:
