@@ -125,11 +125,6 @@ def test_batches_depend_on_seed_and_step_and_not_on_what_was_read_before() -> No
     assert not torch.cat(list(other.micro_batches(0))).equal(history[0])
 
 
-def test_a_batch_that_ranks_cannot_share_names_the_key() -> None:
-    with pytest.raises(UserError, match=r"trainer\.global_batch_size=8 .* 3 x 2"):
-        TrainBatches(counting_windows(9, 2), seed=0, global_batch_size=8, micro_batch_size=2, world_size=3)
-
-
 # ------------------------------------------------------------------------------------------------ evaluation
 
 

@@ -51,7 +51,7 @@ def test_a_login_node_checks_the_batch_for_the_ranks_of_the_job(tmp_path: Path, 
     assert "6 in the job, 12 sequences a step" in done.stdout
     done = preflight([*own, "ranks=4"])
     assert done.returncode == 2
-    assert "must be a multiple of processes x trainer.micro_batch_size = 4 x 2 = 8" in done.stdout
+    assert "must be a multiple of ranks x trainer.micro_batch_size = 4 x 2 = 8" in done.stdout
     done = preflight([*own, "ranks=many"])
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "ranks=many must be a whole number" in done.stderr

@@ -223,7 +223,7 @@ def test_a_mistake_is_told_before_anything_is_queued(site: Site, tmp_path: Path,
     for arguments, mistake in (
         ([*train, "data.dir=/nowhere"], "data.dir=/nowhere"),
         ([*train, *tiny_data, "optimizer.lrr=1"], "optimizer.lrr"),
-        ([*ranks, *train, *tiny_data], "a multiple of processes x trainer.micro_batch_size = 10 x 2"),
+        ([*ranks, *train, *tiny_data], "a multiple of ranks x trainer.micro_batch_size = 10 x 2"),
         ([*train, *tiny_data, "ranks=2"], "ranks=2 comes after ranks=1"),
         (["-D", tmp_path, *train, *tiny_data[:-1], "data.dir=elsewhere"], "data.dir=elsewhere"),
         ([ROOT / "slurm/prepare_data.sbatch", "data=local", "data.files=[/nowhere/*.txt]"], "/nowhere/*.txt"),

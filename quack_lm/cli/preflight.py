@@ -103,7 +103,6 @@ def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any
     from quack_lm.parallel import check_world, default_device, launched_world
     from quack_lm.training.check import (
         check_memory,
-        check_ranks,
         check_run_dir,
         check_same_data,
         default_run_dir,
@@ -136,7 +135,7 @@ def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any
             if settings.device == "auto":
                 default_device()  # which says what is wrong
             check_world(device=device)
-        check_ranks(settings, ranks or here)
+        settings.check_ranks(ranks or here)
         if counts and not is_login_node and (device == "cuda" or settings.device == "cpu"):
             shape = make_model(config, backend="eager")
             check_memory(config, shape, device=device, ranks_of_a_copy=here // settings.replicas)

@@ -16,8 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quack_lm.errors import UserError
-
 
 class Windows:
     """Windows of seq_len + 1 tokens over shards read as one row; a window may straddle shards."""
@@ -87,11 +85,7 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if global_batch_size % (world_size * micro_batch_size):
-            raise UserError(
-                f"trainer.global_batch_size={global_batch_size} must be a multiple of the number of ranks x "
-                f"trainer.micro_batch_size = {world_size} x {micro_batch_size}"
-            )
+        assert global_batch_size % (world_size * micro_batch_size) == 0, "see TrainerSettings.check_ranks"
         self._windows = windows
         self._seed = seed
         self._global_batch_size = global_batch_size

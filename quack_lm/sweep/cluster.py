@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from quack_lm import slurm
-from quack_lm.config import SLURM_DIR
+from quack_lm.config import SLURM_DIR, instantiate
 from quack_lm.errors import UserError
 from quack_lm.files import LOCK_WAIT_S, take_lock
 from quack_lm.sweep.cell import LOG_FILE, Cell
@@ -142,17 +142,10 @@ def _job_number(answer: str) -> int:
 
 def _check_ranks(cells: Sequence[Cell], resources: Resources) -> None:
     for cell in cells:
-        trainer = cell.config["trainer"]
-        if trainer["global_batch_size"] % (resources.ranks * trainer["micro_batch_size"]):
-            raise UserError(
-                f"{cell.name}: trainer.global_batch_size={trainer['global_batch_size']} must be a multiple of ranks x "
-                f"trainer.micro_batch_size = {resources.ranks} x {trainer['micro_batch_size']}; change nodes=, gpus=, "
-                "tasks= or the batch"
-            )
-        if resources.ranks % trainer["replicas"]:
-            raise UserError(
-                f"{cell.name}: trainer.replicas={trainer['replicas']} must divide the ranks, {resources.ranks}"
-            )
+        try:
+            instantiate(cell.config["trainer"]).check_ranks(resources.ranks)
+        except UserError as error:
+            raise UserError(f"{cell.name}: {error}; change nodes=, gpus=, tasks= or the batch") from None
 
 
 def _file(number: int) -> str:

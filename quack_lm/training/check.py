@@ -121,7 +121,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> Plan:
     _, world_size, _ = launched_world()
     device = default_device() if settings.device == "auto" else settings.device
     check_world(device=device)
-    check_ranks(settings, world_size)
+    settings.check_ranks(world_size)
     check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
     reference = make_model(config, backend="eager")
     corpus: Corpus = instantiate(config["data"])
@@ -173,18 +173,6 @@ def run_warnings(plan: Plan) -> list[str]:
 def default_run_dir(config: dict[str, Any]) -> Path:
     """runs/<attention>-<stabilizer>-<fingerprint>: the same for the same run, so that calling again continues it."""
     return Path("runs", f"{choice(config['attention'])}-{choice(config['stabilizer'])}-{fingerprint(config)}")
-
-
-def check_ranks(settings: TrainerSettings, world_size: int) -> None:
-    """Raise UserError where so many processes cannot share out replicas and batch."""
-    if world_size % settings.replicas:
-        raise UserError(f"trainer.replicas={settings.replicas} must divide the number of processes, {world_size}")
-    whole, micro = settings.global_batch_size, settings.micro_batch_size
-    if whole % (world_size * micro):
-        raise UserError(
-            f"trainer.global_batch_size={whole} must be a multiple of processes x trainer.micro_batch_size = "
-            f"{world_size} x {micro} = {world_size * micro}"
-        )
 
 
 def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ranks_of_a_copy: int) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from quack_lm.errors import UserError
 from quack_lm.training.state import StabilityRules
 
 
@@ -42,3 +43,13 @@ class TrainerSettings(StabilityRules):
     loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | None = None
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 600.0
     probe_parts: bool = False
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise UserError where so many ranks cannot form the replicas or share the batch equally."""
+        if ranks % self.replicas:
+            raise UserError(f"trainer.replicas={self.replicas} must divide the number of ranks, {ranks}")
+        if self.global_batch_size % (ranks * self.micro_batch_size):
+            raise UserError(
+                f"trainer.global_batch_size={self.global_batch_size} must be a multiple of ranks x "
+                f"trainer.micro_batch_size = {ranks} x {self.micro_batch_size} = {ranks * self.micro_batch_size}"
+            )
