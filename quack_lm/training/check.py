@@ -31,11 +31,8 @@ from quack_lm.step import LogitWeights
 from quack_lm.training import checkpoint
 from quack_lm.training.flops import flops_per_token
 from quack_lm.training.metrics import LoggerSettings
-from quack_lm.training.settings import TrainerSettings
+from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
 from quack_lm.training.state import TrainState
-
-# Float32 weights, their gradients, and one moment of an optimizer; what is computed comes on top.
-LEAST_BYTES_PER_PARAMETER = 12
 
 CHECKPOINTS = "checkpoints"
 KEYS_NAMED = 5
@@ -178,7 +175,7 @@ def default_run_dir(config: dict[str, Any]) -> Path:
 def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ranks_of_a_copy: int) -> None:
     """Raise UserError where a rank's part of the weights, gradients and optimizer state cannot fit into its memory."""
     n_params = count_parameters(model)["total"]
-    needed, there = LEAST_BYTES_PER_PARAMETER * n_params / ranks_of_a_copy, memory_of_a_rank(device)
+    needed, there = BYTES_PER_PARAMETER * n_params / ranks_of_a_copy, memory_of_a_rank(device)
     if needed > there:
         sizes = flatten({name: config[name] for name in ("model", "attention")})
         key = max((k for k, v in sizes.items() if isinstance(v, int)), key=sizes.__getitem__)

@@ -24,13 +24,12 @@ from quack_lm.errors import UserError
 from quack_lm.files import nearest_existing_parent
 from quack_lm.parallel import World
 from quack_lm.training.environment import MISSING, package_versions
+from quack_lm.training.settings import BYTES_PER_PARAMETER
 
 # More than the hand-out of results through the group takes; ntp keeps clocks of a cluster within milliseconds.
 MAX_CLOCK_SKEW_S = 2.0
 BROKEN = "does not work"
 ALL_REDUCE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
-# Weights in float32 and at most two moments of the optimizer for each.
-CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def facts_of_this_rank(world: World) -> dict[str, Any]:
 
 def check_disk(run_dir: Path, *, n_params: int, kept: int) -> str:
     """That the checkpoints which are kept fit, and the one that is written before the oldest goes."""
-    needed = CHECKPOINT_BYTES_PER_PARAMETER * n_params * (kept + 1)
+    needed = BYTES_PER_PARAMETER * n_params * (kept + 1)
     there = sum(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*") if path.is_file())
     free = shutil.disk_usage(nearest_existing_parent(run_dir)).free + there
     text = f"{_size(free)} free for {kept} + 1 checkpoints of up to {_size(needed / (kept + 1))}"

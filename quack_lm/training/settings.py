@@ -8,6 +8,10 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from quack_lm.errors import UserError
 from quack_lm.training.state import StabilityRules
 
+# Three float32 numbers. In memory: a weight, its gradient and one moment of the optimizer, with the activations on top.
+# In a checkpoint: a weight and at most two moments.
+BYTES_PER_PARAMETER = 12
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings(StabilityRules):
