@@ -25,20 +25,20 @@ def main(times: int, overrides: list[str]) -> None:
 
     from quack_lm.config import compose
     from quack_lm.parallel import local
-    from quack_lm.training.build import build
+    from quack_lm.training.build import build_run
     from quack_lm.training.check import check_run
     from quack_lm.training.checkpoint import create_optimizer_state, named_tensors
     from quack_lm.training.loop import summarize
     from quack_lm.training.saver import Saver
 
     with tempfile.TemporaryDirectory() as directory:
-        run = build(check_run(compose([*DEFAULT, *overrides, f"run_dir={directory}/run"])))
+        run = build_run(check_run(compose([*DEFAULT, *overrides, f"run_dir={directory}/run"])))
         create_optimizer_state(run.optimizers)
         tensors = named_tensors(run.model, run.optimizers, run.stabilizer)
         own = [local(tensor) for tensor in tensors.values()]
         host = [torch.empty_like(tensor, device="cpu") for tensor in own]
         size = sum(tensor.numel() * tensor.element_size() for tensor in own)
-        summarize(run, "running")  # makes the run directory whole, as in training
+        summarize(run)  # completes the run directory, as in training
         savers = [Saver(Path(directory, str(a)), run.world, keep=1, is_async=a) for a in (True, False)]
         step = 0
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from quack_lm.config import choices, compose
 from quack_lm.model import Transformer
 from quack_lm.parallel import World, materialize, shard
-from quack_lm.training.check import make_model
+from quack_lm.training.build import make_model
 
 LONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -58,7 +58,9 @@ def small_model(
     config: dict[str, Any], *, world: World = LONE, eot_id: int | None = None, backend: str | None = None
 ) -> Transformer:
     """The config's model with its initial weights, in training mode, sharded over the world."""
-    model = make_model(config, eot_id=eot_id, backend=backend)
+    section = config["attention"] | ({"backend": backend} if backend else {})
+    model = make_model({**config, "attention": section})
+    model.eot_id = eot_id
     shard(model, list(model.blocks), world, precision="float32")
     materialize(model, partial(model.initial_value, seed=config["seed"], device=world.device), world.device)
     return model

@@ -23,7 +23,7 @@ def main(directory: str, pairs: list[str], overrides: list[str]) -> None:
         attention, stabilizer = pair.split("/")
         for name, more in (("straight", []), ("stopped", ["trainer.steps=4"]), ("stopped", [])):
             own = [f"attention={attention}", f"stabilizer={stabilizer}", *EXTRA.get(stabilizer, []), *more]
-            run = build.build(check_run(compose([*overrides, *own, f"run_dir={directory}/{pair}/{name}"])))
+            run = build.build_run(check_run(compose([*overrides, *own, f"run_dir={directory}/{pair}/{name}"])))
             train(run)
             if run.lock is not None:
                 run.lock.close()  # as the end of its process would

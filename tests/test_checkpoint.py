@@ -49,7 +49,7 @@ def write(to: Saver, *steps: int) -> None:
     for step in steps:
         to.save(step, tensors(step), STATE)
     to.wait()
-    assert to.trouble is None
+    assert to.error is None
 
 
 def names(directory: Path) -> list[str]:
@@ -186,8 +186,8 @@ def test_a_save_that_fails_says_which_directory_and_leaves_the_last_one(tmp_path
     (tmp_path / ".step_00000002.partial").write_text("in the way")
     to.save(2, tensors(2), STATE)
     to.wait()
-    assert to.trouble is not None
-    assert str(tmp_path) in to.trouble
+    assert to.error is not None
+    assert str(tmp_path) in to.error
     assert checkpoint.latest_valid_checkpoint(tmp_path) == tmp_path / "step_00000001"
 
 

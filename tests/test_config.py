@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from quack_lm.config import CONFIG_DIR, check, choice, choices, compose, fingerprint, flatten, instantiate
 from quack_lm.errors import UserError
-from quack_lm.training.check import make_model
+from quack_lm.training.build import make_model
 
 SCRIPT = CONFIG_DIR.parent / "scripts" / "train.py"
 GROUPS = ("attention", "data", "experiment", "logger", "model", "optimizer", "stabilizer", "trainer")

@@ -316,7 +316,7 @@ def test_a_rank_that_hangs_before_the_first_step_ends_the_run_with_every_ranks_s
     assert process.wait(timeout=100) != 0
     first, second = stacks_of(run_dir)
     assert re.search(r"build\.py\", line \d+, in _git", first)
-    assert re.search(r"build\.py\", line \d+, in _by_main", second)
+    assert re.search(r"build\.py\", line \d+, in _on_main_rank", second)
 
 
 # The first of two ranks; the other never comes.

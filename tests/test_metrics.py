@@ -21,7 +21,7 @@ from wandb.proto import wandb_internal_pb2 as wandb_pb
 from quack_lm.config import compose
 from quack_lm.files import open_regular, read_json, write_atomically, write_json
 from quack_lm.parallel import World
-from quack_lm.training.check import make_model
+from quack_lm.training.build import make_model
 from quack_lm.training.flops import flops_per_token, peak_flops
 from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror, format_count
 
@@ -31,7 +31,7 @@ QUIET = LoggerSettings(progress=False)
 
 
 def make_log(directory: Path, *, world: World = ALONE, settings: LoggerSettings = QUIET) -> RunLog:
-    return RunLog(directory, settings, world, batch_tokens=10, total_steps=100)
+    return RunLog(directory / "metrics.jsonl", settings, world, batch_tokens=10, total_steps=100)
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
@@ -287,7 +287,7 @@ def test_flops_per_token_are_six_per_weight_and_the_attention_products(attention
         "data.vocab_size=50",
         f"attention={attention}",
     ]
-    model = make_model(compose(overrides), backend="eager")
+    model = make_model(compose(overrides))
     weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith("embedding"))
     key_width, value_width = {"mha": (8, 8), "mla": (16, 16)}[attention]
     # Each of four layers and three heads multiplies with every key and every value, forward and (twice) backward.
@@ -424,7 +424,8 @@ from quack_lm.parallel import World
 
 directory = Path(sys.argv[1])
 settings = LoggerSettings(wandb="offline", progress=False)
-log = RunLog(directory, settings, World(0, 1, 0, torch.device("cpu")), batch_tokens=10, total_steps=50)
+world = World(0, 1, 0, torch.device("cpu"))
+log = RunLog(directory / "metrics.jsonl", settings, world, batch_tokens=10, total_steps=50)
 log.mirror = WandbMirror(directory, settings, {}, None)
 for step in range(1, 51):
     log.add_loss(step, torch.tensor(1.0))
@@ -461,7 +462,7 @@ from quack_lm.parallel import World
 
 directory = Path(sys.argv[1])
 settings = LoggerSettings(wandb="online", progress=False)
-log = RunLog(directory, settings, World(0, 1, 0, torch.device("cpu")), batch_tokens=10, total_steps=3)
+log = RunLog(directory / "metrics.jsonl", settings, World(0, 1, 0, torch.device("cpu")), batch_tokens=10, total_steps=3)
 log.mirror = WandbMirror(directory, settings, {}, None)
 for step in (1, 2, 3):
     log.add_loss(step, torch.tensor(1.0))

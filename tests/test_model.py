@@ -13,7 +13,7 @@ from quack_lm.attention.rope import rope_table, rotate
 from quack_lm.config import compose
 from quack_lm.model import Transformer, count_parameters
 from quack_lm.parallel import materialize
-from quack_lm.training.check import make_model
+from quack_lm.training.build import make_model
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,8 @@ def config(*overrides: str) -> dict:
 
 def make(*overrides: str, eot_id: int | None = None, seed: int = 0) -> Transformer:
     """A small model with its initial values."""
-    model = make_model(config(*overrides), eot_id=eot_id)
+    model = make_model(config(*overrides))
+    model.eot_id = eot_id
     materialize(model, partial(model.initial_value, seed=seed, device=CPU), CPU)
     return model
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quack_lm.config import compose, instantiate
 from quack_lm.optim.muon import Muon, orthogonalize
-from quack_lm.optim.recipe import set_rates
+from quack_lm.optim.recipe import set_lr
 from quack_lm.optim.schedule import make_schedule
 from quack_lm.parallel import clip_gradients
 
@@ -165,11 +165,11 @@ def test_adamws_rate_is_the_base_rate_when_it_has_none_of_its_own() -> None:
     assert {group["lr"] for group in adamw.param_groups} == {0.3}
 
 
-def test_set_rates_scales_each_groups_own_base_rate() -> None:
+def test_set_lr_scales_each_groups_own_base_rate() -> None:
     config = small_config("mha", "none", "optimizer.lr=0.3", "optimizer.adamw_lr=0.02")
     optimizers = instantiate(config["optimizer"]).build(small_model(config))
     for factor in (0.5, 0.25):
-        set_rates(optimizers, factor)
+        set_lr(optimizers, factor)
         rates = [{group["lr"] for group in each.param_groups} for each in optimizers]
         assert rates == [{0.3 * factor}, {0.02 * factor}]
 

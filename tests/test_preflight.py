@@ -1,4 +1,4 @@
-"""The look before a long run: on a login node, and from inside a job of two ranks."""
+"""Preflight checks, on a login node and inside a job of two ranks."""
 
 import shutil
 import subprocess
@@ -12,6 +12,7 @@ from test_train import REPOSITORY, SMALL, run_here
 from quack_lm.config import compose
 from quack_lm.errors import UserError
 from quack_lm.training.preflight import BROKEN, Row, check_disk, check_write_access, compare, compare_clocks, merge
+from quack_lm.training.run_dir import RunDir
 
 
 def preflight(overrides: list[str], ranks: int = 1, own: list[str] = SMALL) -> subprocess.CompletedProcess[str]:
@@ -75,7 +76,7 @@ def test_a_model_that_cannot_fit_is_told(tmp_path: Path, tiny_data: list[str]) -
     done = preflight([*own, "trainer.device=cpu"])
     assert done.returncode == 2
     assert "model.d_ff=2000000000 is too large" in done.stdout
-    assert done.stdout.count("WRONG  ") == 2, done.stdout  # nor can its checkpoints
+    assert done.stdout.count("FAIL  ") == 2, done.stdout  # nor can its checkpoints
 
 
 def test_a_run_is_not_continued_on_another_data_set(tmp_path: Path, tiny_data: list[str]) -> None:
@@ -95,10 +96,10 @@ def test_everything_that_is_wrong_is_in_the_table(tmp_path: Path) -> None:
     (tmp_path / "run" / "metrics.jsonl").touch()
     done = preflight(["data.dir=/nowhere", f"run_dir={tmp_path / 'run'}", "trainer.micro_batch_size=7"])
     assert done.returncode == 2
-    assert done.stdout.count("WRONG  ") == 3, done.stdout
+    assert done.stdout.count("FAIL  ") == 3, done.stdout
     for said in ("/nowhere", "without their config.yaml", "trainer.global_batch_size=12 must be a multiple"):
         assert said in done.stdout
-    assert done.stdout.endswith("NOT READY: mend what is marked WRONG\n")
+    assert done.stdout.endswith("FAILED: mend what is marked FAIL\n")
 
 
 def test_a_mistake_in_the_settings_is_one_line() -> None:
@@ -108,14 +109,16 @@ def test_a_mistake_in_the_settings_is_one_line() -> None:
 
 
 def test_space_is_needed_for_one_checkpoint_more_than_is_kept(tmp_path: Path) -> None:
-    assert "for 2 + 1 checkpoints of up to 0.012 GB" in check_disk(tmp_path / "run", n_params=1_000_000, kept=2)
-    with pytest.raises(UserError, match=r"missing where run_dir=.*trainer\.keep_checkpoints and trainer\.keep_every"):
-        check_disk(tmp_path / "run", n_params=10**15, kept=2)
+    assert "for 2 + 1 checkpoints of up to 0.012 GB" in check_disk(
+        RunDir(tmp_path / "run"), n_params=1_000_000, n_kept=2
+    )
+    with pytest.raises(UserError, match=r"missing at run_dir=.*trainer\.keep_checkpoints and trainer\.keep_every"):
+        check_disk(RunDir(tmp_path / "run"), n_params=10**15, n_kept=2)
 
 
 def test_a_directory_that_is_no_place_to_write_is_refused() -> None:
     with pytest.raises(UserError, match="run_dir=/proc/mine"):
-        check_write_access(Path("/proc/mine"))
+        check_write_access(RunDir(Path("/proc/mine")))
 
 
 def test_unequal_ranks_are_named() -> None:

@@ -28,7 +28,7 @@ from calls import SCRIPTS, call_here, snapshot, write_files
 
 from quack_lm.config import compose
 from quack_lm.files import file_sha256
-from quack_lm.training.build import build
+from quack_lm.training.build import build_run
 from quack_lm.training.check import check_run
 from quack_lm.training.loop import train
 
@@ -1034,7 +1034,7 @@ def skip_where_it_is_no_mistake(name: str) -> None:
 def given(tiny_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Given:
     run_dir = tmp_path_factory.mktemp("given") / "run"
     overrides = ["experiment=tiny", *tiny_data, *RUN, "trainer.steps=2", "logger.progress=false", f"run_dir={run_dir}"]
-    train(build(check_run(compose(overrides))))
+    train(build_run(check_run(compose(overrides))))
     return Given(data=Path(tiny_data[1].removeprefix("data.dir=")), run=run_dir)
 
 

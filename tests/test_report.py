@@ -20,6 +20,7 @@ from quack_lm.report.results import middle_head
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import Plan, write_plan
+from quack_lm.training.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 N_LAYERS, N_HEADS = 3, 5
@@ -43,7 +44,7 @@ def make_cell(
     overrides = f"attention={attention} stabilizer={stabilizer}{setting} optimizer.lr={lr} seed={seed}".split()
     identity = f"{abs(hash(json.dumps(config))):012x}"[:12]
     run_dir = directory / f"{attention}-{stabilizer}-lr{lr:g}-seed{seed}-{identity}"
-    return Cell(overrides=overrides, config=config, fingerprint=identity, run_dir=run_dir)
+    return Cell(overrides=overrides, config=config, fingerprint=identity, run_dir=RunDir(run_dir))
 
 
 def write_run(
@@ -56,11 +57,11 @@ def write_run(
     unstable: tuple[str, ...] = (),
 ) -> None:
     """A run whose loss falls from 6.2 to `final` and whose logits grow to `max_logit`; null where it diverged."""
-    cell.run_dir.mkdir(parents=True)
+    cell.run_dir.path.mkdir(parents=True)
     lines = [_metrics_line(cell, step, final, max_logit) for step in range(0, last_step + 1)]
     if status == "diverged":
         lines[-1] |= {"train/loss": None, "val/loss": None, "logits/max": None}
-    (cell.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cell.run_dir.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     summary = {
         "status": status,
         "reason": "loss is not finite" if status == "diverged" else None,
@@ -79,9 +80,9 @@ def write_run(
         "unstable": list(unstable),
         "fingerprint": cell.fingerprint,
     }
-    (cell.run_dir / "summary.json").write_text(json.dumps(summary))
+    cell.run_dir.summary_file.write_text(json.dumps(summary))
     environment = {"command": ["train.py"], "git_revision": None, "versions": {"torch": "9.9.9"}, "cpu_count": 2}
-    (cell.run_dir / "environment.json").write_text(json.dumps(environment))
+    cell.run_dir.environment_file.write_text(json.dumps(environment))
 
 
 def _metrics_line(cell: Cell, step: int, final: float, max_logit: float) -> dict[str, Any]:
@@ -180,8 +181,8 @@ def test_every_state_of_a_cell_is_named(tmp_path, save):
     write_run(diverged, status="diverged", last_step=17)
     write_run(quiet, unstable=("logits above 1e4",))
     write_run(killed, status="running", last_step=20)
-    crashed.run_dir.mkdir()
-    (crashed.run_dir / "train.log").write_text("Traceback\n")
+    crashed.run_dir.path.mkdir()
+    crashed.run_dir.log_file.write_text("Traceback\n")
     measured = results.from_runs(save(*cells))
     assert [runs.status(result) for result in measured.results] == [
         "completed",
@@ -277,7 +278,7 @@ def test_values_that_a_log_axis_cannot_show_are_gaps(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "none")
     write_run(cell)
     lines = [{"step": 0, "tokens": 0, "logits/max": -0.5}, {"step": 4, "tokens": 9, "logits/max": 2.0}]
-    (cell.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cell.run_dir.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     line = next(iter(lines_of(figures.plots(results.from_runs(save(cell))), "max_logit").values()))
     assert math.isnan(line.points[0][1])
     assert line.points[1] == (4, 2.0)
@@ -286,7 +287,7 @@ def test_values_that_a_log_axis_cannot_show_are_gaps(tmp_path, save):
 def test_a_line_that_is_still_being_written_is_left_for_later(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "none")
     write_run(cell, status="running", last_step=12)
-    with open(cell.run_dir / "metrics.jsonl", "a") as file:
+    with open(cell.run_dir.metrics_file, "a") as file:
         file.write('{"step": 13, "tok')
     assert results.from_runs(save(cell)).results[0].metrics[-1]["step"] == 12
 
@@ -333,7 +334,7 @@ def test_report_of_a_sweep_that_has_not_started_is_a_page_without_figures(tmp_pa
 def test_a_page_without_the_curves_says_so(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "none")
     write_run(cell)
-    (cell.run_dir / "metrics.jsonl").unlink()
+    cell.run_dir.metrics_file.unlink()
     assert "The curves of these runs are not here" in report.write(save(cell), tmp_path / "out", command="").read_text()
 
 
@@ -469,10 +470,10 @@ def test_two_runs_that_diverged_are_a_draw(tmp_path, save):
     cells = [make_cell(tmp_path, "mha", s, lr=3.0, seed=seed) for s in ("quack", "fixed") for seed in range(3)]
     for cell in cells:
         write_run(cell, status="diverged", last_step=10)
-        summary = json.loads((cell.run_dir / "summary.json").read_text())
+        summary = json.loads(cell.run_dir.summary_file.read_text())
         # Methods that begin with other weights have another initial loss.
         initial = {"initial_val_loss": 6.2 if "quack" in cell.name else 6.3}
-        (cell.run_dir / "summary.json").write_text(json.dumps(summary | initial))
+        cell.run_dir.summary_file.write_text(json.dumps(summary | initial))
     measured = results.from_runs(save(*cells))
     assert claim(measured, "QuacK beats the fixed factor").verdict == "not decided"
 
@@ -511,7 +512,7 @@ def test_a_rate_that_is_missing_makes_no_method_robust(tmp_path, save):
     write_run(cells[2], final=4.5)
     (entry,) = over_rates(results.from_runs(save(*cells)))
     assert (entry.sensitivity, entry.missing, entry.largest_stable) == (pytest.approx(0.3), [], 0.3)
-    uneven = replace(cells[2], run_dir=cells[2].run_dir.with_name("uneven"))
+    uneven = replace(cells[2], run_dir=RunDir(cells[2].run_dir.path.with_name("uneven")))
     uneven.config["optimizer"]["lr"] = 0.04
     write_run(uneven, final=4.5)
     (entry,) = over_rates(results.from_runs(save(*cells[:2], uneven)))
@@ -575,9 +576,9 @@ def test_what_no_run_writes_is_left_out(tmp_path, save):
     for cell in cells:
         write_run(cell)
     for cell, change in zip(cells, summaries, strict=False):
-        summary = json.loads((cell.run_dir / "summary.json").read_text())
-        (cell.run_dir / "summary.json").write_text(json.dumps(summary | change))
-    with (cells[-1].run_dir / "metrics.jsonl").open("a") as file:
+        summary = json.loads(cell.run_dir.summary_file.read_text())
+        cell.run_dir.summary_file.write_text(json.dumps(summary | change))
+    with cells[-1].run_dir.metrics_file.open("a") as file:
         for value in values:
             file.write(json.dumps({"step": 50, "tokens": 9} | dict.fromkeys(keys, value)) + "\n")
     measured = results.from_runs(save(*cells)).results
@@ -607,7 +608,7 @@ def test_the_methods_are_put_side_by_side_under_each_choice(tmp_path, save):
     other = [make_cell(tmp_path, "mla", name) for name in ("none", "quack")]
     for cell in other:
         cell.config["optimizer"]["max_grad_norm"] = 1.0
-    other = [replace(cell, run_dir=cell.run_dir.with_name(cell.name + "-other")) for cell in other]
+    other = [replace(cell, run_dir=RunDir(cell.run_dir.path.with_name(cell.name + "-other"))) for cell in other]
     for cell in usual:
         cell.config["optimizer"]["max_grad_norm"] = None
         write_run(cell, final=3.9 if "none" in cell.name else 3.7)

@@ -21,7 +21,7 @@ from calls import SCRIPTS, call_here, snapshot, write_files
 from quack_lm.config import CONFIG_DIR, compose
 from quack_lm.errors import UserError
 from quack_lm.sweep.cell import shell_line
-from quack_lm.training.build import build
+from quack_lm.training.build import build_run
 from quack_lm.training.check import check_run
 from quack_lm.training.loop import train
 
@@ -75,7 +75,7 @@ def run(tiny_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple
     """A run of two steps and its overrides."""
     run_dir = tmp_path_factory.mktemp("given") / "run"
     overrides = ["experiment=tiny", *tiny_data, *SMALL]
-    train(build(check_run(compose([*overrides, "trainer.steps=2", f"run_dir={run_dir}"]))))
+    train(build_run(check_run(compose([*overrides, "trainer.steps=2", f"run_dir={run_dir}"]))))
     return run_dir, overrides
 
 
@@ -88,7 +88,7 @@ def test_pickles_laid_into_a_checkpoint_are_never_read(run: tuple[Path, list[str
         (checkpoint / name).write_bytes(pickle.dumps(Pwned(tmp_path / "pwned")))
     config = compose([*overrides, "trainer.steps=3", f"run_dir={tmp_path}/run"])
     with contextlib.suppress(UserError):  # a checkpoint with more files than it should have may be refused
-        assert train(build(check_run(config))) == "completed"
+        assert train(build_run(check_run(config))).name == "completed"
     assert not (tmp_path / "pwned").exists()
 
 

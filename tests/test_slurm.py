@@ -26,7 +26,7 @@ from quack_lm.config import compose
 from quack_lm.errors import UserError
 from quack_lm.files import take_lock
 from quack_lm.sweep import cluster as jobs
-from quack_lm.sweep.cell import LOG_FILE, Cell
+from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.file import override_value
 from quack_lm.sweep.plan import read_plan
 from quack_lm.training.check import check_run
@@ -583,9 +583,9 @@ def test_a_sweep_is_submitted_split_and_completed_and_a_second_call_submits_noth
     until(lambda: all(cell.is_finished() for cell in cells), what, 250)
     assert len(cells) == 8
     for cell in cells:
-        assert cell.status() == "completed"
+        assert cell.run_dir.status() == "completed"
         assert steps_of(cell.run_dir)[-1] == 8
-        assert cell.summary()["step"] == 8
+        assert cell.run_dir.summary()["step"] == 8
     until(lambda: "nothing queued" in what(), what)
     assert "completed" in what().rpartition("nothing queued")[0]
     nothing = site.sweep("submit", *grown)
@@ -606,7 +606,7 @@ def test_a_canceled_sweep_saves_and_goes_on_when_submitted_again_on_two_ranks(
     site.sweep("submit", *arguments)
     (cell,) = read_plan(directory(tmp_path)).cells
     until(lambda: len(steps_of(cell.run_dir)) > 5, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
-    assert cell.status() == "running"
+    assert cell.run_dir.status() == "running"
     (task,) = jobs.tasks_of(directory(tmp_path)).values()
     assert task.state == "RUNNING"
     canceled = site.sweep("cancel", f"dir={directory(tmp_path)}")
@@ -614,12 +614,12 @@ def test_a_canceled_sweep_saves_and_goes_on_when_submitted_again_on_two_ranks(
     assert site.wait_for_end(str(task.job)) == "CANCELLED"
     assert site.show(bystander)["JobState"] == "RUNNING"
     site.call("scancel", bystander)
-    assert cell.status() == "interrupted"
-    assert 5 < cell.summary()["step"] < 250
+    assert cell.run_dir.status() == "interrupted"
+    assert 5 < cell.run_dir.summary()["step"] < 250
     done = site.sweep("submit", *arguments, "nodes=2")
     assert "1 submitted now" in done.stdout, done.stderr
     until(cell.is_finished, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
-    assert cell.summary()["world_size"] == 2
+    assert cell.run_dir.summary()["world_size"] == 2
     assert_every_step_once(cell.run_dir)
 
 
@@ -640,7 +640,7 @@ def test_a_task_of_a_sweep_that_breaks_down_is_queued_again_and_its_neighbor_goe
     site.wait_for(job, broken.is_finished)
     until(neighbor.is_finished, what)
     for cell in (broken, neighbor):
-        assert cell.status() == "completed"
+        assert cell.run_dir.status() == "completed"
         assert_every_step_once(cell.run_dir)
     assert site.show(str(tasks[neighbor.name]))["Restarts"] == "0"
 
@@ -663,7 +663,7 @@ def test_a_task_of_a_sweep_that_is_preempted_with_a_grace_time_is_queued_again(
         job = str(tasks[cell.name])
         site.wait_for(job, lambda job=job: site.show(job)["Restarts"] == "1")
         site.wait_for(job, cell.is_finished)
-        assert cell.status() == "completed"
+        assert cell.run_dir.status() == "completed"
         assert_every_step_once(cell.run_dir)
         log = directory(tmp_path) / jobs.FOLDER / f"slurm-{job}.out"
         assert f"preempted: requeueing job {job}," in log.read_text()
@@ -769,7 +769,7 @@ def test_a_second_submission_at_the_same_time_is_refused_and_changes_nothing(
 
 def trainer_of(cell: Cell) -> int:
     """The process that holds the log of a run open as its output."""
-    log = cell.run_dir / LOG_FILE
+    log = cell.run_dir.log_file
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if (path / "fd/1").samefile(log):

@@ -13,13 +13,14 @@ import pytest
 
 from quack_lm.config import compose, fingerprint
 from quack_lm.model import count_parameters
-from quack_lm.sweep.cell import Cell, last_lines
+from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.cost import Speed, count_flops, estimate
 from quack_lm.sweep.file import Point, StopRule, known_sweeps, load, override_value
 from quack_lm.sweep.label import titles
 from quack_lm.sweep.plan import Plan, make_cells, read_plan, write_plan
 from quack_lm.sweep.rule import Watch, forget_other_rules, is_hopeless, record_stop
-from quack_lm.training.check import make_model
+from quack_lm.training.build import make_model
+from quack_lm.training.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "sweep.py"
@@ -190,10 +191,10 @@ def test_hours_come_from_an_assumed_speed_or_from_the_runs_that_were_made(write,
     flops = dict.fromkeys((cell.name for cell in cells), 3.6e15)
     assert estimate(cells, flops).hours is None
     assert estimate(cells, flops, Speed(mfu=0.5, tflops=1.0)).hours == pytest.approx(2 * 3.6e15 / 0.5e12 / 3600)
-    cells[0].run_dir.mkdir()
+    cells[0].run_dir.path.mkdir()
     # 50 tokens/s of training, and with what is done between the steps 40.
     summary = {"status": "completed", "tokens": 1000, "elapsed_s": 20.0, "outside_s": {"probe": 2.0, "validation": 3.0}}
-    (cells[0].run_dir / "summary.json").write_text(json.dumps(summary))
+    cells[0].run_dir.summary_file.write_text(json.dumps(summary))
     cost = estimate(cells, flops)
     hours = cells[0].total_tokens / 40 / 3600
     assert (cost.hours, cost.hours_left) == (pytest.approx(2 * hours), pytest.approx(hours))
@@ -202,10 +203,10 @@ def test_hours_come_from_an_assumed_speed_or_from_the_runs_that_were_made(write,
 def test_the_rule_reads_past_a_damaged_line(write, tmp_path):
     good, bad = make_cells(load(write(TWO)), tmp_path)
     for cell, loss in ((good, 1.0), (bad, 9.0)):
-        cell.run_dir.mkdir()
+        cell.run_dir.path.mkdir()
         lines = [json.dumps({"step": step, "train/loss": loss}) for step in range(1, 5)]
         lines[1:1] = ["garbage", "[" * 5000, '{"step": "x", "train/loss": 1}'] if loss > 1 else []
-        (cell.run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        cell.run_dir.metrics_file.write_text("\n".join(lines) + "\n")
     assert Watch(RULE, [good, bad]).hopeless([good, bad]) == [bad]
 
 
@@ -226,14 +227,14 @@ grid: {stabilizer.tau: [0.1, 1.0], optimizer.max_grad_norm: [null, 1.0]}
 
 def test_a_run_stopped_by_a_rule_that_is_gone_goes_on(write, tmp_path):
     cell = make_cells(load(write(TWO)), tmp_path)[0]
-    cell.run_dir.mkdir()
-    (cell.run_dir / "summary.json").write_text(json.dumps({"status": "interrupted", "step": 3}))
+    cell.run_dir.path.mkdir()
+    cell.run_dir.summary_file.write_text(json.dumps({"status": "interrupted", "step": 3}))
     record_stop(cell, RULE)
     forget_other_rules([cell], RULE)
-    assert cell.status() == "stopped by rule"
+    assert cell.run_dir.status() == "stopped by rule"
     assert cell.is_finished()
     forget_other_rules([cell], None)
-    assert cell.status() == "interrupted"
+    assert cell.run_dir.status() == "interrupted"
     assert not cell.is_finished()
 
 
@@ -273,7 +274,7 @@ def test_a_plan_survives_being_written_moved_and_read(write, tmp_path):
     plan = read_plan(tmp_path / "new")
     assert (plan.sweep, plan.question, plan.command) == ("s", "q", "c")
     assert [cell.config for cell in plan.cells] == [cell.config for cell in cells]
-    assert [cell.run_dir for cell in plan.cells] == [tmp_path / "new" / cell.name for cell in cells]
+    assert [cell.run_dir for cell in plan.cells] == [RunDir(tmp_path / "new" / cell.name) for cell in cells]
 
 
 def test_the_quickstart_compares_every_stabilizer_on_both_attentions(tmp_path):
@@ -285,9 +286,9 @@ def test_the_quickstart_compares_every_stabilizer_on_both_attentions(tmp_path):
 
 
 def test_the_end_of_a_log_counts_a_repainted_progress_bar_once(tmp_path):
-    log = tmp_path / "log"
-    log.write_bytes(b"start\n 1%|#\r 2%|##\r 3%|###\nTraceback\n\nValueError: x\n")
-    assert last_lines(log, 3) == [" 3%|###", "Traceback", "ValueError: x"]
+    run_dir = RunDir(tmp_path)
+    run_dir.log_file.write_bytes(b"start\n 1%|#\r 2%|##\r 3%|###\nTraceback\n\nValueError: x\n")
+    assert run_dir.last_log_lines(3) == [" 3%|###", "Traceback", "ValueError: x"]
 
 
 # ------------------------------------------------------------------------------------------------ real runs
@@ -349,13 +350,13 @@ def test_a_sweep_trains_its_cells_and_a_second_call_reuses_them(start, tmp_path)
     assert code == 0, err
     assert "2 runs: 2 completed" in out
     cells = read_plan(tmp_path / "runs").cells
-    times = [(cell.run_dir / "metrics.jsonl").stat().st_mtime_ns for cell in cells]
+    times = [cell.run_dir.metrics_file.stat().st_mtime_ns for cell in cells]
     assert [cell.steps_done() for cell in cells] == [10, 10]
 
     code, again, err = finish(start(TWO))
     assert code == 0, err
     assert again == out
-    assert [(cell.run_dir / "metrics.jsonl").stat().st_mtime_ns for cell in cells] == times
+    assert [cell.run_dir.metrics_file.stat().st_mtime_ns for cell in cells] == times
 
     status = subprocess.run(
         [sys.executable, SCRIPT, "status", f"dir={tmp_path / 'runs'}"], capture_output=True, text=True
@@ -371,7 +372,7 @@ def test_a_sweep_trains_its_cells_and_a_second_call_reuses_them(start, tmp_path)
     assert "2 runs: 2 completed" in out
     quack = next(cell for cell in cells if "quack" in cell.name)
     copy = tmp_path / "other" / quack.name
-    assert (copy / "metrics.jsonl").read_bytes() == (quack.run_dir / "metrics.jsonl").read_bytes()
+    assert (copy / "metrics.jsonl").read_bytes() == quack.run_dir.metrics_file.read_bytes()
     assert not (copy / "checkpoints").exists()
 
 
@@ -396,7 +397,7 @@ def test_a_stopped_sweep_leaves_a_state_that_the_next_call_continues(start, tmp_
     assert code == 128 + how, err
     assert "the same command continues" in err
     cells = read_plan(tmp_path / "runs").cells
-    assert [cell.status() for cell in cells] == ["interrupted", "interrupted"]
+    assert [cell.run_dir.status() for cell in cells] == ["interrupted", "interrupted"]
 
 
 def test_runs_left_by_a_killed_sweep_are_waited_for_and_not_started_twice(start, tmp_path):
@@ -405,7 +406,7 @@ def test_runs_left_by_a_killed_sweep_are_waited_for_and_not_started_twice(start,
     process.kill()
     process.communicate()
     cells = read_plan(tmp_path / "runs").cells
-    assert any(cell.status() == "running" for cell in cells)
+    assert any(cell.run_dir.status() == "running" for cell in cells)
     code, out, err = finish(start(TWO, steps=60))
     assert code == 0, err
     assert "2 runs: 2 completed" in out
@@ -477,9 +478,9 @@ stop: {loss_above_best: 1.5, for_steps: 5}
     assert code == 0, err
     assert "1 completed" in out
     assert "1 stopped by rule" in out
-    (stopped,) = [cell for cell in read_plan(tmp_path / "runs").cells if cell.stop_record()]
-    assert stopped.stop_record()["rule"] == {"loss_above_best": 1.5, "for_steps": 5}
-    assert 5 <= stopped.summary()["step"] < 1500
+    (stopped,) = [cell for cell in read_plan(tmp_path / "runs").cells if cell.run_dir.stop_record()]
+    assert stopped.run_dir.stop_record()["rule"] == {"loss_above_best": 1.5, "for_steps": 5}
+    assert 5 <= stopped.run_dir.summary()["step"] < 1500
 
 
 def test_help_and_mistakes_on_the_command_line():
@@ -503,7 +504,7 @@ def test_help_and_mistakes_on_the_command_line():
 
 
 def metrics(cell: Cell) -> list[dict]:
-    return [json.loads(line) for line in (cell.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in cell.run_dir.metrics_file.read_text().splitlines()]
 
 
 def wait_for_steps(directory: Path, steps: int) -> None:

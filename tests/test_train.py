@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from quack_lm.config import choices, compose
 from quack_lm.errors import UserError
-from quack_lm.training.build import build
+from quack_lm.training.build import build_run
 from quack_lm.training.check import check_run
 from quack_lm.training.loop import train
 
@@ -52,7 +52,7 @@ SMALL = [
 
 def run_here(overrides: list[str], run_dir: Path) -> dict[str, Any]:
     """Train in this process; the summary."""
-    train(build(check_run(compose([*SMALL, *overrides, f"run_dir={run_dir}"]))))
+    train(build_run(check_run(compose([*SMALL, *overrides, f"run_dir={run_dir}"]))))
     return summary(run_dir)
 
 
@@ -374,7 +374,7 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_keys(tmp_path: Path,
 
 def test_no_step_draws_from_a_global_random_generator(tmp_path: Path, tiny_data: list[str]) -> None:
     # Else its state would belong in a checkpoint.
-    run = build(check_run(compose([*SMALL, *tiny_data, "stabilizer=quack", f"run_dir={tmp_path / 'run'}"])))
+    run = build_run(check_run(compose([*SMALL, *tiny_data, "stabilizer=quack", f"run_dir={tmp_path / 'run'}"])))
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     train(run)
     assert torch.equal(before[0], torch.get_rng_state())
@@ -383,9 +383,9 @@ def test_no_step_draws_from_a_global_random_generator(tmp_path: Path, tiny_data:
 
 def test_a_second_run_in_a_directory_in_use_is_refused(tmp_path: Path, tiny_data: list[str]) -> None:
     config = compose([*SMALL, *tiny_data, f"run_dir={tmp_path / 'run'}"])
-    first = build(check_run(config))
+    first = build_run(check_run(config))
     with pytest.raises(UserError, match="in use by another process"):
-        build(check_run(config))
+        build_run(check_run(config))
     assert first.lock is not None
     first.lock.close()
 

@@ -14,8 +14,6 @@ Exit codes: 0 ready; 2 something is wrong.
 """
 
 import os
-from pathlib import Path
-from typing import Any
 
 from quack_lm.config import compose, read_flags
 from quack_lm.errors import UserError
@@ -44,6 +42,7 @@ def main(arguments: list[str]) -> int:
     from quack_lm.training.preflight import (
         check_all_reduce,
         check_clocks,
+        check_this_rank,
         compare,
         facts_of_this_rank,
         merge,
@@ -61,7 +60,7 @@ def main(arguments: list[str]) -> int:
     except RuntimeError as error:
         raise UserError(str(error)) from None
     patient = world.host_group(timeout_s=DATA_TIMEOUT_S)
-    mine = own_rows(config, device, ranks)
+    mine = check_this_rank(config, device=device, ranks=ranks)
     world.barrier(patient)
     facts = world.all_gather(facts_of_this_rank(world))
     rows = merge(world.all_gather(mine), [fact["host"] for fact in facts])
@@ -72,9 +71,9 @@ def main(arguments: list[str]) -> int:
             rows.append(check_all_reduce(world, device=device, timeout_s=JOIN_TIMEOUT_S))
     is_ready = not world.all_gather(any(row.is_ok is False for row in rows)).count(True)
     if world.is_main:
-        words = {True: "ok", False: "WRONG", None: "-"}
+        words = {True: "ok", False: "FAIL", None: "-"}
         print(Table(header=("check", "", "found"), rows=[(r.check, words[r.is_ok], r.found) for r in rows]).as_text())
-        print("\nready to train" if is_ready else "\nNOT READY: mend what is marked WRONG")
+        print("\nready to train" if is_ready else "\nFAILED: fix the checks marked FAIL")
     return world.shutdown(0 if is_ready else 2)
 
 
@@ -92,74 +91,3 @@ def expected_ranks(arguments: list[str]) -> int | None:
             f"ranks={text} must be a whole number of at least 1 (nodes x tasks per node of the job), or any"
         )
     return int(text)
-
-
-def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any]:
-    """The checks that a rank makes alone, the same ones in the same order on each."""
-    from quack_lm.attention.scores import check_backend
-    from quack_lm.config import instantiate
-    from quack_lm.data.manifest import TokenData
-    from quack_lm.model import count_parameters
-    from quack_lm.parallel import check_world, default_device, launched_world
-    from quack_lm.training.check import (
-        check_memory,
-        check_run_dir,
-        check_same_data,
-        default_run_dir,
-        make_model,
-        open_data,
-    )
-    from quack_lm.training.preflight import attempt, check_disk, check_write_access
-
-    settings = instantiate(config["trainer"])
-    run_dir = Path(config["run_dir"] or default_run_dir(config))
-    counts: dict[str, int] = {}
-    found: list[TokenData] = []
-    # A login node needs no GPU for a job that will have some.
-    is_login_node = ranks is not None
-    there = "cuda" if is_login_node and settings.device != "cpu" else device
-
-    def model() -> str:
-        counts.update(count_parameters(make_model(config, backend="eager")))
-        if there == "cuda" or settings.device == "cpu":
-            check_backend(config["attention"]["backend"], device=there, precision=settings.precision)
-        return f"{counts['total']:,} parameters"
-
-    def processes() -> str:
-        here = launched_world()[1]
-        if is_login_node and here not in (1, ranks):
-            raise UserError(f"ranks={ranks} is for a login node, and here are {here} processes: leave it out")
-        if ranks == 0:
-            return "as many as the job will have"
-        if not is_login_node:
-            if settings.device == "auto":
-                default_device()  # which says what is wrong
-            check_world(device=device)
-        settings.check_ranks(ranks or here)
-        if counts and not is_login_node and (device == "cuda" or settings.device == "cpu"):
-            shape = make_model(config, backend="eager")
-            check_memory(config, shape, device=device, ranks_of_a_copy=here // settings.replicas)
-        where = "in the job" if is_login_node else f"on {device}"
-        return f"{ranks or here} {where}, {settings.global_batch_size} sequences a step"
-
-    def data() -> str:
-        opened = open_data(instantiate(config["data"]), config["model"]["vocab_size"])
-        for split in ("train", "val", "probe"):
-            opened.windows(split, settings.seq_len)
-        found.append(opened)
-        return f"{config['data']['dir']}, {opened.manifest.split('train').tokens:,} training tokens"
-
-    def directory() -> str:
-        resumes_from, finished = check_run_dir(run_dir, config, settings)
-        if resumes_from and found:
-            check_same_data(run_dir, resumes_from, found[0])
-        state = f"finished already: {finished}" if finished else f"continues from {resumes_from}"
-        return f"{run_dir}: {state if finished or resumes_from else 'a new run'}"
-
-    def disk() -> str:
-        kept = settings.keep_checkpoints + (settings.steps // settings.keep_every if settings.keep_every else 0)
-        return check_disk(run_dir, n_params=counts.get("total", 0), kept=kept)
-
-    looks = {"model": model, "processes": processes, "data": data, "run directory": directory}
-    looks |= {"write access": lambda: check_write_access(run_dir), "disk space": disk}
-    return [attempt(check, look) for check, look in looks.items()]

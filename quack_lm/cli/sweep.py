@@ -43,7 +43,7 @@ from typing import Any
 from quack_lm.errors import UserError, printable
 from quack_lm.report import collected, progress, runs
 from quack_lm.sweep import cluster, cost, file, local
-from quack_lm.sweep.cell import LOG_FILE, Cell, reuse, shell_line
+from quack_lm.sweep.cell import reuse, shell_line
 from quack_lm.sweep.plan import PLAN_FILE, Plan, make_cells, read_plan, write_plan
 
 VERBS = ("plan", "run", "resume", "submit", "status", "cancel", "collect", "task")
@@ -172,7 +172,7 @@ def make_plan(command: Command, directory: Path) -> Plan:
 def print_plan(plan: Plan, command: Command) -> None:
     print(*map(printable, plan.question.splitlines()), sep="\n", end="\n\n")
     for cell in plan.cells:
-        print(f"{cell.status():11} {cell.command()}")
+        print(f"{cell.run_dir.status():11} {cell.command()}")
     unfinished = sum(not cell.is_finished() for cell in plan.cells)
     assumed = cost.Speed(mfu=command.mfu, tflops=command.tflops) if command.mfu and command.tflops else None
     total = cost.estimate(plan.cells, cost.count_flops(plan.cells, _flops_per_token), assumed)
@@ -192,10 +192,10 @@ def print_plan(plan: Plan, command: Command) -> None:
 
 
 def _flops_per_token(config: dict[str, Any]) -> float:
-    from quack_lm.training.check import make_model  # late: status and collect need no torch
+    from quack_lm.training.build import make_model  # late: status and collect need no torch
     from quack_lm.training.flops import flops_per_token
 
-    return flops_per_token(make_model(config, backend="eager"), config["trainer"]["seq_len"])
+    return flops_per_token(make_model(config), config["trainer"]["seq_len"])
 
 
 def submit(plan: Plan, command: Command, directory: Path) -> int:
@@ -236,10 +236,10 @@ def _listed(jobs: list[int]) -> str:
 def _check_data(plan: Plan) -> None:
     """That each data set of the sweep is there, before a queue is waited in; the jobs read its bytes."""
     from quack_lm.config import instantiate
-    from quack_lm.training.check import open_data  # late: status and collect need no torch
+    from quack_lm.training.build import open_data  # late: status and collect need no torch
 
     for data, size in {(json.dumps(c.config["data"]), c.config["model"]["vocab_size"]) for c in plan.cells}:
-        open_data(instantiate({**json.loads(data), "verify_checksums": False}), size)
+        open_data(instantiate(json.loads(data)), size)
 
 
 def show_status(plan: Plan, directory: Path) -> None:
@@ -267,12 +267,8 @@ def train(plan: Plan, command: Command, directory: Path) -> int:
     if outcome.signal:
         print("stopped; the same command continues", file=sys.stderr)
     for cell in outcome.failed:
-        print(f"failed: {cell.name}; its log is {_log(cell)}", file=sys.stderr)
+        print(f"failed: {cell.name}; its log is {cell.run_dir.log_file}", file=sys.stderr)
     return outcome.exit_code
-
-
-def _log(cell: Cell) -> Path:
-    return cell.run_dir / LOG_FILE
 
 
 def main(arguments: list[str]) -> int:

@@ -19,11 +19,15 @@ diverged or interrupted; 2 a mistake in the settings; 1 a crash.
 
 import sys
 from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from quack_lm.config import CONFIG_DIR, choices, compose, read_flags
 from quack_lm.errors import UserError, exit_without_teardown, tell_job
+
+if TYPE_CHECKING:
+    from quack_lm.training.loop import Run
 
 
 def main(arguments: list[str]) -> int:
@@ -36,45 +40,60 @@ def main(arguments: list[str]) -> int:
     file, is_check, overrides = read_flags(arguments)
     config = compose(overrides, file=file)
 
+    return train_config(config, is_check=is_check)
+
+
+def train_config(config: dict[str, Any], *, is_check: bool) -> int:
+    """Check a composed config and, unless `is_check`, train it; returns the exit code."""
     # Imported late: --help and a mistake in the settings need not wait for it.
     from quack_lm.model import count_parameters
-    from quack_lm.slurm import WORDS, was_canceled
-    from quack_lm.training.build import build
-    from quack_lm.training.check import check_run, make_model, run_warnings
-    from quack_lm.training.loop import summarize, train
+    from quack_lm.training.build import build_run
+    from quack_lm.training.check import check_run, run_warnings
 
     if is_check:
-        counts = count_parameters(make_model(config))
         print(yaml.safe_dump(config, sort_keys=False))
-        print("\n".join(f"{n:>15,}  {component}" for component, n in counts.items()))
     plan = check_run(config, is_rehearsal=is_check)
     warnings = [f"warning: {text}\n" for text in run_warnings(plan)]
     if is_check:
+        print("\n".join(f"{n:>15,}  {component}" for component, n in count_parameters(plan.model).items()))
         sys.stderr.writelines(warnings)
         print(f"ready to train in {plan.run_dir}")
         return 0
     if plan.finished:
         print(f"{plan.run_dir} is finished already: {plan.finished}")
         return 0
-    run = build(plan)
+    run = build_run(plan)
     sys.stderr.writelines(warnings if run.world.is_main else [])
+    _train(run)
+    return run.world.shutdown(0)
+
+
+def _train(run: "Run") -> None:
+    """Train; whatever ends the run is in its summary before this returns or raises."""
+    from quack_lm.slurm import WORDS, was_canceled
+    from quack_lm.training.loop import summarize, train
+    from quack_lm.training.state import RunStatus
+
     try:
         status = train(run)
     except KeyboardInterrupt:
-        summarize(run, "interrupted", reason="stopped at once by a second SIGINT")
+        run.status = RunStatus("interrupted", "stopped at once by a second SIGINT")
+        summarize(run)
         exit_without_teardown(130)  # nor waiting for a checkpoint that is being written
     except BaseException as error:
-        last = summarize(run, "failed", reason=f"{type(error).__name__}: {error}")
+        run.status = RunStatus("failed", f"{type(error).__name__}: {error}")
+        last = summarize(run)
         if isinstance(error, UserError):  # that all ranks have agreed on: none may end while W&B is told
             run.log.close(last)
             with suppress(RuntimeError):
                 run.world.barrier()
         raise
-    if run.world.is_main:
-        print(f"{status} at step {run.progress.step}: validation loss {run.progress.val_loss:.4f}, {plan.run_dir}")
-        if status == "interrupted" and run.stopped_by in WORDS:
-            tell_job(WORDS[run.stopped_by])
-            # Asked when all is saved: a controller may take its time to answer.
-            if run.stopped_by == "SIGTERM" and was_canceled():
-                summarize(run, status, reason="the job was canceled (SIGTERM)")
-    return run.world.shutdown(0)
+    if not run.world.is_main:
+        return
+    print(f"{status.name} at step {run.state.step}: validation loss {run.state.val_loss:.4f}, {run.run_dir}")
+    if status.stop_signal in WORDS:
+        tell_job(WORDS[status.stop_signal])
+        # Asked when all is saved: a controller may take its time to answer.
+        if status.stop_signal == "SIGTERM" and was_canceled():
+            run.status = RunStatus("interrupted", "the job was canceled (SIGTERM)", status.stop_signal)
+            summarize(run)

@@ -102,7 +102,7 @@ class TrainBatches:
             yield torch.from_numpy(self._windows.read(numbers))
 
     @property
-    def trouble(self) -> str | None:
+    def error(self) -> str | None:
         """What has happened to the files, see `Windows`."""
         return self._windows.trouble
 
@@ -143,7 +143,7 @@ class EvalBatches:
         self._weights = np.split(weights, world_size)[rank]
 
     @property
-    def trouble(self) -> str | None:
+    def error(self) -> str | None:
         """What has happened to the files, see `Windows`."""
         return self._windows.trouble
 

@@ -125,8 +125,15 @@ class TokenData:
         """Read and check a data set; without checksums, shards are still checked for their size."""
         manifest, digest = read_manifest(directory)
         _check_tokenizer(directory, manifest)
-        _check_shards(directory, manifest, verify_checksums=verify_checksums)
-        return cls(directory, manifest, digest)
+        _check_sizes(directory, manifest)
+        data = cls(directory, manifest, digest)
+        if verify_checksums:
+            data.verify_checksums()
+        return data
+
+    def verify_checksums(self) -> None:
+        """Read every byte of the shards; UserError at the first that is not what the manifest says."""
+        _check_bytes(self.directory, self.manifest)
 
     @property
     def n_bytes(self) -> int:
@@ -183,9 +190,8 @@ def _check_tokenizer(directory: Path, manifest: Manifest) -> None:
             raise _damaged(directory, folder / name, "its sha256 is not that of the manifest")
 
 
-def _check_shards(directory: Path, manifest: Manifest, *, verify_checksums: bool) -> None:
-    shards = [shard for split in SPLITS for shard in manifest.split(split).shards]
-    for shard in shards:
+def _check_sizes(directory: Path, manifest: Manifest) -> None:
+    for shard in _all_shards(manifest):
         path = directory / shard.file
         size = shard.tokens * manifest.token_dtype.itemsize
         _refuse_link_out(directory, path)
@@ -193,14 +199,20 @@ def _check_shards(directory: Path, manifest: Manifest, *, verify_checksums: bool
             raise _damaged(directory, path, "the shard is missing")
         if path.stat().st_size != size:
             raise _damaged(directory, path, f"it has {path.stat().st_size} bytes, the manifest says {size}")
-    if not verify_checksums:
-        return
+
+
+def _check_bytes(directory: Path, manifest: Manifest) -> None:
+    shards = _all_shards(manifest)
     paths = [directory / shard.file for shard in shards]
     for shard, path, digest in zip(shards, paths, file_sha256s(paths), strict=True):
         if digest != shard.sha256:
             raise _damaged(directory, path, "its sha256 is not that of the manifest")
         if np.memmap(path, dtype=manifest.token_dtype, mode="r").max() >= manifest.vocab_size:
             raise _damaged(directory, path, "it has tokens beyond the vocabulary")
+
+
+def _all_shards(manifest: Manifest) -> list[Shard]:
+    return [shard for split in SPLITS for shard in manifest.split(split).shards]
 
 
 def _refuse_link_out(directory: Path, path: Path) -> None:

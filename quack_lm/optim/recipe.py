@@ -98,11 +98,12 @@ class MuonRecipe(Recipe):
         return _checked(model, [muon, self._adamw(rest, self.adamw_lr or self.lr)])
 
 
-def set_rates(optimizers: list[Optimizer], factor: float) -> None:
-    """Scale every group's base rate by the schedule's factor."""
+def set_lr(optimizers: list[Optimizer], factor: float) -> float:
+    """Scale every group's base rate by the schedule's factor; returns the rate of the first group."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+    return float(optimizers[0].param_groups[0]["lr"])
 
 
 def _checked(model: nn.Module, optimizers: list[Optimizer]) -> list[Optimizer]:

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from quack_lm.config import flatten
 from quack_lm.errors import UserError
 from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results, readable
-from quack_lm.sweep.cell import checked_summary
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import Plan, Record, reason
+from quack_lm.training.run_dir import checked_summary
 
 RESULTS_FILE, CURVES_FILE = "results.parquet", "curves.parquet"
 

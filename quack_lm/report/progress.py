@@ -35,11 +35,11 @@ def _job(task: Task | None) -> tuple[str, str]:
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
-    step, status = cell.steps_done(), cell.status()
-    train_loss = cell.last_line("train/loss").get("train/loss")
-    speed = cell.last_line("throughput/tokens_per_s").get("throughput/tokens_per_s")
+    step, status = cell.steps_done(), cell.run_dir.status()
+    train_loss = cell.run_dir.last_line("train/loss").get("train/loss")
+    speed = cell.run_dir.last_line("throughput/tokens_per_s").get("throughput/tokens_per_s")
     left = (cell.total_steps - step) * cell.tokens_per_step / speed if speed and not cell.is_finished() else None
-    kind = kind_of_end(status, cell.summary().get("reason"))
+    kind = kind_of_end(status, cell.run_dir.summary().get("reason"))
     return (
         kind,
         str(step),

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quack_lm.config import choice
-from quack_lm.files import metrics_line, read_json
-from quack_lm.sweep.cell import FINISHED, LOG_FILE, METRICS_FILE, Cell, last_lines
+from quack_lm.files import metrics_line
+from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.label import labels, title
 from quack_lm.sweep.plan import Plan, read_plan
+from quack_lm.training.run_dir import FINISHED
 from quack_lm.training.state import kind_of_end
 
 # A metric's name, or what to take from a line of metrics; `...` stands for "not due at this step".
@@ -92,7 +93,7 @@ class Result:
     def reason(self) -> str | None:
         """Why the run ended, in its own words or, where it had no time for any, the last of its log."""
         if self.status == "failed" and not self.summary.get("reason"):
-            return next(iter(last_lines(self.cell.run_dir / LOG_FILE, 1)), None)
+            return next(iter(self.cell.run_dir.last_log_lines(1)), None)
         return self.summary.get("reason")
 
     @property
@@ -201,10 +202,20 @@ def from_runs(directory: Path) -> Results:
     plan = read_plan(directory)
     entries = []
     for cell in plan.cells:
-        metrics = list(_metrics(cell.run_dir / METRICS_FILE))
-        environment = read_json(cell.run_dir / "environment.json")
+        metrics = list(_metrics(cell.run_dir.metrics_file))
+        environment = cell.run_dir.environment()
         blowup = first_blowup(metrics, cell.config["trainer"].get("unstable_logit", math.inf))
-        entries.append((cell, cell.status(), cell.summary(), metrics, environment, cell.stop_record(), blowup))
+        entries.append(
+            (
+                cell,
+                cell.run_dir.status(),
+                cell.run_dir.summary(),
+                metrics,
+                environment,
+                cell.run_dir.stop_record(),
+                blowup,
+            )
+        )
     return make_results(directory, plan, entries)
 
 

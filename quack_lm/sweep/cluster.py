@@ -22,7 +22,7 @@ from quack_lm import slurm
 from quack_lm.config import SLURM_DIR, instantiate
 from quack_lm.errors import UserError
 from quack_lm.files import LOCK_WAIT_S, take_lock
-from quack_lm.sweep.cell import LOG_FILE, Cell
+from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.local import TRAIN
 from quack_lm.sweep.plan import PLAN_FILE, Plan, read_plan, write_plan
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
@@ -104,7 +104,7 @@ def submit(directory: Path, plan: Plan, resources: Resources, *, concurrency: in
         todo = [
             cell
             for cell in unfinished
-            if cell.status() != "running" and not (cell.name in known and known[cell.name].is_active)
+            if cell.run_dir.status() != "running" and not (cell.name in known and known[cell.name].is_active)
         ]
         number = max([0, *_numbers(directory), *arrays])
         # In a row, or the concurrency of the arrays would add up.
@@ -248,16 +248,16 @@ def run_task(file: Path, index: int) -> NoReturn:
     if index >= len(plan.cells):
         raise UserError(f"index={index}: {file} has {len(plan.cells)} runs, counted from 0")
     cell = plan.cells[index]
-    print(f"{cell.name}: the log is {cell.run_dir / LOG_FILE}", flush=True)
-    if cell.has_ended():
+    print(f"{cell.name}: the log is {cell.run_dir.log_file}", flush=True)
+    if cell.run_dir.has_ended():
         print("finished already")
         raise SystemExit(0)
     step = slurm.current_step()
     is_main = step is None or step.rank == 0
-    cell.run_dir.mkdir(parents=True, exist_ok=True)
+    cell.run_dir.path.mkdir(parents=True, exist_ok=True)
     if is_main and plan.stop:
         _start_watch(cell, plan, directory)
-    log = open(cell.run_dir / LOG_FILE, "ab")  # noqa: SIM115
+    log = open(cell.run_dir.log_file, "ab")  # noqa: SIM115
     # The lock belongs to the open file, which the trainer keeps as its output; the other ranks only write. Whoever asks
     # for the state of the run holds it for a moment, a node that died for longer.
     if is_main and not take_lock(log, wait_s=LOCK_WAIT_S):

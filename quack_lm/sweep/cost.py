@@ -74,7 +74,7 @@ def _seconds_measured(cells: Sequence[Cell]) -> dict[str, float]:
 
 
 def _seconds_per_token(cell: Cell) -> float | None:
-    summary = cell.summary()
+    summary = cell.run_dir.summary()
     times = [summary.get("elapsed_s"), *(summary.get("outside_s") or {}).values()]
     return sum(times) / summary["tokens"] if summary.get("tokens") and all(times[:1]) else None
 

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from quack_lm.files import take_lock
-from quack_lm.sweep.cell import LOG_FILE, Cell, last_lines
+from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.label import titles
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
@@ -123,7 +123,7 @@ def _start_what_fits(pending: list[Cell], free: list[Slot], running: list[Runnin
         if cell.is_finished():  # meanwhile, by another call
             pending.remove(cell)
         elif process := _start(cell, free[-1], threads):
-            running.append(Running(cell, process, free.pop(), cell.newest_checkpoint()))
+            running.append(Running(cell, process, free.pop(), cell.run_dir.newest_checkpoint()))
             pending.remove(cell)
 
 
@@ -132,11 +132,11 @@ def _start(cell: Cell, slot: Slot, threads: int) -> subprocess.Popen[bytes] | No
 
     The log is the lock: the child inherits it as its output, so the lock lives as long as the child does.
     """
-    cell.run_dir.mkdir(parents=True, exist_ok=True)
+    cell.run_dir.path.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if slot.gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
-    with open(cell.run_dir / LOG_FILE, "ab") as log:
+    with open(cell.run_dir.log_file, "ab") as log:
         if not take_lock(log):
             return None
         with _pinned(slot.cores):
@@ -153,7 +153,7 @@ def _start(cell: Cell, slot: Slot, threads: int) -> subprocess.Popen[bytes] | No
 
 def _is_worth_another_start(entry: Running) -> bool:
     """Whether a run was killed, by its watchdog for instance, and has got further than where it began this time."""
-    return entry.cell.status() == "killed" and entry.cell.newest_checkpoint() > entry.began_from
+    return entry.cell.run_dir.status() == "killed" and entry.cell.run_dir.newest_checkpoint() > entry.began_from
 
 
 def _stop_hopeless(watch: Watch, running: Sequence[Running]) -> list[Running]:
@@ -168,17 +168,17 @@ def _stop_hopeless(watch: Watch, running: Sequence[Running]) -> list[Running]:
 
 def _ending(entry: Running, is_stopping: bool) -> str:
     cell, code = entry.cell, entry.process.returncode
-    summary, status = cell.summary(), cell.status()
+    summary, status = cell.run_dir.summary(), cell.run_dir.status()
     if cell.is_finished():
         loss = summary.get("val_loss")
         return f"{cell.name}: {status}" + (f", val loss {loss:.3f}" if loss is not None else "")
     if is_stopping:
         return f"{cell.name}: stopped at step {summary.get('step', 0)}"
-    tail = "".join(f"\n    {line}" for line in last_lines(cell.run_dir / LOG_FILE, LOG_LINES_SHOWN))
+    tail = "".join(f"\n    {line}" for line in cell.run_dir.last_log_lines(LOG_LINES_SHOWN))
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     if _is_worth_another_start(entry):
-        return f"{cell.name}: ended in the middle ({how}), goes on from {cell.newest_checkpoint()}:{tail}"
-    return f"{cell.name}: FAILED ({how}), the end of {cell.run_dir / LOG_FILE}:{tail}"
+        return f"{cell.name}: ended in the middle ({how}), goes on from {cell.run_dir.newest_checkpoint()}:{tail}"
+    return f"{cell.name}: FAILED ({how}), the end of {cell.run_dir.log_file}:{tail}"
 
 
 # ------------------------------------------------------------------------------------------------ progress

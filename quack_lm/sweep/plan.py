@@ -14,6 +14,7 @@ from quack_lm.errors import UserError
 from quack_lm.files import write_json
 from quack_lm.sweep.cell import Cell, readable
 from quack_lm.sweep.file import Point, StopRule, Sweep, override_value
+from quack_lm.training.run_dir import RunDir
 
 PLAN_FILE = "plan.json"
 
@@ -74,7 +75,7 @@ class Record(pydantic.BaseModel):
             overrides=self.overrides,
             config=self.config,
             fingerprint=self.fingerprint,
-            run_dir=directory / self.name,
+            run_dir=RunDir(directory / self.name),
         )
 
 
@@ -142,7 +143,7 @@ def read_plan(directory: Path, file: str = PLAN_FILE) -> Plan:
 def _cell(overrides: list[str], directory: Path, sweep: str) -> Cell:
     config = compose(overrides)
     identity = fingerprint(config)
-    run_dir = directory / f"{readable(config)}-{identity}"
+    run_dir = RunDir(directory / f"{readable(config)}-{identity}")
     # One W&B group per sweep, and tags to group and filter by; what the user set himself comes later and wins.
     tags = ",".join(choice(config[section]) for section in ("attention", "stabilizer"))
     mirror = [f"logger.group={override_value(sweep)}", f"logger.tags=[{tags}]"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from quack_lm.files import metrics_line, write_json
-from quack_lm.sweep.cell import METRICS_FILE, STOP_FILE, Cell
+from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.file import StopRule
 
 
@@ -35,7 +35,7 @@ class Watch:
         return [cell for cell in running if is_hopeless(self.losses[cell.name], best, self.rule)]
 
     def _follow(self, cell: Cell) -> None:
-        path, start = cell.run_dir / METRICS_FILE, self._read[cell.name]
+        path, start = cell.run_dir.metrics_file, self._read[cell.name]
         if not path.is_file():
             return
         if path.stat().st_size < start:  # the run went back to a checkpoint and dropped what came after it
@@ -62,12 +62,12 @@ def is_hopeless(losses: dict[int, float], best: dict[int, float], rule: StopRule
 
 def record_stop(cell: Cell, rule: StopRule) -> None:
     """Write down that the rule ends this run, before the run is told to end."""
-    write_json(cell.run_dir / STOP_FILE, {"rule": asdict(rule), "decided_at_step": cell.steps_done()})
+    write_json(cell.run_dir.stop_file, {"rule": asdict(rule), "decided_at_step": cell.steps_done()})
 
 
 def forget_other_rules(cells: Sequence[Cell], rule: StopRule | None) -> None:
     """A run that was stopped by a rule which the sweep file no longer has goes on."""
     for cell in cells:
-        record = cell.stop_record()
+        record = cell.run_dir.stop_record()
         if record and record["rule"] != (asdict(rule) if rule else None):
-            (cell.run_dir / STOP_FILE).unlink()
+            (cell.run_dir.stop_file).unlink()

@@ -1,100 +1,214 @@
-"""From a checked plan to objects: the processes' group, the run directory, and everything that trains."""
+"""From a checked config to objects: model, data, measurement, and the run that holds them.
+
+`make_model` and `open_data` are what checking needs too; a `RunPlan` carries what it has opened and built, so that
+nothing is built or opened twice; `build_run` starts the process group and makes the rest.
+"""
 
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
-import yaml
+from torch.optim import Optimizer
 
 from quack_lm import slurm
-from quack_lm.config import choice, fingerprint, identity
-from quack_lm.data.batches import EvalBatches, TrainBatches
+from quack_lm.attention.base import Attention
+from quack_lm.config import choice, fingerprint, identity, instantiate
+from quack_lm.data.batches import EvalBatches, TrainBatches, Windows
+from quack_lm.data.corpus import Corpus
+from quack_lm.data.manifest import SplitName, TokenData
 from quack_lm.errors import UserError
-from quack_lm.files import LOCK_WAIT_S, open_regular, read_json, take_lock, write_atomically, write_json
-from quack_lm.model import count_parameters
-from quack_lm.parallel import (
-    World,
-    launched_world,
-    materialize,
-    shard,
-    start_world,
-)
+from quack_lm.files import LOCK_WAIT_S
+from quack_lm.model import ModelSizes, Transformer, count_parameters
+from quack_lm.optim.recipe import Recipe
+from quack_lm.parallel import World, launched_world, materialize, shard, start_world
 from quack_lm.probe import Probe
+from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
 from quack_lm.training import checkpoint
-from quack_lm.training.check import CHECKPOINTS, Plan, initialize_stabilizer, progress_of, seen_of
+from quack_lm.training.coordinator import Coordinator
 from quack_lm.training.environment import package_versions
 from quack_lm.training.flops import peak_flops
 from quack_lm.training.loop import Run
-from quack_lm.training.metrics import RunLog, WandbMirror
+from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
+from quack_lm.training.run_dir import RunDir
 from quack_lm.training.saver import Saver
+from quack_lm.training.settings import TrainerSettings
 from quack_lm.training.state import TrainState
 from quack_lm.training.watchdog import Watchdog
 
 T = TypeVar("T")
 
-# Longer than the watchdog waits: it tells more about a hang than a collective that gives up.
+# Longer than the watchdog waits: it tells more about a hang than a collective that times out.
 GRACE_S = 60.0
 # The ranks arrive far apart, for one per machine reads every byte of the data first: at least at this rate, from a file
 # server that many machines read from.
 READ_BYTES_PER_S = 1e7
 
 
-def build(plan: Plan) -> Run:
-    """Start the processes' group, take the run directory, and build every object of the run."""
-    settings = plan.settings
-    world = start_world(
-        device=plan.device,
-        # One float32 process needs no wrapping; in bfloat16 it gets FSDP's precision rules like many would.
-        is_wrapped=launched_world()[1] > 1 or settings.precision != "float32",
-        replicas=settings.replicas,
-        timeout_s=settings.timeout_s + GRACE_S + _bytes_read_first(plan) / READ_BYTES_PER_S,
-    )
+@dataclass(frozen=True)
+class RunPlan:
+    """A checked run: its config, and what checking it has opened and built already."""
+
+    config: dict[str, Any]
+    run_dir: RunDir
+    settings: TrainerSettings
+    logger: LoggerSettings
+    recipe: Recipe
+    stabilizer: Stabilizer
+    model: Transformer  # on the meta device
+    data: TokenData
+    sequences: dict[SplitName, Windows]
+    device: str
+    flops_per_token: float
+    resumes_from: Path | None  # known to rank 0 alone
+    snapshot: tuple[list[str], str | None]  # of the run directory when it was checked
+    finished: str | None  # the status with which this very run has ended already
+
+
+# ------------------------------------------------------------------------------------------------ for checking too
+
+
+def make_model(config: dict[str, Any], stabilizer: Stabilizer | None = None) -> Transformer:
+    """The config's model on the meta device, its forward changed by `stabilizer` (one of its own unless given).
+
+    Raises UserError for shapes that cannot be.
+    """
+    sizes: ModelSizes = instantiate(config["model"])
+    settings: TrainerSettings = instantiate(config["trainer"])
+    chosen: Stabilizer = stabilizer or instantiate(config["stabilizer"])
+
+    def make_attention() -> Attention:
+        attention: Attention = instantiate(config["attention"], sizes.d_model, chosen.qk_transform)
+        attention.tracks_max_logits = chosen.needs_max_logits
+        return attention
+
+    try:
+        with torch.device("meta"):
+            return Transformer(
+                sizes,
+                make_attention,
+                activation_checkpointing=settings.activation_checkpointing,
+                loss_chunk=settings.loss_chunk,
+            )
+    except (TypeError, RuntimeError, OverflowError) as error:
+        # Without memory behind them, matrices can only fail by sizes that no machine can count.
+        key = max(("d_model", "d_ff", "vocab_size"), key=lambda name: getattr(sizes, name))
+        raise UserError(
+            f"model.{key}={getattr(sizes, key)} is too large, or another size of model or attention"
+        ) from error
+
+
+def open_data(corpus: Corpus, vocab_size: int) -> TokenData:
+    """The prepared data of a corpus, not yet verified by checksum; UserError if it is missing, damaged, or another."""
+    data = TokenData.open(Path(corpus.dir), verify_checksums=False)
+    made = data.manifest
+    for key, wanted, found in (
+        ("vocab_size", corpus.vocab_size, made.vocab_size),
+        ("tokenizer", corpus.tokenizer or made.tokenizer.name, made.tokenizer.name),
+    ):
+        if wanted != found:
+            raise UserError(
+                f"data.dir={corpus.dir} was made with data.{key}={found}, not {wanted}; use that data set's own"
+            )
+    if made.vocab_size > vocab_size:
+        raise UserError(
+            f"model.vocab_size={vocab_size} is smaller than the vocabulary of data.dir={corpus.dir}; "
+            f"set data.vocab_size={made.vocab_size}"
+        )
+    return data
+
+
+def initialize_stabilizer(stabilizer: Stabilizer, weights: LogitWeights) -> None:
+    """Give it the norms of the weights with which a run begins, if it asks for norms."""
+    if stabilizer.needs_norms:
+        stabilizer.initialize(weights.paths, weights.norms(stabilizer.needs_norms))
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+def build_run(plan: RunPlan) -> Run:
+    """Start the process group, claim the run directory, and build every object of the run."""
+    settings, config = plan.settings, plan.config
+    world = _start_world(plan)
     # From here on the ranks wait for each other, and none may hang; of a restart, one may wait for the lock.
-    limit_s = settings.timeout_s + (LOCK_WAIT_S if slurm.is_restart() else 0.0)
-    watchdog = Watchdog(limit_s, rank=world.rank)
-    with watchdog.watching():
-        run = _assemble(plan, world, watchdog)
-    # W&B has a time limit of its own, and the run goes on without it.
-    if world.is_main and plan.logger.wandb != "disabled":
-        run.log.mirror = WandbMirror(plan.run_dir, plan.logger, plan.config, run.facts["wandb_id"])
-        run.facts["wandb_id"] = run.log.mirror.id
-    config = plan.config
-    run.log.start_progress(run.progress.step, f"{choice(config['attention'])}/{choice(config['stabilizer'])}")
+    startup = Watchdog(settings.timeout_s + (LOCK_WAIT_S if slurm.is_restart() else 0.0), rank=world.rank)
+    with startup.watching():
+        lock = _on_main_rank(world, plan.run_dir, lambda: _claim(plan))
+        # Before: rank 0 has chosen a checkpoint. After: every rank has its name.
+        name = world.all_gather(plan.resumes_from.name if plan.resumes_from else "")[0]
+        resumes_from = plan.run_dir.checkpoints / name if name else None
+        state = checkpoint.read_train_state(resumes_from) if resumes_from else TrainState()
+        n_params = count_parameters(plan.model)["total"]
+        facts: dict[str, Any] = {
+            "n_params": n_params,
+            "fingerprint": fingerprint(config),
+            "world_size": world.size,
+            "manifest_sha256": plan.data.manifest_sha256,
+        }
+        trained = build_model(plan, world, resumes_from, startup)
+        startup.feed()
+        data = build_data(plan, world)
+        measurement = build_measurement(plan, world, trained, data, first_step=state.step)
+        run = Run(
+            run_dir=plan.run_dir,
+            settings=settings,
+            world=world,
+            coordinator=Coordinator(
+                world,
+                Watchdog(settings.timeout_s, rank=world.rank),
+                plan.run_dir,
+                parts=[measurement.saver, data.batches, data.validation],
+            ),
+            model=plan.model,
+            optimizers=trained.optimizers,
+            schedule=plan.recipe.make_schedule(settings.steps),
+            max_grad_norm=plan.recipe.max_grad_norm,
+            stabilizer=plan.stabilizer,
+            stabilizer_name=choice(config["stabilizer"]),
+            weights=trained.weights,
+            batches=data.batches,
+            validation=data.validation,
+            probe=measurement.probe,
+            log=measurement.log,
+            saver=measurement.saver,
+            state=state,
+            unigram_entropy=plan.data.manifest.unigram_entropy,
+            flops_per_token=plan.flops_per_token,
+            peak_flops=peak_flops(world.device, settings.precision),
+            facts=facts,
+            lock=lock,
+        )
+        _on_main_rank(world, plan.run_dir, lambda: run.log.rewind(state.step if resumes_from else -1))
+        environment = _environment(world, n_params)
+        _on_main_rank(world, plan.run_dir, lambda: plan.run_dir.write_description(config, environment))
+    if world.is_main:
+        _start_logging(plan, run, resumes_from)
     return run
 
 
-def _bytes_read_first(plan: Plan) -> int:
-    """What some rank reads before it joins the others: all data, and the checkpoints until one is whole."""
-    n_bytes = plan.data.n_bytes
-    # Another process may be removing old ones; whether that one has a right to, the lock will tell.
-    with suppress(OSError):
-        n_bytes += sum(path.stat().st_size for path in (plan.run_dir / CHECKPOINTS).rglob("*"))
-    return n_bytes
+class TrainedObjects(NamedTuple):
+    """What the optimizer step is about; the model is the plan's, on its device now."""
+
+    optimizers: list[Optimizer]
+    weights: LogitWeights
 
 
-def _assemble(plan: Plan, world: World, watchdog: Watchdog) -> Run:
-    settings, config = plan.settings, plan.config
-    lock = _by_main(world, plan.run_dir, lambda: _take_run_dir(plan))
-    # Before: rank 0 has chosen a checkpoint. After: every rank has its name.
-    chosen = world.all_gather(plan.resumes_from.name if plan.resumes_from else "")[0]
-    resumes_from = plan.run_dir / CHECKPOINTS / chosen if chosen else None
-    state = checkpoint.read_state(resumes_from) if resumes_from else {}
-
+def build_model(plan: RunPlan, world: World, resumes_from: Path | None, watchdog: Watchdog) -> TrainedObjects:
+    """Shard and materialize the plan's model; its weights, and the rest of the state, from the seed or a checkpoint."""
     model = plan.model
-    n_params = count_parameters(model)["total"]
-    if settings.compile:
+    if plan.settings.compile:
         for block in model.blocks:
             block.compile()
-    shard(model, list(model.blocks), world, precision=settings.precision)
-    initial = partial(model.initial_value, seed=config["seed"], device=world.device)
+    shard(model, list(model.blocks), world, precision=plan.settings.precision)
+    initial = partial(model.initial_value, seed=plan.config["seed"], device=world.device)
     materialize(model, None if resumes_from else initial, world.device)
     watchdog.feed()
     optimizers = plan.recipe.build(model)
@@ -103,115 +217,128 @@ def _assemble(plan: Plan, world: World, watchdog: Watchdog) -> Run:
         checkpoint.load(resumes_from, model, optimizers, plan.stabilizer, world)
     else:
         initialize_stabilizer(plan.stabilizer, weights)
+    return TrainedObjects(optimizers, weights)
 
-    watchdog.feed()
-    progress = progress_of(resumes_from) if resumes_from else TrainState()
-    batch_tokens = settings.global_batch_size * settings.seq_len
-    log = RunLog(plan.run_dir, plan.logger, world, batch_tokens=batch_tokens, total_steps=settings.steps)
+
+class DataObjects(NamedTuple):
+    """The batches of one rank, of each split."""
+
+    batches: TrainBatches
+    validation: EvalBatches
+    probe: EvalBatches
+
+
+def build_data(plan: RunPlan, world: World) -> DataObjects:
+    """This rank's share of the training, validation and probe sequences."""
+    settings = plan.settings
     split = {"micro_batch_size": settings.micro_batch_size, "rank": world.rank, "world_size": world.size}
-    validation = EvalBatches(plan.data.windows("val", settings.seq_len), n_sequences=settings.val_sequences, **split)
-    probe = EvalBatches(plan.data.windows("probe", settings.seq_len), n_sequences=settings.probe_sequences, **split)
-    facts = {
-        "n_params": n_params,
-        "fingerprint": fingerprint(config),
-        "world_size": world.size,
-        "manifest_sha256": plan.data.manifest_sha256,
-    }
-    run = Run(
-        run_dir=plan.run_dir,
-        settings=settings,
-        world=world,
-        model=model,
-        optimizers=optimizers,
-        schedule=plan.recipe.make_schedule(settings.steps),
-        max_grad_norm=plan.recipe.max_grad_norm,
-        stabilizer=plan.stabilizer,
-        stabilizer_name=choice(config["stabilizer"]),
-        weights=weights,
-        batches=TrainBatches(
-            plan.data.windows("train", settings.seq_len),
-            seed=config["seed"],
+    return DataObjects(
+        TrainBatches(
+            plan.sequences["train"],
+            seed=plan.config["seed"],
             global_batch_size=settings.global_batch_size,
             **split,
         ),
-        validation=validation,
-        probe=Probe(
-            *(model, model.attentions, probe, world),
-            eot_id=model.eot_id,
-            weights=weights if settings.probe_parts else None,
+        EvalBatches(plan.sequences["val"], n_sequences=settings.val_sequences, **split),
+        EvalBatches(plan.sequences["probe"], n_sequences=settings.probe_sequences, **split),
+    )
+
+
+class MeasurementObjects(NamedTuple):
+    """What looks at the run and writes it down."""
+
+    probe: Probe
+    log: RunLog
+    saver: Saver
+
+
+def build_measurement(
+    plan: RunPlan, world: World, trained: TrainedObjects, data: DataObjects, *, first_step: int
+) -> MeasurementObjects:
+    """Probe, log and checkpoints."""
+    settings = plan.settings
+    batch_tokens = settings.global_batch_size * settings.seq_len
+    return MeasurementObjects(
+        Probe(
+            plan.model,
+            plan.model.attentions,
+            data.probe,
+            world,
+            eot_id=plan.model.eot_id,
+            weights=trained.weights if settings.probe_parts else None,
         ),
-        log=log,
-        saver=Saver(
-            *(plan.run_dir / CHECKPOINTS, world),
+        RunLog(plan.run_dir.metrics_file, plan.logger, world, batch_tokens=batch_tokens, total_steps=settings.steps),
+        Saver(
+            plan.run_dir.checkpoints,
+            world,
             keep=settings.keep_checkpoints,
             keep_every=settings.keep_every,
             is_async=settings.async_checkpoints,
-            first_step=progress.step,
-            about={"config": identity(config)},
+            first_step=first_step,
+            about={"config": identity(plan.config)},
         ),
-        watchdog=Watchdog(settings.timeout_s, rank=world.rank),
-        progress=progress,
-        unigram_entropy=plan.data.manifest.unigram_entropy,
-        flops_per_token=plan.flops_per_token,
-        peak_flops=peak_flops(world.device, settings.precision),
-        facts=facts,
-        lock=lock,
     )
-    _by_main(world, plan.run_dir, lambda: log.rewind(progress.step if resumes_from else -1))
-    _by_main(world, plan.run_dir, lambda: _describe(plan, world, n_params))
-    if world.is_main and plan.logger.wandb != "disabled":
-        # The summary knows the run of one that ended before its first checkpoint.
-        facts["wandb_id"] = state.get("wandb_id") or read_json(plan.run_dir / "summary.json").get("wandb_id")
-    return run
 
 
-def _by_main(world: World, run_dir: Path, work: Callable[[], T]) -> T | None:
-    """What the main process makes of `work`; what stops it stops every rank, with the same line."""
-    made, trouble = None, ""
+def _start_world(plan: RunPlan) -> World:
+    # What some rank reads before it joins the others: all data, and the checkpoints until a valid one.
+    n_bytes = plan.data.n_bytes + plan.run_dir.checkpoint_bytes()
+    return start_world(
+        device=plan.device,
+        # One float32 process needs no wrapping; in bfloat16 it gets FSDP's precision rules like many would.
+        is_wrapped=launched_world()[1] > 1 or plan.settings.precision != "float32",
+        replicas=plan.settings.replicas,
+        timeout_s=plan.settings.timeout_s + GRACE_S + n_bytes / READ_BYTES_PER_S,
+    )
+
+
+def _on_main_rank(world: World, run_dir: RunDir, work: Callable[[], T]) -> T | None:
+    """What `work` returns on the main rank, None on the others; its error is raised on every rank."""
+    result, error = None, ""
     if world.is_main:
         try:
-            made = work()
-        except UserError as error:
-            trouble = str(error)
-        except OSError as error:
-            trouble = (
-                f"run_dir={run_dir} cannot be written to ({error.strerror}); mend that and run the same command again"
-            )
-    trouble = world.all_gather(trouble)[0]
-    if trouble:
-        raise UserError(trouble)
-    return made
+            result = work()
+        except UserError as raised:
+            error = str(raised)
+        except OSError as raised:
+            error = f"run_dir={run_dir} is not writable ({raised.strerror}); fix that and run the same command again"
+    error = world.all_gather(error)[0]
+    if error:
+        raise UserError(error)
+    return result
 
 
-def _take_run_dir(plan: Plan) -> IO[str]:
-    """Lock the run directory for as long as the returned file is open."""
-    run_dir = plan.run_dir
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        # Appending: a run that is refused leaves not even a new time on the file.
-        lock = open_regular(run_dir / ".lock", "a")
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir} cannot be written to: {error.strerror}; choose another run_dir") from None
-    if not take_lock(lock, wait_s=LOCK_WAIT_S if slurm.is_restart() else 0.0):
-        raise UserError(f"run_dir={run_dir} is in use by another process; wait for it or choose another run_dir")
-    if seen_of(run_dir, plan.settings) != plan.seen:
+def _claim(plan: RunPlan) -> IO[str]:
+    lock = plan.run_dir.claim(wait_s=LOCK_WAIT_S if slurm.is_restart() else 0.0)
+    if checkpoint.snapshot(plan.run_dir, plan.settings.steps) != plan.snapshot:
         raise UserError(
-            f"run_dir={run_dir} was trained by another process while this one was starting; run the same command again"
+            f"run_dir={plan.run_dir} was trained by another process while this one was starting; run the same command "
+            "again"
         )
     return lock
 
 
-def _describe(plan: Plan, world: World, n_params: int) -> None:
-    """Write what a result is worthless without: the resolved config and the environment."""
-    write_atomically(plan.run_dir / "config.yaml", yaml.safe_dump(plan.config, sort_keys=False))
-    environment = {
+def _start_logging(plan: RunPlan, run: Run, resumes_from: Path | None) -> None:
+    """Progress bar and W&B, which has a time limit of its own, and without which the run goes on."""
+    if plan.logger.wandb != "disabled":
+        # The summary knows the W&B run of one that ended before its first checkpoint.
+        saved = checkpoint.read_state(resumes_from) if resumes_from else {}
+        wandb_id = saved.get("wandb_id") or plan.run_dir.summary().get("wandb_id")
+        run.log.mirror = WandbMirror(plan.run_dir.path, plan.logger, plan.config, wandb_id)
+        run.facts["wandb_id"] = run.log.mirror.id
+    sections = plan.config["attention"], plan.config["stabilizer"]
+    run.log.start_progress(run.state.step, "/".join(choice(section) for section in sections))
+
+
+def _environment(world: World, n_params: int) -> dict[str, Any]:
+    """What a result is worthless without."""
+    is_cuda = world.device.type == "cuda"
+    return {
         "command": sys.argv,
         "git_revision": _git("rev-parse", "HEAD"),
         "git_is_dirty": bool(_git("status", "--porcelain")),
         "versions": package_versions(),
-        "device": torch.cuda.get_device_name()
-        if world.device.type == "cuda"
-        else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine(),
         "device_type": world.device.type,
         "world_size": world.size,
         "host": platform.node(),
@@ -220,7 +347,6 @@ def _describe(plan: Plan, world: World, n_params: int) -> None:
         "threads": torch.get_num_threads(),
         "n_params": n_params,
     }
-    write_json(plan.run_dir / "environment.json", environment)
 
 
 def _git(*arguments: str) -> str | None:

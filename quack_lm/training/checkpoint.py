@@ -34,6 +34,8 @@ from quack_lm.errors import UserError
 from quack_lm.files import file_sha256s, sync_directory, write_atomically
 from quack_lm.parallel import HostGroup, World
 from quack_lm.stabilizers.base import Stabilizer
+from quack_lm.training.run_dir import RunDir
+from quack_lm.training.state import TrainState
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
@@ -187,6 +189,28 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ) from None
 
 
+def read_train_state(checkpoint: Path) -> TrainState:
+    """The part of it that the loop keeps; UserError if it cannot be used."""
+    values = read_state(checkpoint)
+    try:
+        state = TrainState.from_json(values["progress"])
+        if state.step != values["step"]:
+            raise ValueError(f"it is of step {state.step}")
+    except ValueError as error:
+        raise UserError(
+            f"{checkpoint}: the progress in its {STATE} cannot be used ({error}); remove it to use the one before"
+        ) from None
+    return state
+
+
+def snapshot(run_dir: RunDir, total_steps: int) -> tuple[list[str], str | None]:
+    """The names of a run's checkpoints and how it has ended, to see whether another process trains it meanwhile."""
+    try:
+        return [path.name for path in list_checkpoints(run_dir.checkpoints)], run_dir.final_status(total_steps)
+    except OSError:
+        return [], None
+
+
 def check_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """UserError where a checkpoint does not hold these tensors of `named_tensors`, whole, of the same kinds.
 
@@ -326,6 +350,12 @@ def named_tensors(
     if stabilizer is not None:
         tensors |= {f"{OF_STABILIZER}{name}": value for name, value in stabilizer.state_dict().items()}
     return tensors
+
+
+def expected_tensors(meta_model: nn.Module, optimizers: list[Optimizer], stabilizer: Stabilizer) -> dict[str, Tensor]:
+    """`named_tensors` of a run, on the meta device, before anything is built."""
+    create_optimizer_state(optimizers)
+    return named_tensors(meta_model, optimizers, stabilizer)
 
 
 def retained_checkpoints(checkpoints: list[Path], *, keep: int, keep_every: int) -> Iterator[Path]:

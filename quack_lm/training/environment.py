@@ -3,13 +3,16 @@
 import platform
 from importlib import metadata
 
+from quack_lm import __version__
+
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "wandb", "safetensors")
 MISSING = "missing"
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide a run's numbers or files; MISSING where not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    """The versions of quack_lm, Python and the packages that decide a run's numbers or files; MISSING if absent."""
+    versions = {"quack_lm": __version__, "python": platform.python_version()}
+    return {**versions, **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str:

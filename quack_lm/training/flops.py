@@ -2,10 +2,13 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from quack_lm.model import Transformer
 from quack_lm.parallel import World
 
 # Dense bfloat16 peaks in TFLOP/s, from the vendors' data sheets (without sparsity, whose figures are twice as large).
@@ -20,14 +23,27 @@ PEAK_TFLOPS = {
 }
 
 
-def flops_per_token(meta_model: torch.nn.Module, seq_len: int) -> float:
+def flops_per_token(meta_model: Transformer, seq_len: int) -> float:
     """FLOPs of forward and backward per token, counted on a meta model with the reference attention.
 
     The backward pass costs twice the forward; recomputation is not counted (that is MFU, not hardware utilization).
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with _reference_attention(meta_model), FlopCounterMode(display=False) as counter, torch.no_grad():
         meta_model(torch.zeros(1, seq_len, dtype=torch.long, device="meta"))
     return 3.0 * counter.get_total_flops() / seq_len
+
+
+@contextmanager
+def _reference_attention(model: Transformer) -> Iterator[None]:
+    """Within, every layer multiplies as the equations say, whatever kernel the config chose."""
+    backends = [attention.backend for attention in model.attentions]
+    for attention in model.attentions:
+        attention.backend = "eager"
+    try:
+        yield
+    finally:
+        for attention, backend in zip(model.attentions, backends, strict=True):
+            attention.backend = backend
 
 
 def peak_flops(device: torch.device, precision: str) -> float:

@@ -82,9 +82,9 @@ class RunLog:
     """Records by step, written by the main process when flushed."""
 
     def __init__(
-        self, run_dir: Path, settings: LoggerSettings, world: World, *, batch_tokens: int, total_steps: int
+        self, path: Path, settings: LoggerSettings, world: World, *, batch_tokens: int, total_steps: int
     ) -> None:
-        self.path = run_dir / "metrics.jsonl"
+        self.path = path
         self.settings = settings
         self.world = world
         self.batch_tokens = batch_tokens

@@ -1,4 +1,4 @@
-"""Checks before a long run: each rank looks at its own machine, and one table says what all of them found.
+"""Preflight checks before a long run: each rank checks its own machine, and one table has the results of all.
 
     config, batch, GPUs, packages, clocks -> data -> run directory, disk space -> the ranks reach each other
 
@@ -20,11 +20,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from quack_lm.attention.scores import check_backend
+from quack_lm.config import instantiate
+from quack_lm.data.corpus import Corpus
+from quack_lm.data.manifest import SPLITS, TokenData
 from quack_lm.errors import UserError
 from quack_lm.files import nearest_existing_parent
-from quack_lm.parallel import World
+from quack_lm.model import Transformer, count_parameters
+from quack_lm.parallel import World, check_world, default_device, launched_world
+from quack_lm.training.build import make_model, open_data
+from quack_lm.training.check import check_memory, check_run_dir, check_same_data, default_run_dir
 from quack_lm.training.environment import MISSING, package_versions
-from quack_lm.training.settings import BYTES_PER_PARAMETER
+from quack_lm.training.run_dir import RunDir
+from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
 
 # More than the hand-out of results through the group takes; ntp keeps clocks of a cluster within milliseconds.
 MAX_CLOCK_SKEW_S = 2.0
@@ -41,15 +49,130 @@ class Row:
     found: str
 
 
-def attempt(check: str, look: Callable[[], str]) -> Row:
-    """What looking found, or the mistake that it met."""
-    try:
-        return Row(check, True, look())
-    except UserError as error:
-        return Row(check, False, " ".join(str(error).split()))
-
-
 # ------------------------------------------------------------------------------------------------ one rank alone
+
+
+@dataclass
+class Context:
+    """What the checks of one rank know; `model` and `data` are filled in by the checks that make them."""
+
+    config: dict[str, Any]
+    device: str
+    ranks: int | None  # of the job that a login node checks for, 0 for any number; None inside a job
+    settings: TrainerSettings
+    run_dir: RunDir
+    model: Transformer | None = None
+    data: TokenData | None = None
+
+    @property
+    def is_login_node(self) -> bool:
+        """Whether the run will be elsewhere: no GPU is needed here for a job that will have some."""
+        return self.ranks is not None
+
+
+def check_this_rank(config: dict[str, Any], *, device: str, ranks: int | None) -> list[Row]:
+    """The checks that a rank makes alone, the same ones in the same order on each."""
+    settings = instantiate(config["trainer"])
+    run_dir = RunDir(Path(config["run_dir"] or default_run_dir(config)))
+    context = Context(config, device, ranks, settings, run_dir)
+    rows = []
+    for name, check in CHECKS.items():
+        try:
+            rows.append(Row(name, True, check(context)))
+        except UserError as error:
+            rows.append(Row(name, False, " ".join(str(error).split())))
+    return rows
+
+
+def _check_model(context: Context) -> str:
+    context.model = make_model(context.config)
+    device = "cuda" if context.is_login_node and context.settings.device != "cpu" else context.device
+    if device == "cuda" or context.settings.device == "cpu":
+        backend = context.config["attention"]["backend"]
+        check_backend(backend, device=device, precision=context.settings.precision)
+    return f"{count_parameters(context.model)['total']:,} parameters"
+
+
+def _check_ranks(context: Context) -> str:
+    settings, size = context.settings, launched_world()[1]
+    if context.is_login_node and size not in (1, context.ranks):
+        raise UserError(f"ranks={context.ranks} is for a login node, and here are {size} processes: leave it out")
+    if context.ranks == 0:
+        return "as many as the job will have"
+    if not context.is_login_node:
+        if settings.device == "auto":
+            default_device()  # raises where slurm has given GPUs that torch cannot see
+        check_world(device=context.device)
+    settings.check_ranks(context.ranks or size)
+    if context.model and not context.is_login_node and (context.device == "cuda" or settings.device == "cpu"):
+        check_memory(context.config, context.model, device=context.device, ranks_of_a_copy=size // settings.replicas)
+    where = "in the job" if context.is_login_node else f"on {context.device}"
+    return f"{context.ranks or size} {where}, {settings.global_batch_size} sequences a step"
+
+
+def _check_data(context: Context) -> str:
+    corpus: Corpus = instantiate(context.config["data"])
+    data = open_data(corpus, context.config["model"]["vocab_size"])
+    for split in SPLITS:
+        data.windows(split, context.settings.seq_len)
+    if corpus.verify_checksums and launched_world()[2] == 0:  # one process per machine reads every byte
+        data.verify_checksums()
+    context.data = data
+    return f"{corpus.dir}, {data.manifest.split('train').tokens:,} training tokens"
+
+
+def _check_run_dir(context: Context) -> str:
+    resumes_from, finished = check_run_dir(context.run_dir, context.config, context.settings)
+    if resumes_from and context.data:
+        check_same_data(context.run_dir, resumes_from, context.data)
+    if finished:
+        return f"{context.run_dir}: finished already: {finished}"
+    return f"{context.run_dir}: {f'continues from {resumes_from}' if resumes_from else 'a new run'}"
+
+
+def _check_disk(context: Context) -> str:
+    settings = context.settings
+    n_kept = settings.keep_checkpoints + (settings.steps // settings.keep_every if settings.keep_every else 0)
+    n_params = count_parameters(context.model)["total"] if context.model else 0
+    return check_disk(context.run_dir, n_params=n_params, n_kept=n_kept)
+
+
+def check_write_access(run_dir: RunDir) -> str:
+    """Write a file without a name, which is gone when closed; the permission bits alone do not tell on NFS."""
+    place = nearest_existing_parent(run_dir.path)
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: {place} is not writable: {error.strerror}; choose another") from None
+    if not os.access(place, os.W_OK):
+        raise UserError(f"run_dir={run_dir} is not writable; choose another")
+    return f"{place} is writable"
+
+
+def check_disk(run_dir: RunDir, *, n_params: int, n_kept: int) -> str:
+    """That the checkpoints which are kept fit, and the one that is written before the oldest is deleted."""
+    needed = BYTES_PER_PARAMETER * n_params * (n_kept + 1)
+    free = shutil.disk_usage(nearest_existing_parent(run_dir.path)).free + run_dir.checkpoint_bytes()
+    text = f"{_size(free)} free for {n_kept} + 1 checkpoints of up to {_size(needed / (n_kept + 1))}"
+    if free < needed:
+        raise UserError(
+            f"{text}: {_size(needed - free)} missing at run_dir={run_dir}; choose another run_dir, or fewer of "
+            "trainer.keep_checkpoints and trainer.keep_every"
+        )
+    return text
+
+
+CHECKS: dict[str, Callable[[Context], str]] = {
+    "model": _check_model,
+    "processes": _check_ranks,
+    "data": _check_data,
+    "run directory": _check_run_dir,
+    "write access": lambda context: check_write_access(context.run_dir),
+    "disk space": _check_disk,
+}
 
 
 def facts_of_this_rank(world: World) -> dict[str, Any]:
@@ -65,35 +188,6 @@ def facts_of_this_rank(world: World) -> dict[str, Any]:
         "gpus": gpus,
         "versions": package_versions(),
     }
-
-
-def check_disk(run_dir: Path, *, n_params: int, kept: int) -> str:
-    """That the checkpoints which are kept fit, and the one that is written before the oldest goes."""
-    needed = BYTES_PER_PARAMETER * n_params * (kept + 1)
-    there = sum(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*") if path.is_file())
-    free = shutil.disk_usage(nearest_existing_parent(run_dir)).free + there
-    text = f"{_size(free)} free for {kept} + 1 checkpoints of up to {_size(needed / (kept + 1))}"
-    if free < needed:
-        raise UserError(
-            f"{text}: {_size(needed - free)} missing where run_dir={run_dir} lies; choose another run_dir, or fewer "
-            f"of trainer.keep_checkpoints and trainer.keep_every"
-        )
-    return text
-
-
-def check_write_access(run_dir: Path) -> str:
-    """Writes a file without a name, which is gone when closed; the permission bits alone do not tell on NFS."""
-    place = nearest_existing_parent(run_dir)
-    try:
-        with tempfile.TemporaryFile(dir=place) as file:
-            file.write(b"\0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir}: {place} cannot be written to: {error.strerror}; choose another") from None
-    if not os.access(place, os.W_OK):
-        raise UserError(f"run_dir={run_dir} cannot be written to; choose another")
-    return f"{place} can be written to"
 
 
 def _size(n_bytes: float) -> str:

@@ -1,8 +1,8 @@
-"""When and where checkpoints are written: beside the training, or within, and always whole or invisible.
+"""When and where checkpoints are written: staged in a temporary directory, in the background, then atomically renamed.
 
 save     ranks together: wait for the last one, copy, start writing            .step_00000500.partial/
 advance  at a step boundary, once no rank writes: rank 0 commits in a thread
-commit   state.json and manifest.json, all synced, then the rename; then older checkpoints go
+commit   state.json and manifest.json, all synced, then the rename; then older checkpoints are deleted
 """
 
 import shutil
@@ -21,7 +21,7 @@ from quack_lm.training.checkpoint import TensorSpec, TensorWriter
 
 
 class Saver:
-    """The checkpoints of one run. `trouble` is this rank's error, for the ranks to agree on; nothing raises here."""
+    """The checkpoints of one run. `error` is this rank's error, for the ranks to agree on; nothing raises here."""
 
     def __init__(
         self,
@@ -39,9 +39,9 @@ class Saver:
         self.keep = keep
         self.keep_every = keep_every
         self.about = about or {}  # what every checkpoint of the run says beside its own state
-        self.trouble: str | None = None
-        self.total_s = 0.0  # from the call of `save` until the checkpoint is whole
-        self.whole_step = first_step or None  # of the newest whole checkpoint, as rank 0 knows it
+        self.error: str | None = None
+        self.total_s = 0.0  # from the call of `save` until the checkpoint is complete
+        self.latest_step = first_step or None  # of the newest complete checkpoint, as rank 0 knows it
         self._writer = TensorWriter(world, is_async=is_async)
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: Future[Any] | None = None  # first the tensors', then the commit's
@@ -54,21 +54,21 @@ class Saver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank is at work beside the loop."""
+        """Whether this rank is writing in the background."""
         return self._work is not None and not self._work.done()
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Begin the checkpoint of a step, on all ranks together; without `is_async`, also end it."""
         self.wait()
         self._began = time.perf_counter()
-        aside = self._aside(step)
+        staging = self._staging_dir(step)
         if self.world.is_main:
-            self._guarded(lambda: self._prepare(aside))
+            self._guarded(lambda: self._prepare(staging))
         # Before: rank 0 has made the directory, or could not. After: every rank knows which.
-        if any(self.world.max_over_ranks(self.trouble is not None)):
+        if any(self.world.max_over_ranks(self.error is not None)):
             return
         entry = (step, state, checkpoint.tensor_specs(tensors))
-        self._work, self._uncommitted = self._writer.write(aside, tensors), entry
+        self._work, self._uncommitted = self._writer.write(staging, tensors), entry
         if not self._writer.is_async:
             self.wait()
 
@@ -79,27 +79,27 @@ class Saver:
             return
         entry, self._uncommitted = self._uncommitted, None
         # A rank that could not write has told all others in the last collective of the writing.
-        if self.world.is_main and self.trouble is None:
+        if self.world.is_main and self.error is None:
             self._work = self._committer.submit(self._commit, *entry)
 
     def wait(self) -> None:
-        """On all ranks together: until the last checkpoint is whole, or a rank is in trouble."""
+        """On all ranks together: until the last checkpoint is complete, or a rank has an error."""
         self.advance()
         self._join()
         self.world.barrier()
 
-    def _prepare(self, aside: Path) -> None:
+    def _prepare(self, staging: Path) -> None:
         for left in self.directory.glob(".step_*.partial"):  # by a run that was killed
             shutil.rmtree(left)
-        aside.mkdir(parents=True)
+        staging.mkdir(parents=True)
 
     def _commit(self, step: int, state: dict[str, Any], kinds: dict[str, TensorSpec]) -> None:
         target = self.directory / checkpoint.name_of(step)
         if target.exists():  # a damaged one: a valid one would have been continued
-            _set_aside(target)
+            _rename_damaged(target)
             self._refused.discard(target)
-        checkpoint.commit(self._aside(step), target, {"step": step, **self.about, **state}, kinds)
-        self.whole_step = step
+        checkpoint.commit(self._staging_dir(step), target, {"step": step, **self.about, **state}, kinds)
+        self.latest_step = step
         self.total_s += time.perf_counter() - self._began
         self._prune()
 
@@ -108,15 +108,15 @@ class Saver:
         # By size alone: the newest was read when its manifest was made, and to read every byte of the others at each
         # save would multiply what a save costs. One whose bits turned since counts as kept until a run wants to
         # continue from it, which reads every byte and takes the one before; the newest is there in any case.
-        whole = [path for path in others if not checkpoint.validate_checkpoint(path)]
-        kept = set(checkpoint.retained_checkpoints(whole, keep=self.keep, keep_every=self.keep_every))
-        for old in whole:
+        valid = [path for path in others if not checkpoint.validate_checkpoint(path)]
+        kept = set(checkpoint.retained_checkpoints(valid, keep=self.keep, keep_every=self.keep_every))
+        for old in valid:
             if old not in kept:
                 # Renamed first: a crash in the middle must not leave half a checkpoint under its name.
                 gone = old.rename(self.directory / f".{old.name}.partial")
                 shutil.rmtree(gone)
 
-    def _aside(self, step: int) -> Path:
+    def _staging_dir(self, step: int) -> Path:
         return self.directory / f".{checkpoint.name_of(step)}.partial"
 
     def _join(self) -> None:
@@ -130,16 +130,16 @@ class Saver:
         except checkpoint.WRITING_ERRORS as error:  # whatever it is: the ranks must agree on it before one of them ends
             reason = checkpoint.root_cause(error)
             what = getattr(reason, "strerror", None) or f"{type(reason).__name__}: {reason}"
-            self.trouble = (
+            self.error = (
                 f"{self.directory}: no checkpoint could be written ({what}); "
-                "mend that and run the same command again: it continues from the last whole one"
+                "fix that and run the same command again: it continues from the last complete one"
             )
 
 
-def _set_aside(damaged: Path) -> None:
-    """Out of the way of a new checkpoint of the same step, and still there for whoever wants to look."""
+def _rename_damaged(damaged: Path) -> None:
+    """Make room for a new checkpoint of the same step, and keep the damaged one for inspection."""
     number = 1
     while (place := damaged.with_name(f"damaged_{damaged.name}_{number}")).exists():
         number += 1
     damaged.rename(place)
-    print(f"warning: {damaged} is replaced by a whole checkpoint; the damaged one is {place.name}", file=sys.stderr)
+    print(f"warning: {damaged} is replaced by a complete checkpoint; the damaged one is {place.name}", file=sys.stderr)

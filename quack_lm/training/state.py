@@ -6,7 +6,7 @@ beside it, a list of reasons to call it unstable.
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, create_model
 
@@ -30,6 +30,20 @@ class StabilityRules:
     unstable_margin: PositiveFloat = 0.1
     stuck_fraction: PositiveFloat = 0.85
     stuck_after: PositiveInt = 300
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run stands, as its summary.json says it."""
+
+    name: Literal["running", "completed", "diverged", "interrupted", "failed"] = "running"
+    reason: str | None = None
+    stop_signal: str | None = None
+
+    @classmethod
+    def interrupted(cls, stop_signal: str) -> "RunStatus":
+        """Ended by a signal, after a checkpoint."""
+        return cls("interrupted", f"asked to stop by {stop_signal}", stop_signal)
 
 
 def kind_of_end(status: str, reason: str | None) -> str:
@@ -105,16 +119,16 @@ class TrainState:
         self.val_loss, self.val_step = loss, self.step
         if self.step == 0:
             self.initial_val_loss = loss
-        if self.best_val_loss is None or not loss >= self.best_val_loss:
-            self.best_val_loss = loss if math.isfinite(loss) else self.best_val_loss
+        if math.isfinite(loss):
+            self.best_val_loss = loss if self.best_val_loss is None else min(self.best_val_loss, loss)
 
     def take_logits(self, max_logit: float, delta_mean: float) -> None:
         """Follow the probe's aggregates."""
         self.max_logit, self.delta_mean = max_logit, delta_mean
         self.probes += 1
-        # Written so that a NaN, once seen, stays.
-        if self.peak_logit is None or not (max_logit <= self.peak_logit or math.isnan(self.peak_logit)):
-            self.peak_logit = max_logit
+        before = max_logit if self.peak_logit is None else self.peak_logit
+        # A NaN, once seen, stays.
+        self.peak_logit = math.nan if math.isnan(before) or math.isnan(max_logit) else max(before, max_logit)
 
     def instabilities(self, rules: StabilityRules, unigram_entropy: float) -> list[str]:
         """The reasons to call the run unstable; none if it was fine."""

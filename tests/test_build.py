@@ -1,0 +1,101 @@
+"""Building a run: one stabilizer object, nothing built twice, and a directory that knows which version wrote it."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from models import ATTENTIONS
+from torch import Tensor, nn
+
+from quack_lm.attention.base import Attention
+from quack_lm.config import compose
+from quack_lm.errors import UserError
+from quack_lm.stabilizers.base import Stabilizer
+from quack_lm.training.build import build_run
+from quack_lm.training.check import check_run
+from quack_lm.training.loop import train
+from quack_lm.training.run_dir import RunDir
+
+SMALL = ["trainer=tiny", "model=tiny", "model.n_layers=3", "model.d_model=24", "model.d_ff=40", "optimizer=muon_small"]
+SMALL += ["trainer.steps=2", "trainer.seq_len=16", "trainer.val_sequences=4", "logger.progress=false"]
+
+
+class Counting(Stabilizer):
+    """Reports, from the half that sees the step, what happened to the half that changes the forward."""
+
+    def __init__(self) -> None:
+        self.n_transforms = 0
+
+    def qk_transform(self, head_dim: int) -> nn.Module | None:
+        self.n_transforms += 1
+        return None
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {"n_transforms": torch.tensor(self.n_transforms)}
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The `_target_` of a stabilizer that needs both halves, as a file of the package would have it."""
+    module = ModuleType("quack_lm.stabilizers.counting")
+    module.Counting = Counting  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(Counting, "__module__", module.__name__)
+    return f"{module.__name__}.Counting"
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_the_stabilizer_that_changes_the_forward_is_the_one_that_sees_the_step(
+    name: str, counting: str, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    overrides = [*SMALL, *ATTENTIONS[name], *tiny_data, f"stabilizer._target_={counting}", f"run_dir={tmp_path}"]
+    run = build_run(check_run(compose(["stabilizer=none", "model.n_heads=3", *overrides])))
+    train(run)
+    lines = [json.loads(line) for line in RunDir(tmp_path).metrics_file.read_text().splitlines()]
+    logged = [line["counting/n_transforms"] for line in lines if "counting/n_transforms" in line]
+    assert logged
+    assert set(logged) == {3}, "once for each layer, all on the object whose metrics are logged"
+
+
+def test_checking_and_building_make_each_object_once(
+    tmp_path: Path, tiny_data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: Counter[str] = Counter()
+
+    def count(cls: type) -> None:
+        plain = cls.__init__
+
+        def counted(self: Any, *arguments: Any, **options: Any) -> None:
+            made[cls.__name__] += type(self) is not object
+            plain(self, *arguments, **options)
+
+        monkeypatch.setattr(cls, "__init__", counted)
+
+    from quack_lm.data.batches import Sequences
+    from quack_lm.model import Transformer
+    from quack_lm.stabilizers.quack import QuacK
+
+    for cls in (QuacK, Attention, Transformer, Sequences):
+        count(cls)
+    config = compose([*SMALL, *tiny_data, "attention=mla", "stabilizer=quack", f"run_dir={tmp_path}"])
+    build_run(check_run(config))
+    assert made == {"QuacK": 1, "Attention": 3, "Transformer": 1, "Sequences": 3}
+
+
+def test_a_run_of_another_version_is_refused_by_its_name(tmp_path: Path, tiny_data: list[str]) -> None:
+    config = compose([*SMALL, *tiny_data, f"run_dir={tmp_path}"])
+    train(build_run(check_run(config)))
+    run_dir = RunDir(tmp_path)
+    environment = run_dir.environment()
+    environment["versions"]["quack_lm"] = "0.1.7"
+    run_dir.environment_file.write_text(json.dumps(environment))
+    with pytest.raises(UserError, match=r"was written by quack_lm 0\.1\.7, this is .*choose another run_dir"):
+        check_run(config)
+    run_dir.environment_file.unlink()
+    with pytest.raises(UserError, match="was written by quack_lm an earlier version"):
+        check_run(config)
