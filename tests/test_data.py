@@ -177,7 +177,7 @@ def test_a_split_shorter_than_a_window_names_seq_len_and_the_split(data_set: Pat
 
 
 def test_no_data_set_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no data set in .*missing.*quack-lm prepare"):
+    with pytest.raises(UserError, match=r"no prepared data in .*missing.*quack-lm prepare data="):
         TokenData.open(tmp_path / "nothing")
 
 
@@ -186,7 +186,7 @@ def test_one_changed_byte_is_refused_by_name(data_set: Path, name: str) -> None:
     content = bytearray((data_set / name).read_bytes())
     content[1] ^= 1
     (data_set / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} is damaged or foreign: its sha256 .*quack-lm prepare"):
+    with pytest.raises(UserError, match=rf"{name} is damaged: its sha256 .*prepare it again"):
         TokenData.open(data_set)
 
 
@@ -240,7 +240,7 @@ def test_a_manifest_with_a_wrong_entry_is_refused(data_set: Path, path: tuple[An
         entry = entry[key]
     entry[path[-1]] = value
     (data_set / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest\.json is damaged or foreign"):
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         TokenData.open(data_set)
 
 
@@ -248,7 +248,7 @@ def test_a_truncated_manifest_is_refused_at_every_length(data_set: Path) -> None
     content = (data_set / "manifest.json").read_bytes()
     for length in range(0, len(content), 97):
         (data_set / "manifest.json").write_bytes(content[:length])
-        with pytest.raises(UserError, match=r"manifest\.json is damaged or foreign"):
+        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
             TokenData.open(data_set)
 
 
@@ -256,7 +256,7 @@ def test_a_manifest_lacking_any_key_is_refused(data_set: Path) -> None:
     manifest = json.loads((data_set / "manifest.json").read_text())
     for key in manifest:
         (data_set / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
-        with pytest.raises(UserError, match=rf"manifest\.json is damaged or foreign: {key}"):
+        with pytest.raises(UserError, match=rf"manifest\.json is damaged: {key}"):
             TokenData.open(data_set)
 
 

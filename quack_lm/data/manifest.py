@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from quack_lm.data.batches import Windows, file_mark
 from quack_lm.errors import UserError
-from quack_lm.files import file_sha256, file_sha256s, open_regular
+from quack_lm.files import file_sha256, file_sha256s, open_regular, relative_note
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -121,9 +121,12 @@ class TokenData:
     manifest_sha256: str
 
     @classmethod
-    def open(cls, directory: Path, *, verify_checksums: bool = True) -> Self:
-        """Read and check a data set; without checksums, shards are still checked for their size."""
-        manifest, digest = read_manifest(directory)
+    def open(cls, directory: Path, *, verify_checksums: bool = True, choice: str = "...") -> Self:
+        """Read and check a data set; without checksums, shards are still checked for their size.
+
+        UserError where it is missing or damaged, which suggests `quack-lm prepare data=CHOICE`.
+        """
+        manifest, digest = read_manifest(directory, choice=choice)
         _check_tokenizer(directory, manifest)
         _check_shards(directory, manifest, verify_checksums=verify_checksums)
         return cls(directory, manifest, digest)
@@ -149,17 +152,21 @@ class TokenData:
         return Windows(list(mapped), seq_len, marks=dict(zip(paths, marks, strict=True)))
 
 
-def read_manifest(directory: Path) -> tuple[Manifest, str]:
+def read_manifest(directory: Path, *, choice: str = "...") -> tuple[Manifest, str]:
     """The checked manifest of a data set and the sha256 of its file."""
+    command = f"quack-lm prepare data={choice} {shlex.quote(f'data.dir={directory}')}"
     path = directory / MANIFEST
     try:
         _refuse_link_out(directory, path)
         with open_regular(path, "rb") as file:
             raw = file.read()
     except FileNotFoundError:
-        raise UserError(f"data.dir: no data set in {directory} ({path} is missing): {_mend(directory)}") from None
+        raise UserError(
+            f"data.dir: no prepared data in {directory}{relative_note(directory)}, {MANIFEST} is missing; create it "
+            f"with this run's data settings, for example: {command}"
+        ) from None
     except OSError as error:
-        raise UserError(f"data.dir: cannot read {path} ({error.strerror}): {_mend(directory)}") from None
+        raise UserError(f"data.dir: cannot read {path}: {error.strerror}") from None
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
@@ -212,12 +219,7 @@ def _refuse_link_out(directory: Path, path: Path) -> None:
 
 
 def _damaged(directory: Path, path: Path, what: str) -> UserError:
-    return UserError(f"data.dir: {path} is damaged or foreign: {what}: remove {directory} and {_mend(directory)}")
-
-
-def _mend(directory: Path) -> str:
-    override = shlex.quote(f"data.dir={directory}")
-    return f"make it with `quack-lm prepare` and the same data settings ({override})"
+    return UserError(f"data.dir: {path} is damaged: {what}; remove {directory} and prepare it again")
 
 
 def manifest_json(manifest: Manifest) -> str:

@@ -189,7 +189,7 @@ def open_data(corpus: Corpus, vocab_size: int, *, verify_checksums: bool = True)
     """The prepared data of a corpus; UserError where it is not there, damaged, or another than the config says."""
     # One process per machine reads every byte; the others trust it.
     verify = verify_checksums and corpus.verify_checksums and launched_world()[2] == 0
-    data = TokenData.open(Path(corpus.dir), verify_checksums=verify)
+    data = TokenData.open(Path(corpus.dir), verify_checksums=verify, choice=corpus.choice)
     made = data.manifest
     for key, wanted, found in (
         ("vocab_size", corpus.vocab_size, made.vocab_size),
