@@ -65,8 +65,8 @@ def documents(directory: Path, split: SplitName) -> list[str]:
     """The texts of a split, decoded from its shards."""
     data = TokenData.open(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
-    windows = data.windows(split, data.manifest.split(split).tokens - 1)
-    tokens = windows.read(np.array([0]))[0]
+    sequences = data.sequences(split, data.manifest.split(split).tokens - 1)
+    tokens = sequences.read(np.array([0]))[0]
     ends = np.flatnonzero(tokens == data.manifest.eot_id)
     assert ends[-1] == len(tokens) - 1
     return [str(tokenizer.decode(piece[piece != data.manifest.eot_id])) for piece in np.split(tokens, ends + 1)[:-1]]

@@ -145,7 +145,7 @@ def own_rows(config: dict[str, Any], device: str, ranks: int | None) -> list[Any
     def data() -> str:
         opened = open_data(instantiate(config["data"]), config["model"]["vocab_size"])
         for split in ("train", "val", "probe"):
-            opened.windows(split, settings.seq_len)
+            opened.sequences(split, settings.seq_len)
         found.append(opened)
         return f"{config['data']['dir']}, {opened.manifest.split('train').tokens:,} training tokens"
 

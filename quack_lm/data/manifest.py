@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from quack_lm.data.batches import Windows, file_mark
+from quack_lm.data.batches import Sequences
 from quack_lm.errors import UserError
 from quack_lm.files import file_sha256, file_sha256s, open_regular, relative_note
 
@@ -136,8 +136,8 @@ class TokenData:
         """Of all shards."""
         return sum(self.manifest.split(name).tokens for name in SPLITS) * self.manifest.token_dtype.itemsize
 
-    def windows(self, split: SplitName, seq_len: int) -> Windows:
-        """The windows of a split, memory-mapped."""
+    def sequences(self, split: SplitName, seq_len: int) -> Sequences:
+        """The sequences of a split, memory-mapped; UserError where it is shorter than one."""
         tokens = self.manifest.split(split).tokens
         if tokens < seq_len + 1:
             raise UserError(
@@ -145,11 +145,9 @@ class TokenData:
                 f"tokens: set trainer.seq_len to at most {tokens - 1} or prepare more data"
             )
         shards = self.manifest.split(split).shards
-        paths = [self.directory / shard.file for shard in shards]
-        # First what the file is, then its bytes: a change in between is seen.
-        marks = [file_mark(path) for path in paths]
-        mapped = [np.memmap(path, dtype=self.manifest.token_dtype, mode="r") for path in paths]
-        return Windows(list(mapped), seq_len, marks=dict(zip(paths, marks, strict=True)))
+        files = [self.directory / shard.file for shard in shards]
+        mapped = [np.memmap(file, dtype=self.manifest.token_dtype, mode="r") for file in files]
+        return Sequences(list(mapped), seq_len, files=files)
 
 
 def read_manifest(directory: Path, *, choice: str = "...") -> tuple[Manifest, str]:

@@ -109,8 +109,8 @@ def _assemble(plan: Plan, world: World, watchdog: Watchdog) -> Run:
     batch_tokens = settings.global_batch_size * settings.seq_len
     log = RunLog(plan.run_dir, plan.logger, world, batch_tokens=batch_tokens, total_steps=settings.steps)
     split = {"micro_batch_size": settings.micro_batch_size, "rank": world.rank, "world_size": world.size}
-    validation = EvalBatches(plan.data.windows("val", settings.seq_len), n_sequences=settings.val_sequences, **split)
-    probe = EvalBatches(plan.data.windows("probe", settings.seq_len), n_sequences=settings.probe_sequences, **split)
+    validation = EvalBatches(plan.data.sequences("val", settings.seq_len), n_sequences=settings.val_sequences, **split)
+    probe = EvalBatches(plan.data.sequences("probe", settings.seq_len), n_sequences=settings.probe_sequences, **split)
     facts = {
         "n_params": n_params,
         "fingerprint": fingerprint(config),
@@ -129,7 +129,7 @@ def _assemble(plan: Plan, world: World, watchdog: Watchdog) -> Run:
         stabilizer_name=choice(config["stabilizer"]),
         weights=weights,
         batches=TrainBatches(
-            plan.data.windows("train", settings.seq_len),
+            plan.data.sequences("train", settings.seq_len),
             seed=config["seed"],
             global_batch_size=settings.global_batch_size,
             **split,

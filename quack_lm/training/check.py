@@ -126,7 +126,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> Plan:
         check_memory(config, reference, device=device, ranks_of_a_copy=world_size // settings.replicas)
     data = open_data(corpus, config["model"]["vocab_size"], verify_checksums=False)
     for split in ("train", "val", "probe"):
-        data.windows(split, settings.seq_len)
+        data.sequences(split, settings.seq_len)
     run_dir = Path(config["run_dir"] or default_run_dir(config))
     seen = seen_of(run_dir, settings)
     resumes_from, finished = check_run_dir(run_dir, config, settings)

@@ -123,7 +123,7 @@ def meet(run: Run, signal_number: int = 0) -> int:
     """Once a step all ranks meet: the signal that one of them got, or 0; UserError on all if one is in trouble."""
     # In this order: a thread that has ended has said what went wrong before.
     mine = run.saver.is_writing
-    run.trouble = run.trouble or run.saver.trouble or run.batches.trouble or run.validation.trouble
+    run.trouble = run.trouble or run.saver.trouble or run.batches.error or run.validation.error
     number, is_in_trouble, is_writing = run.world.max_over_ranks(signal_number, run.trouble is not None, mine)
     if is_in_trouble:
         raise UserError(next(text for text in run.world.all_gather(run.trouble or "") if text))
@@ -162,7 +162,7 @@ def accumulate_gradients(run: Run) -> Tensor:
 
 
 def validate(run: Run) -> None:
-    """Mean loss per token over the fixed validation windows, the same for every world size."""
+    """Mean loss per token over the fixed validation sequences, the same for every world size."""
     total = torch.zeros(2, device=run.world.device, dtype=torch.float64)
     with evaluating(run.model):
         for tokens, weights_B in run.validation:
@@ -172,7 +172,7 @@ def validate(run: Run) -> None:
             # Padding sequences have weight 0; where() and not a product: they may be NaN in a run that diverges.
             total[0] += torch.where(weights_B[:, None] > 0, nats_BT, 0.0).sum(dtype=torch.float64)
             total[1] += weights_B.sum() * nats_BT.shape[1]
-    # Before: each rank has the sums over its windows. After: the sums over all.
+    # Before: each rank has the sums over its sequences. After: the sums over all.
     nats, tokens_seen = run.world.sum(total).tolist()
     run.progress.take_val_loss(nats / tokens_seen)
     run.log.add(run.progress.step, {"val/loss": nats / tokens_seen})
