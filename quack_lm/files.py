@@ -92,6 +92,11 @@ def file_sha256s(paths: Sequence[Path]) -> list[str]:
         return list(threads.map(file_sha256, paths))
 
 
+def relative_note(path: str | Path) -> str:
+    """What a message about a missing path adds to it: for a relative one, the directory that it was looked for in."""
+    return "" if os.path.isabs(path) else f" (relative to the current directory, {Path.cwd()})"
+
+
 def nearest_existing_parent(path: Path) -> Path:
     """The path itself where it exists, else the nearest directory above it that does."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())

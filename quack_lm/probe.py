@@ -29,7 +29,7 @@ PARTS = ("query", "key", "upstream")
 class Probe:
     """Per layer and head: largest logit, mean and largest |change|, and attention entropy in nats.
 
-    `batches` are this rank's (tokens [B, T + 1], weights [B]) of the probe windows; sequences of weight 0 are padding.
+    `batches` are this rank's (tokens [B, T + 1], weights [B]) of the probe split; sequences of weight 0 are padding.
     With `weights`, the mean |change| is split into its parts too.
     """
 

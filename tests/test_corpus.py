@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from quack_lm.config import CONFIG_DIR, compose, instantiate
+from quack_lm.config import CONFIG_DIR, choices, compose, instantiate
 from quack_lm.data.corpus import Corpus, HubCorpus, LocalCorpus, StdlibCorpus
 from quack_lm.data.manifest import SPLITS, SplitName, TokenData
 from quack_lm.data.prepare import prepare
@@ -64,8 +65,8 @@ def documents(directory: Path, split: SplitName) -> list[str]:
     """The texts of a split, decoded from its shards."""
     data = TokenData.open(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
-    windows = data.windows(split, data.manifest.split(split).tokens - 1)
-    tokens = windows.read(np.array([0]))[0]
+    sequences = data.sequences(split, data.manifest.split(split).tokens - 1)
+    tokens = sequences.read(np.array([0]))[0]
     ends = np.flatnonzero(tokens == data.manifest.eot_id)
     assert ends[-1] == len(tokens) - 1
     return [str(tokenizer.decode(piece[piece != data.manifest.eot_id])) for piece in np.split(tokens, ends + 1)[:-1]]
@@ -228,8 +229,8 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path, prepared: P
 # Commits after every batch of five documents, so that a kill soon has something to come back to.
 INTERRUPTIBLE = """
 import json, sys, time
-from quack_lm.data.batches import corpus
-from quack_lm.data.batches import prepare as preparation
+from quack_lm.data import corpus
+from quack_lm.data import prepare as preparation
 if __name__ == "__main__":
     preparation.BATCH_DOCUMENTS = 5
     settings, pause_s = json.loads(sys.argv[1]), float(sys.argv[2])
@@ -541,8 +542,14 @@ def test_the_script_prepares_prints_a_table_and_refuses_in_one_line(tmp_path: Pa
     assert [line.split()[0] for line in done.stdout.splitlines()[-4:]] == ["split", *SPLITS]
     TokenData.open(tmp_path / "set")
     assert run("--check", *overrides).stdout == "set is prepared already\n"
-    for wrong, named in (["data=local", "data.dir=other"], "data.files"), (["data=cosmopedia_v2"], "no connection"):
+    for wrong, named in (
+        (["data=local", "data.dir=other"], "data.files"),
+        (["data=cosmopedia_v2"], "no connection"),
+        (["data.dir=other"], "no data chosen"),
+        ([], "quack-lm prepare data=stdlib"),
+    ):
         refused = run(*wrong)
         assert refused.returncode == 2
         assert named in refused.stderr
         assert len(refused.stderr.splitlines()) == 1
+    assert re.findall("data=([a-z0-9_]+) ", refused.stdout) == choices("data")

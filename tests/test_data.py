@@ -12,17 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quack_lm.data.batches import EvalBatches, TrainBatches, Windows, permutation
+from quack_lm.data.batches import EvalBatches, Sequences, TrainBatches, permutation
 from quack_lm.data.manifest import TokenData
 from quack_lm.errors import UserError
 
 sizes = st.integers(1, 6)
 
 
-def counting_windows(n_windows: int, seq_len: int, shard_tokens: int = 7) -> Windows:
-    """Windows over the tokens 0, 1, 2, ..., cut into small shards."""
-    row = np.arange(n_windows * seq_len + 1, dtype=np.uint16)
-    return Windows([row[i : i + shard_tokens] for i in range(0, len(row), shard_tokens)], seq_len)
+def counting_sequences(n_sequences: int, seq_len: int, shard_tokens: int = 7) -> Sequences:
+    """Sequences over the tokens 0, 1, 2, ..., cut into small shards."""
+    row = np.arange(n_sequences * seq_len + 1, dtype=np.uint16)
+    return Sequences([row[i : i + shard_tokens] for i in range(0, len(row), shard_tokens)], seq_len)
 
 
 def sha256(path: Path) -> str:
@@ -82,20 +82,20 @@ def test_the_order_of_a_seed_never_changes() -> None:
     assert permutation(8, seed=2, epoch=0).tolist() != permutation(8, seed=1, epoch=0).tolist()
 
 
-@given(n_windows=st.integers(1, 40), seq_len=sizes, world=st.integers(1, 3), per_rank=st.integers(1, 4), micro=sizes)
+@given(n_sequences=st.integers(1, 40), seq_len=sizes, world=st.integers(1, 3), per_rank=st.integers(1, 4), micro=sizes)
 @settings(deadline=None, max_examples=60)
 def test_the_global_batch_is_the_same_for_every_world_and_micro_batch_size(
-    n_windows: int, seq_len: int, world: int, per_rank: int, micro: int
+    n_sequences: int, seq_len: int, world: int, per_rank: int, micro: int
 ) -> None:
-    windows = counting_windows(n_windows, seq_len)
+    sequences = counting_sequences(n_sequences, seq_len)
     batch_size = world * per_rank * micro
-    alone = TrainBatches(windows, seed=3, global_batch_size=batch_size, micro_batch_size=1)
+    alone = TrainBatches(sequences, seed=3, global_batch_size=batch_size, micro_batch_size=1)
     for step in (5, 0, 1):
         expected = torch.cat(list(alone.micro_batches(step)))
         parts: list[torch.Tensor] = []
         for rank in range(world):
             rank_batches = TrainBatches(
-                windows, seed=3, global_batch_size=batch_size, micro_batch_size=micro, rank=rank, world_size=world
+                sequences, seed=3, global_batch_size=batch_size, micro_batch_size=micro, rank=rank, world_size=world
             )
             pieces = list(rank_batches.micro_batches(step))
             assert [piece.shape for piece in pieces] == [(micro, seq_len + 1)] * per_rank
@@ -103,42 +103,44 @@ def test_the_global_batch_is_the_same_for_every_world_and_micro_batch_size(
         assert torch.cat(parts).equal(expected)
 
 
-@given(n_windows=st.integers(1, 30), batch=st.integers(1, 12), seed=st.integers(0, 5))
+@given(n_sequences=st.integers(1, 30), batch=st.integers(1, 12), seed=st.integers(0, 5))
 @settings(deadline=None, max_examples=40)
-def test_each_epoch_visits_each_window_exactly_once(n_windows: int, batch: int, seed: int) -> None:
-    batches = TrainBatches(counting_windows(n_windows, 3), seed=seed, global_batch_size=batch, micro_batch_size=batch)
-    n_steps = -(-3 * n_windows // batch)
+def test_each_epoch_visits_each_sequence_exactly_once(n_sequences: int, batch: int, seed: int) -> None:
+    batches = TrainBatches(
+        counting_sequences(n_sequences, 3), seed=seed, global_batch_size=batch, micro_batch_size=batch
+    )
+    n_steps = -(-3 * n_sequences // batch)
     seen = torch.cat([micro for step in range(n_steps) for micro in batches.micro_batches(step)])[:, 0] // 3
-    for epoch in seen[: 3 * n_windows].split(n_windows):
-        assert sorted(epoch.tolist()) == list(range(n_windows))
-    assert batches.epoch(n_steps) == pytest.approx(n_steps * batch / n_windows)
+    for epoch in seen[: 3 * n_sequences].split(n_sequences):
+        assert sorted(epoch.tolist()) == list(range(n_sequences))
+    assert batches.epoch(n_steps) == pytest.approx(n_steps * batch / n_sequences)
 
 
 def test_batches_depend_on_seed_and_step_and_not_on_what_was_read_before() -> None:
-    windows = counting_windows(50, 4)
-    first = TrainBatches(windows, seed=1, global_batch_size=6, micro_batch_size=3)
+    sequences = counting_sequences(50, 4)
+    first = TrainBatches(sequences, seed=1, global_batch_size=6, micro_batch_size=3)
     history = [torch.cat(list(first.micro_batches(step))) for step in range(20)]
-    late = TrainBatches(windows, seed=1, global_batch_size=6, micro_batch_size=6)
+    late = TrainBatches(sequences, seed=1, global_batch_size=6, micro_batch_size=6)
     for step in (19, 8, 9, 0):
         assert torch.cat(list(late.micro_batches(step))).equal(history[step])
-    other = TrainBatches(windows, seed=2, global_batch_size=6, micro_batch_size=6)
+    other = TrainBatches(sequences, seed=2, global_batch_size=6, micro_batch_size=6)
     assert not torch.cat(list(other.micro_batches(0))).equal(history[0])
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-@given(n_windows=st.integers(1, 40), wanted=st.integers(1, 50), world=st.integers(1, 4), micro=sizes)
+@given(n_sequences=st.integers(1, 40), wanted=st.integers(1, 50), world=st.integers(1, 4), micro=sizes)
 @settings(deadline=None, max_examples=80)
 def test_the_evaluation_set_is_the_same_for_every_world_size(
-    n_windows: int, wanted: int, world: int, micro: int
+    n_sequences: int, wanted: int, world: int, micro: int
 ) -> None:
-    windows = counting_windows(n_windows, 3)
-    alone = EvalBatches(windows, n_sequences=wanted, micro_batch_size=1)
+    sequences = counting_sequences(n_sequences, 3)
+    alone = EvalBatches(sequences, n_sequences=wanted, micro_batch_size=1)
     expected = torch.cat([tokens for tokens, _ in alone])
-    assert alone.n_sequences == len(expected) == len(expected.unique(dim=0)) == min(wanted, n_windows)
+    assert alone.n_sequences == len(expected) == len(expected.unique(dim=0)) == min(wanted, n_sequences)
     ranks = [
-        EvalBatches(windows, n_sequences=wanted, micro_batch_size=micro, rank=rank, world_size=world)
+        EvalBatches(sequences, n_sequences=wanted, micro_batch_size=micro, rank=rank, world_size=world)
         for rank in range(world)
     ]
     assert len({len(list(rank)) for rank in ranks}) == 1
@@ -152,32 +154,34 @@ def test_the_evaluation_set_is_the_same_for_every_world_size(
 # ------------------------------------------------------------------------------------------------ files
 
 
-@given(n_windows=st.integers(1, 20), seq_len=sizes, shard_tokens=st.integers(1, 9))
+@given(n_sequences=st.integers(1, 20), seq_len=sizes, shard_tokens=st.integers(1, 9))
 @settings(deadline=None, max_examples=60)
-def test_windows_overlap_by_one_token_and_may_straddle_shards(n_windows: int, seq_len: int, shard_tokens: int) -> None:
-    windows = counting_windows(n_windows, seq_len, shard_tokens)
-    assert len(windows) == n_windows
-    read = windows.read(np.arange(n_windows))
+def test_sequences_overlap_by_one_token_and_may_straddle_shards(
+    n_sequences: int, seq_len: int, shard_tokens: int
+) -> None:
+    sequences = counting_sequences(n_sequences, seq_len, shard_tokens)
+    assert len(sequences) == n_sequences
+    read = sequences.read(np.arange(n_sequences))
     assert read.dtype == np.int64
-    assert read.tolist() == [list(range(i * seq_len, (i + 1) * seq_len + 1)) for i in range(n_windows)]
+    assert read.tolist() == [list(range(i * seq_len, (i + 1) * seq_len + 1)) for i in range(n_sequences)]
 
 
 def test_a_data_set_opens_and_reads_back(data_set: Path) -> None:
     data = TokenData.open(data_set)
-    windows = data.windows("train", 4)
+    sequences = data.sequences("train", 4)
     assert data.manifest.unigram_entropy == 2.5
     assert data.manifest_sha256 == sha256(data_set / "manifest.json")
-    assert windows.read(np.array([2, 0])).tolist() == [[8, 9, 10, 11, 12], [0, 1, 2, 3, 4]]
-    assert len(data.windows("val", 5)) == 1
+    assert sequences.read(np.array([2, 0])).tolist() == [[8, 9, 10, 11, 12], [0, 1, 2, 3, 4]]
+    assert len(data.sequences("val", 5)) == 1
 
 
-def test_a_split_shorter_than_a_window_names_seq_len_and_the_split(data_set: Path) -> None:
+def test_a_split_shorter_than_a_sequence_names_seq_len_and_the_split(data_set: Path) -> None:
     with pytest.raises(UserError, match=r"trainer\.seq_len=6 .* val split .* 6 tokens: .* at most 5"):
-        TokenData.open(data_set).windows("val", 6)
+        TokenData.open(data_set).sequences("val", 6)
 
 
 def test_no_data_set_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no data set in .*missing.*quack-lm prepare"):
+    with pytest.raises(UserError, match=r"no prepared data in .*missing.*quack-lm prepare data="):
         TokenData.open(tmp_path / "nothing")
 
 
@@ -186,7 +190,7 @@ def test_one_changed_byte_is_refused_by_name(data_set: Path, name: str) -> None:
     content = bytearray((data_set / name).read_bytes())
     content[1] ^= 1
     (data_set / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} is damaged or foreign: its sha256 .*quack-lm prepare"):
+    with pytest.raises(UserError, match=rf"{name} is damaged: its sha256 .*prepare it again"):
         TokenData.open(data_set)
 
 
@@ -240,7 +244,7 @@ def test_a_manifest_with_a_wrong_entry_is_refused(data_set: Path, path: tuple[An
         entry = entry[key]
     entry[path[-1]] = value
     (data_set / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest\.json is damaged or foreign"):
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         TokenData.open(data_set)
 
 
@@ -248,7 +252,7 @@ def test_a_truncated_manifest_is_refused_at_every_length(data_set: Path) -> None
     content = (data_set / "manifest.json").read_bytes()
     for length in range(0, len(content), 97):
         (data_set / "manifest.json").write_bytes(content[:length])
-        with pytest.raises(UserError, match=r"manifest\.json is damaged or foreign"):
+        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
             TokenData.open(data_set)
 
 
@@ -256,7 +260,7 @@ def test_a_manifest_lacking_any_key_is_refused(data_set: Path) -> None:
     manifest = json.loads((data_set / "manifest.json").read_text())
     for key in manifest:
         (data_set / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
-        with pytest.raises(UserError, match=rf"manifest\.json is damaged or foreign: {key}"):
+        with pytest.raises(UserError, match=rf"manifest\.json is damaged: {key}"):
             TokenData.open(data_set)
 
 
@@ -286,8 +290,8 @@ def opens_or_is_refused(directory: Path, manifest: bytes) -> bool:
     finally:
         (directory / "manifest.json").write_bytes(original)
     for split in ("train", "val", "probe"):
-        windows = data.windows(split, 1)
-        assert windows.read(np.arange(len(windows))).max() < data.manifest.vocab_size
+        sequences = data.sequences(split, 1)
+        assert sequences.read(np.arange(len(sequences))).max() < data.manifest.vocab_size
     return True
 
 

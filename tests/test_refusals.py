@@ -132,9 +132,7 @@ def pipe(name: str) -> dict[str, Any]:
 
 
 def bad_data(damage: Callable[[Path], object], message: str) -> Bad:
-    return one(
-        "data.dir=TMP/data", rf"data\.dir: TMP/data\S* is damaged or foreign: .*{message}", **damaged_data(damage)
-    )
+    return one("data.dir=TMP/data", rf"data\.dir: TMP/data\S* is damaged: .*{message}", **damaged_data(damage))
 
 
 def bad_run(damage: Callable[[Path], object], message: str, *arguments: str) -> Bad:
@@ -338,7 +336,7 @@ TRAIN: dict[str, Bad] = {
     ),
     "three_processes": one("seed=0", r"trainer\.global_batch_size=8 .*3 x 8 = 24", env=LAUNCHED | {"WORLD_SIZE": "3"}),
     "replicas_do_not_divide_processes": one("trainer.replicas=2", r"trainer\.replicas=2 .*processes, 1"),
-    "window_longer_than_the_data": one(
+    "sequence_longer_than_the_data": one(
         "trainer.seq_len=5000000", r"trainer\.seq_len=5000000 is too long for the train"
     ),
     "vocabulary_too_small": one("model.vocab_size=100", r"model\.vocab_size=100 .*data\.vocab_size=512"),
@@ -352,9 +350,14 @@ TRAIN: dict[str, Bad] = {
     ),
     "vocabulary_of_billions": one("model.vocab_size=2000000000", rf"model\.vocab_size=2000000000 {TOO_LARGE}"),
     # what is not there
-    "missing_data": one("data.dir=TMP/nowhere", r"data\.dir: .*TMP/nowhere.*quack-lm prepare"),
+    "missing_data": one(
+        "data.dir=TMP/nowhere", r"in TMP/nowhere, .*quack-lm prepare data=stdlib data\.dir=TMP/nowhere\n"
+    ),
+    "missing_data_of_a_relative_directory": one("data.dir=nowhere", r"in nowhere \(relative to .*, TMP\), manifest"),
     "data_is_a_file": one("data.dir=TMP/file", r"data\.dir: .*TMP/file", files={"file": b"x"}),
-    "data_without_manifest": one("data.dir=TMP/d", r"data\.dir: .*TMP/d .*manifest", files={"d/x": b""}),
+    "data_without_manifest": one(
+        "data.dir=TMP/d", r"data\.dir: no prepared data in TMP/d, manifest", files={"d/x": b""}
+    ),
     "flex_on_cpu": Bad(["attention.backend=flex", "trainer.device=cpu"], r"attention\.backend=flex .*sdpa"),
     "flash_on_cpu": Bad(["attention.backend=flash", "trainer.device=cpu"], r"attention\.backend=flash .*sdpa"),
     "unset_files": one("data=local", r"data\.files"),
@@ -754,7 +757,9 @@ PREPARE: dict[str, Bad] = {
     "unknown_flag": one("--fast", r"--fast"),
     "no_files": one("data.files=[]", r"data\.files=\[\]: .*at least 1"),
     "files_not_a_list": one("data.files=TMP/text.txt", r"data\.files='\S+': .*list"),
-    "missing_file": one("data.files=[TMP/nowhere/*.txt]", r"data\.files: TMP/nowhere/\*\.txt matches no file"),
+    "missing_file": one(
+        "data.files=[nowhere/*.txt]", r"data\.files: nowhere/\*\.txt matches no file \(relative.* TMP\)"
+    ),
     "url": one(
         "data.files=['https://pond.example/x.txt']", r"data\.files: https://pond\.example/x\.txt matches no file"
     ),
@@ -794,7 +799,9 @@ PREPARE: dict[str, Bad] = {
     "empty_shards": one("data.shard_tokens=0", r"data\.shard_tokens=0: .*greater than 0"),
     "fraction_not_a_number": one("data.val_fraction=nan", r"data\.val_fraction=nan: "),
     "fraction_of_everything": one("data.val_fraction=1.0", r"data\.val_fraction=1\.0: .*less than 1"),
-    "tokenizer_missing": one("data.tokenizer=./nowhere", r"data\.tokenizer=\./nowhere: no such directory"),
+    "tokenizer_missing": one(
+        "data.tokenizer=./nowhere", r"data\.tokenizer=\./nowhere: no such directory \(relative.* TMP\)"
+    ),
     "tokenizer_empty": one("data.tokenizer=TMP/t", r"data\.tokenizer=TMP/t: not a tr", files={"t/x": b""}),
     "tokenizer_torn": one(
         "data.tokenizer=TMP/t",

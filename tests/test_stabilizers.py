@@ -19,7 +19,7 @@ from quack_lm.attention.mha import MHA
 from quack_lm.attention.mla import MLA
 from quack_lm.attention.scores import logits, number_documents
 from quack_lm.config import choices, instantiate
-from quack_lm.data.batches import EvalBatches, Windows
+from quack_lm.data.batches import EvalBatches, Sequences
 from quack_lm.model import Transformer
 from quack_lm.probe import Probe
 from quack_lm.stabilizers.base import Stabilizer
@@ -538,7 +538,7 @@ def test_validation_and_probe_forwards_do_not_count() -> None:
     model = clip_model("mha")
     quiet = forward_and_measure(model, tokens(1, 4))
     row = np.arange(8 * 12 + 1, dtype=np.uint16) % 41
-    batches = EvalBatches(Windows([row], 8), n_sequences=10, micro_batch_size=5, rank=0, world_size=1)
+    batches = EvalBatches(Sequences([row], 8), n_sequences=10, micro_batch_size=5, rank=0, world_size=1)
     probe = Probe(model, model.attentions, batches, LONE, eot_id=None)
     probe.before()
     louder = probe.after()["logits/max_per_head"]

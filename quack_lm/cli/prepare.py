@@ -1,31 +1,33 @@
 """Turn text into the token shards that training reads.
 
-    quack-lm prepare [key=value ...]
+    quack-lm prepare data=CHOICE [key=value ...]
 
-The source is the `data` section of the config, in the same words that train.py takes; everything else has defaults:
+The choices:
 
-    # Python's own standard library: about 11 MB, nothing to download
-    quack-lm prepare data=stdlib
+{choices}
 
-    # the paper's data, from the Hugging Face hub, with eight processes
-    quack-lm prepare data=cosmopedia_v2 data.workers=8
+Examples:
 
-    # ... or from copies of its files
+    quack-lm prepare data=stdlib                          # about 15 s on a laptop
+    quack-lm prepare data=cosmopedia_v2 data.workers=16   # on a machine with a network and 16 cores
+
+    # the same from copies of its files
     quack-lm prepare data=cosmopedia_v2 'data.files=[/copies/*.parquet]' data.tokenizer=/copies/tokenizer
 
-    # files of your own: text (a document is a file), jsonl or parquet (a document is a row)
+    # your own files: text (a document is a file), jsonl or parquet (a document is a row)
     quack-lm prepare data=local data.dir=data/notes 'data.files=[notes/**/*.md]' data.vocab_size=4096
     quack-lm prepare data=local data.format=jsonl data.text_field=body 'data.files=[posts.jsonl]'
 
 What most people set: data.dir (where the shards go), data.tokenizer (a transformers tokenizer, directory or hub name;
 null trains a byte-level BPE of data.vocab_size entries), data.val_fraction, data.probe_fraction, data.workers.
-All of it, with comments: configs/data/*.yaml and quack_lm/data/corpus.py.
+All keys, with comments: configs/data/*.yaml and quack_lm/data/corpus.py.
 
-Other flags:
-    --config FILE   take the settings from the config.yaml of a run; key=value still overrides
-    --check         check the settings, and that the files are there; prepare nothing
+Flags:
+    --config FILE   take the data settings from the config.yaml of a run; key=value still overrides
+    --check         check the settings and that the input files exist; prepare nothing
+    -h, --help      this text
 
-An interrupted preparation goes on where it was when the same command is given again; a finished one is left alone.
+An interrupted preparation continues when the same command is given again; a finished one is left alone.
 """
 
 import sys
@@ -33,15 +35,20 @@ from pathlib import Path
 
 
 def main(arguments: list[str]) -> int:
-    """Prepare the data set that the arguments describe and print what is in it."""
-    if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
-        return 0
-    # Worker processes import this file again; they need none of this.
+    """Prepare the data set that the arguments describe and print its sizes."""
+    # Imported late: worker processes import this module and need none of these.
     from quack_lm.config import compose, instantiate, read_flags
     from quack_lm.data.prepare import is_prepared, prepare
+    from quack_lm.errors import UserError
 
+    if {"-h", "--help"} & set(arguments):
+        print((__doc__ or "").replace("{choices}", data_choices()))
+        return 0
     file, is_check, overrides = read_flags(arguments)
+    # The default of train is the paper's data: nobody should start to download that without having asked for it.
+    if file is None and not any(override.startswith(("data=", "experiment=")) for override in overrides):
+        print(f"The choices of data:\n\n{data_choices()}\n")
+        raise UserError("no data chosen; for the smallest, which needs no download: quack-lm prepare data=stdlib")
     corpus = instantiate(compose(overrides, file=file)["data"])
     if is_check:
         print(f"{corpus.dir} is {'prepared already' if is_prepared(corpus) else 'ready to be prepared'}")
@@ -49,14 +56,23 @@ def main(arguments: list[str]) -> int:
     try:
         directory = prepare(corpus)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted; the same command continues from here", file=sys.stderr)
         return 130
-    print_contents(directory)
+    print_sizes(directory)
     return 0
 
 
-def print_contents(directory: Path) -> None:
-    """One line for each split."""
+def data_choices() -> str:
+    """A line for each choice of `data=`: the comment that its yaml begins with."""
+    from quack_lm.config import CONFIG_DIR, choices
+
+    files = {name: CONFIG_DIR / "data" / f"{name}.yaml" for name in choices("data")}
+    comments = {name: path.read_text().partition("\n")[0].removeprefix("# ") for name, path in files.items()}
+    return "\n".join(f"    data={name:15} {comment}" for name, comment in comments.items())
+
+
+def print_sizes(directory: Path) -> None:
+    """Print the documents, tokens and shards of each split."""
     from quack_lm.data.manifest import SPLITS, TokenData
 
     manifest = TokenData.open(directory, verify_checksums=False).manifest

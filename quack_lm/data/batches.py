@@ -1,14 +1,14 @@
 """Prepared token shards, and the batches of one rank cut from them.
 
-A split is one long row of token ids, cut into windows of `seq_len + 1` tokens with stride `seq_len` (the last target of
-a window is the first input of the next). Sample number g of a training run is
+A split is one long row of token ids, cut into sequences of `seq_len + 1` tokens with stride `seq_len` (the last target
+of a sequence is the first input of the next). The g-th sequence that a training run reads is number
 
-    window permutation(seed, g // n_windows)[g % n_windows]
+    permutation(seed, g // n_sequences)[g % n_sequences]
 
 so the step number alone says what comes next, whatever the world size or the micro-batch size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,59 +17,60 @@ import numpy.typing as npt
 import torch
 
 
-class Windows:
-    """Windows of seq_len + 1 tokens over shards read as one row; a window may straddle shards."""
+class Sequences:
+    """The sequences of seq_len + 1 tokens of a split; one may straddle shards.
 
-    def __init__(
-        self, shards: list[npt.NDArray[Any]], seq_len: int, *, marks: dict[Path, tuple[int, ...]] | None = None
-    ) -> None:
+    `files` are those that the shards are mapped from, if any. `error` is None until a read finds that one of them has
+    been changed, moved or deleted; it is recorded and not raised, because all ranks have to end together.
+    """
+
+    def __init__(self, shards: list[npt.NDArray[Any]], seq_len: int, *, files: Iterable[Path] = ()) -> None:
         self.seq_len = seq_len
+        self.error: str | None = None
         self._shards = shards
-        self.file_marks = list((marks or {}).items())
-        # What has happened to the files since they were opened and checked, once it has been noticed.
-        self.trouble: str | None = None
+        self._files = [(path, _file_mark(path)) for path in files]
         self._ends = np.cumsum([len(shard) for shard in shards])
 
     def __len__(self) -> int:
         return int(self._ends[-1] - 1) // self.seq_len
 
     def read(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        """The windows of these numbers, [n, seq_len + 1]; zeros from the moment at which there is `trouble`."""
-        windows = np.zeros((len(indices), self.seq_len + 1), dtype=np.int64)
-        # Before: reading beyond the end of a file that was cut ends the process. After: it may have changed meanwhile.
-        self.trouble = self.trouble or self._change(indices)
-        if self.trouble is None:
-            for window, index in zip(windows, indices.tolist(), strict=True):
-                if not 0 <= index < len(self):
-                    raise IndexError(f"window {index} of {len(self)}")
-                self._fill(window, start=index * self.seq_len)
-            self.trouble = self._change(indices)
-        # What was read from a changed file may be no token at all; zeros are, until the ranks end over `trouble`.
-        return np.zeros_like(windows) if self.trouble else windows
+        """The sequences of these numbers, [n, seq_len + 1]; zeros once there is an `error`."""
+        rows = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
+        for row, index in zip(rows, indices.tolist(), strict=True):
+            assert 0 <= index < len(self), f"sequence {index} of {len(self)}"
+            self._fill(row, start=index * self.seq_len)
+        # What a changed file holds may be no token ids, and the forward before the ranks end needs some.
+        return np.zeros_like(rows) if self.error else rows
 
-    def _change(self, indices: npt.NDArray[np.integer]) -> str | None:
-        starts = np.asarray(indices, dtype=np.int64) * self.seq_len
-        touched = np.searchsorted(self._ends, np.concatenate([starts, starts + self.seq_len]), side="right")
-        for number in np.unique(touched).tolist() if self.file_marks else ():
-            path, mark = self.file_marks[number]
-            try:
-                if file_mark(path) == mark:
-                    continue
-                what = "has been changed"
-            except OSError as error:
-                what = f"cannot be read any more ({error.strerror})"
-            return f"data.dir: {path} {what} while the run was reading it; restore it and run the same command again"
-        return None
-
-    def _fill(self, window: npt.NDArray[np.int64], start: int) -> None:
+    def _fill(self, row: npt.NDArray[np.int64], start: int) -> None:
         filled = 0
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        while filled < len(window):
-            offset = start + filled - (self._ends[shard] - len(self._shards[shard]))
-            piece = self._shards[shard][offset : offset + len(window) - filled]
-            window[filled : filled + len(piece)] = piece
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        while filled < len(row):
+            shard = self._shards[number]
+            offset = start + filled - (self._ends[number] - len(shard))
+            piece = shard[offset : offset + len(row) - filled]
+            row[filled : filled + len(piece)] = piece
             filled += len(piece)
-            shard += 1
+            # After the read: a change before or during it is found.
+            self.error = self.error or (_change(*self._files[number]) if self._files else None)
+            number += 1
+
+
+def _file_mark(path: Path) -> tuple[int, ...]:
+    """What differs once a file has been written to or replaced."""
+    seen = path.stat()
+    return seen.st_ino, seen.st_size, seen.st_mtime_ns
+
+
+def _change(path: Path, mark: tuple[int, ...]) -> str | None:
+    try:
+        if _file_mark(path) == mark:
+            return None
+        what = "has been changed"
+    except OSError as error:
+        what = f"cannot be read any more ({error.strerror})"
+    return f"data.dir: {path} {what} while the run was reading it; restore it and run the same command again"
 
 
 class TrainBatches:
@@ -77,7 +78,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        windows: Windows,
+        sequences: Sequences,
         *,
         seed: int,
         global_batch_size: int,
@@ -86,7 +87,7 @@ class TrainBatches:
         world_size: int = 1,
     ) -> None:
         assert global_batch_size % (world_size * micro_batch_size) == 0, "see TrainerSettings.check_ranks"
-        self._windows = windows
+        self._sequences = sequences
         self._seed = seed
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
@@ -98,22 +99,22 @@ class TrainBatches:
         """This rank's part of the global batch of a step, int64 [micro_batch_size, seq_len + 1] at a time."""
         first = step * self._global_batch_size + self._rank * self._rank_batch_size
         for start in range(first, first + self._rank_batch_size, self._micro_batch_size):
-            numbers = self._window_numbers(start, self._micro_batch_size)
-            yield torch.from_numpy(self._windows.read(numbers))
+            numbers = self._sequence_numbers(start, self._micro_batch_size)
+            yield torch.from_numpy(self._sequences.read(numbers))
 
     @property
     def error(self) -> str | None:
-        """What has happened to the files, see `Windows`."""
-        return self._windows.trouble
+        """See `Sequences`."""
+        return self._sequences.error
 
     def epoch(self, step: int) -> float:
         """Passes over the data that are complete when a step begins."""
-        return step * self._global_batch_size / len(self._windows)
+        return step * self._global_batch_size / len(self._sequences)
 
-    def _window_numbers(self, first: int, count: int) -> npt.NDArray[np.integer]:
+    def _sequence_numbers(self, first: int, count: int) -> npt.NDArray[np.integer]:
         pieces = []
         while count > 0:
-            epoch, position = divmod(first, len(self._windows))
+            epoch, position = divmod(first, len(self._sequences))
             pieces.append(self._epoch_order(epoch)[position : position + count])
             first += len(pieces[-1])
             count -= len(pieces[-1])
@@ -121,21 +122,21 @@ class TrainBatches:
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.integer]:
         if self._order[0] != epoch:
-            self._order = (epoch, permutation(len(self._windows), seed=self._seed, epoch=epoch))
+            self._order = (epoch, permutation(len(self._sequences), seed=self._seed, epoch=epoch))
         return self._order[1]
 
 
 class EvalBatches:
-    """A fixed, evenly spaced set of windows, the same for every world size; each rank yields equally many batches."""
+    """A fixed, evenly spaced set of sequences, the same for every world size; each rank yields equally many batches."""
 
     def __init__(
-        self, windows: Windows, *, n_sequences: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
+        self, sequences: Sequences, *, n_sequences: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.n_sequences = min(n_sequences, len(windows))
-        self._windows = windows
+        self.n_sequences = min(n_sequences, len(sequences))
+        self._sequences = sequences
         self._micro_batch_size = micro_batch_size
-        chosen = np.arange(self.n_sequences) * len(windows) // self.n_sequences
-        # Under FSDP every rank must run equally many forwards: the rest is padded with a window that weighs nothing.
+        chosen = np.arange(self.n_sequences) * len(sequences) // self.n_sequences
+        # Under FSDP every rank must run equally many forwards: the rest is padded with a sequence of weight 0.
         padded = -self.n_sequences % (world_size * micro_batch_size)
         indices = np.concatenate([chosen, np.zeros(padded, dtype=chosen.dtype)])
         weights = np.concatenate([np.ones(self.n_sequences, np.float32), np.zeros(padded, np.float32)])
@@ -144,8 +145,8 @@ class EvalBatches:
 
     @property
     def error(self) -> str | None:
-        """What has happened to the files, see `Windows`."""
-        return self._windows.trouble
+        """See `Sequences`."""
+        return self._sequences.error
 
     def __len__(self) -> int:
         return len(self._indices) // self._micro_batch_size
@@ -153,14 +154,8 @@ class EvalBatches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(0, len(self._indices), self._micro_batch_size):
             rows = slice(start, start + self._micro_batch_size)
-            tokens = self._windows.read(self._indices[rows])
+            tokens = self._sequences.read(self._indices[rows])
             yield torch.from_numpy(tokens), torch.from_numpy(self._weights[rows].copy())
-
-
-def file_mark(path: Path) -> tuple[int, ...]:
-    """What tells a file from another one, and from itself after it was written to."""
-    seen = path.stat()
-    return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
 
 
 def permutation(n: int, *, seed: int, epoch: int) -> npt.NDArray[np.integer]:

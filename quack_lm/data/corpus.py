@@ -14,12 +14,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from quack_lm.data.manifest import SplitName
 from quack_lm.errors import UserError
+from quack_lm.files import relative_note
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -36,6 +37,8 @@ NOT_IDENTITY = ("dir", "workers", "mask_documents", "verify_checksums")
 @dataclass(frozen=True, kw_only=True)
 class Corpus(ABC):
     """What every source of text has in common: its tokens, its splits, and how training reads it."""
+
+    choice: ClassVar[str]  # the `data=` that makes one
 
     dir: str
     # Beyond what any text needs: the library that trains a tokenizer makes room for all of it at once.
@@ -92,6 +95,8 @@ class Corpus(ABC):
 class StdlibCorpus(Corpus):
     """The source of Python's own standard library, without its tests: real text wherever Python is."""
 
+    choice = "stdlib"
+
     def input_files(self) -> list[Path]:
         left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
         paths: list[Path] = []
@@ -111,6 +116,8 @@ class StdlibCorpus(Corpus):
 class LocalCorpus(Corpus):
     """Files of one's own: text (a document is a file), or jsonl or parquet (a document is a row)."""
 
+    choice = "local"
+
     files: Annotated[list[str], Field(min_length=1)]  # paths or globs; ** crosses directories
     format: Literal["text", "jsonl", "parquet"]
     text_field: str = "text"
@@ -127,6 +134,8 @@ class LocalCorpus(Corpus):
 @dataclass(frozen=True, kw_only=True)
 class HubCorpus(Corpus):
     """A data set of the Hugging Face hub, or local parquet or jsonl files of the same columns in its place."""
+
+    choice = "cosmopedia_v2"
 
     # owner/name: a bare name would be one of the loaders that `datasets` ships, pickles among them.
     name: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
@@ -175,7 +184,9 @@ def _resolve_files(patterns: list[str]) -> list[Path]:
         found = [pattern] if os.path.isfile(pattern) else _expand(pattern)
         files = [os.path.abspath(path) for path in found if os.path.isfile(path)]
         if not files:
-            raise UserError(f"data.files: {pattern} matches no file in {Path.cwd()}: give existing paths or globs")
+            raise UserError(
+                f"data.files: {pattern} matches no file{relative_note(pattern)}; give existing paths or globs"
+            )
         paths.update(files)
     return [Path(path) for path in sorted(paths)]
 

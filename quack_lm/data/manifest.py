@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from quack_lm.data.batches import Windows, file_mark
+from quack_lm.data.batches import Sequences
 from quack_lm.errors import UserError
-from quack_lm.files import file_sha256, file_sha256s, open_regular
+from quack_lm.files import file_sha256, file_sha256s, open_regular, relative_note
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -121,9 +121,12 @@ class TokenData:
     manifest_sha256: str
 
     @classmethod
-    def open(cls, directory: Path, *, verify_checksums: bool = True) -> Self:
-        """Read and check a data set; without checksums, shards are still checked for their size."""
-        manifest, digest = read_manifest(directory)
+    def open(cls, directory: Path, *, verify_checksums: bool = True, choice: str = "...") -> Self:
+        """Read and check a data set; without checksums, shards are still checked for their size.
+
+        UserError where it is missing or damaged, which suggests `quack-lm prepare data=CHOICE`.
+        """
+        manifest, digest = read_manifest(directory, choice=choice)
         _check_tokenizer(directory, manifest)
         _check_sizes(directory, manifest)
         data = cls(directory, manifest, digest)
@@ -140,8 +143,8 @@ class TokenData:
         """Of all shards."""
         return sum(self.manifest.split(name).tokens for name in SPLITS) * self.manifest.token_dtype.itemsize
 
-    def windows(self, split: SplitName, seq_len: int) -> Windows:
-        """The windows of a split, memory-mapped."""
+    def sequences(self, split: SplitName, seq_len: int) -> Sequences:
+        """The sequences of a split, memory-mapped; UserError where it is shorter than one."""
         tokens = self.manifest.split(split).tokens
         if tokens < seq_len + 1:
             raise UserError(
@@ -149,24 +152,26 @@ class TokenData:
                 f"tokens: set trainer.seq_len to at most {tokens - 1} or prepare more data"
             )
         shards = self.manifest.split(split).shards
-        paths = [self.directory / shard.file for shard in shards]
-        # First what the file is, then its bytes: a change in between is seen.
-        marks = [file_mark(path) for path in paths]
-        mapped = [np.memmap(path, dtype=self.manifest.token_dtype, mode="r") for path in paths]
-        return Windows(list(mapped), seq_len, marks=dict(zip(paths, marks, strict=True)))
+        files = [self.directory / shard.file for shard in shards]
+        mapped = [np.memmap(file, dtype=self.manifest.token_dtype, mode="r") for file in files]
+        return Sequences(list(mapped), seq_len, files=files)
 
 
-def read_manifest(directory: Path) -> tuple[Manifest, str]:
+def read_manifest(directory: Path, *, choice: str = "...") -> tuple[Manifest, str]:
     """The checked manifest of a data set and the sha256 of its file."""
+    command = f"quack-lm prepare data={choice} {shlex.quote(f'data.dir={directory}')}"
     path = directory / MANIFEST
     try:
         _refuse_link_out(directory, path)
         with open_regular(path, "rb") as file:
             raw = file.read()
     except FileNotFoundError:
-        raise UserError(f"data.dir: no data set in {directory} ({path} is missing): {_mend(directory)}") from None
+        raise UserError(
+            f"data.dir: no prepared data in {directory}{relative_note(directory)}, {MANIFEST} is missing; create it "
+            f"with this run's data settings, for example: {command}"
+        ) from None
     except OSError as error:
-        raise UserError(f"data.dir: cannot read {path} ({error.strerror}): {_mend(directory)}") from None
+        raise UserError(f"data.dir: cannot read {path}: {error.strerror}") from None
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
@@ -224,12 +229,7 @@ def _refuse_link_out(directory: Path, path: Path) -> None:
 
 
 def _damaged(directory: Path, path: Path, what: str) -> UserError:
-    return UserError(f"data.dir: {path} is damaged or foreign: {what}: remove {directory} and {_mend(directory)}")
-
-
-def _mend(directory: Path) -> str:
-    override = shlex.quote(f"data.dir={directory}")
-    return f"make it with `quack-lm prepare` and the same data settings ({override})"
+    return UserError(f"data.dir: {path} is damaged: {what}; remove {directory} and prepare it again")
 
 
 def manifest_json(manifest: Manifest) -> str:

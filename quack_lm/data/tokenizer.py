@@ -20,7 +20,7 @@ from tqdm import tqdm
 from quack_lm.data.corpus import Corpus, read_texts, readable, require_hub
 from quack_lm.data.manifest import SPLITS, TOKENIZER, SplitName
 from quack_lm.errors import UserError
-from quack_lm.files import open_regular
+from quack_lm.files import open_regular, relative_note
 
 T = TypeVar("T")
 Tokenizer = Any  # a transformers tokenizer, or the `tokenizers.Tokenizer` inside it
@@ -57,7 +57,7 @@ def refuse_missing_directory(corpus: Corpus) -> str:
     """Where the corpus says its tokenizer is: a directory that is there, or else a name on the hub; UserError."""
     name = os.path.expanduser(str(corpus.tokenizer))
     if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") > 1):
-        raise UserError(f"data.tokenizer={corpus.tokenizer}: no such directory")
+        raise UserError(f"data.tokenizer={corpus.tokenizer}: no such directory{relative_note(name)}")
     return name
 
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from quack_lm import slurm
 from quack_lm.attention.base import Attention
 from quack_lm.config import choice, fingerprint, identity, instantiate
-from quack_lm.data.batches import EvalBatches, TrainBatches, Windows
+from quack_lm.data.batches import EvalBatches, Sequences, TrainBatches
 from quack_lm.data.corpus import Corpus
 from quack_lm.data.manifest import SplitName, TokenData
 from quack_lm.errors import UserError
@@ -64,7 +64,7 @@ class RunPlan:
     stabilizer: Stabilizer
     model: Transformer  # on the meta device
     data: TokenData
-    sequences: dict[SplitName, Windows]
+    sequences: dict[SplitName, Sequences]
     device: str
     flops_per_token: float
     resumes_from: Path | None  # known to rank 0 alone
@@ -107,7 +107,7 @@ def make_model(config: dict[str, Any], stabilizer: Stabilizer | None = None) -> 
 
 def open_data(corpus: Corpus, vocab_size: int) -> TokenData:
     """The prepared data of a corpus, not yet verified by checksum; UserError if it is missing, damaged, or another."""
-    data = TokenData.open(Path(corpus.dir), verify_checksums=False)
+    data = TokenData.open(Path(corpus.dir), verify_checksums=False, choice=corpus.choice)
     made = data.manifest
     for key, wanted, found in (
         ("vocab_size", corpus.vocab_size, made.vocab_size),

@@ -69,7 +69,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     if not is_rehearsal or settings.device != "auto" or device == "cuda":
         check_memory(config, model, device=device, ranks_of_a_copy=world_size // settings.replicas)
     data = open_data(corpus, config["model"]["vocab_size"])
-    sequences = {split: data.windows(split, settings.seq_len) for split in SPLITS}
+    sequences = {split: data.sequences(split, settings.seq_len) for split in SPLITS}
     run_dir = RunDir(Path(config["run_dir"] or default_run_dir(config)))
     snapshot = checkpoint.snapshot(run_dir, settings.steps)
     resumes_from, finished = check_run_dir(run_dir, config, settings)

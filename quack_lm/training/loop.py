@@ -127,7 +127,7 @@ def accumulate_gradients(run: Run) -> Tensor:
 
 
 def validate(run: Run) -> None:
-    """Mean loss per token over the fixed validation windows, the same for every world size."""
+    """Mean loss per token over the fixed validation sequences, the same for every world size."""
     total = torch.zeros(2, device=run.world.device, dtype=torch.float64)
     with evaluating(run.model):
         for tokens, weights_B in run.validation:
@@ -137,7 +137,7 @@ def validate(run: Run) -> None:
             # Padding sequences have weight 0; where() and not a product: they may be NaN in a run that diverges.
             total[0] += torch.where(weights_B[:, None] > 0, nats_BT, 0.0).sum(dtype=torch.float64)
             total[1] += weights_B.sum() * nats_BT.shape[1]
-    # Before: each rank has the sums over its windows. After: the sums over all.
+    # Before: each rank has the sums over its sequences. After: the sums over all.
     nats, tokens_seen = run.world.sum(total).tolist()
     run.state.take_val_loss(nats / tokens_seen)
     run.log.add(run.state.step, {"val/loss": nats / tokens_seen})

@@ -114,7 +114,7 @@ def _check_data(context: Context) -> str:
     corpus: Corpus = instantiate(context.config["data"])
     data = open_data(corpus, context.config["model"]["vocab_size"])
     for split in SPLITS:
-        data.windows(split, context.settings.seq_len)
+        data.sequences(split, context.settings.seq_len)
     if corpus.verify_checksums and launched_world()[2] == 0:  # one process per machine reads every byte
         data.verify_checksums()
     context.data = data
