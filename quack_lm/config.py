@@ -121,7 +121,7 @@ def choice(section: dict[str, Any]) -> str:
 
 def choices(group: str) -> list[str]:
     """The names that `group=...` accepts."""
-    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("[!_]*.yaml"))
 
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:

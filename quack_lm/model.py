@@ -25,7 +25,7 @@ from quack_lm.attention.scores import Mask, make_mask, number_documents
 class ModelSizes:
     """The sizes of a decoder and of its initialization.
 
-    `n_heads`, `q_latent_dim` and `kv_latent_dim` are what the attention configs refer to.
+    The attention configs refer to `n_heads`.
     """
 
     vocab_size: PositiveInt
@@ -34,8 +34,6 @@ class ModelSizes:
     n_layers: Annotated[int, Field(gt=0, le=1000)]
     n_heads: PositiveInt
     d_ff: PositiveInt
-    q_latent_dim: PositiveInt
-    kv_latent_dim: PositiveInt
     tied_embeddings: bool = True
     norm_eps: PositiveFloat = 1e-6
     init_std: PositiveFloat = 0.02

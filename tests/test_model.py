@@ -25,8 +25,6 @@ SMALL = (
     "model.n_heads=3",
     "model.n_layers=3",
     "model.d_ff=20",
-    "model.q_latent_dim=7",
-    "model.kv_latent_dim=5",
     "model.init_std=0.4",
 )
 
@@ -184,8 +182,6 @@ def test_initial_values_are_normal_with_the_configured_deviations(attention: str
     wide = (
         "model.d_model=66",
         "model.d_ff=100",
-        "model.q_latent_dim=50",
-        "model.kv_latent_dim=40",
         "data.vocab_size=500",
     )
     model = make(*wide, f"attention={attention}", "model.init_std=0.3", "model.embedding_std=0.07")

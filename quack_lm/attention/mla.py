@@ -32,8 +32,8 @@ class MLA(Attention):
         make_transform: Callable[[int], nn.Module | None] | None = None,
         *,
         n_heads: PositiveInt,
-        q_latent_dim: PositiveInt,
-        kv_latent_dim: PositiveInt,
+        q_latent_dim: PositiveInt | None = None,
+        kv_latent_dim: PositiveInt | None = None,
         nope_dim: PositiveInt | None = None,
         rope_dim: PositiveInt | None = None,
         v_dim: PositiveInt | None = None,
@@ -42,6 +42,10 @@ class MLA(Attention):
         rope_theta: PositiveFloat = 10_000.0,
         backend: Backend = "sdpa",
     ) -> None:
+        # The paper's proportions (512 and 256 at width 2048). Below the floor there is too little left to study: a model
+        # of width 64 keeps 32 and 16.
+        q_latent_dim = q_latent_dim or max(d_model // 4, 32)
+        kv_latent_dim = kv_latent_dim or max(d_model // 8, 16)
         nope_dim = nope_dim or even_split(d_model, n_heads)
         rope_dim = rope_dim or even_split(d_model, n_heads)
         v_dim = v_dim or nope_dim + rope_dim

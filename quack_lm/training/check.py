@@ -103,7 +103,7 @@ def make_model(config: dict[str, Any], *, eot_id: int | None = None, backend: st
             )
     except (TypeError, RuntimeError, OverflowError) as error:
         # Without memory behind them, matrices can only fail by sizes that no machine can count.
-        key = max(("d_model", "d_ff", "vocab_size", "q_latent_dim"), key=lambda name: getattr(sizes, name))
+        key = max(("d_model", "d_ff", "vocab_size"), key=lambda name: getattr(sizes, name))
         raise UserError(
             f"model.{key}={getattr(sizes, key)} is too large, or another size of model or attention"
         ) from error
