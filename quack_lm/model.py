@@ -25,7 +25,17 @@ from quack_lm.attention.scores import Mask, make_mask, number_documents
 class ModelSizes:
     """The sizes of a decoder and of its initialization.
 
-    The attention configs refer to `n_heads`.
+    Args:
+        vocab_size: rows of the embedding; the configs take the data's.
+        d_model: width of the residual stream.
+        n_layers: number of blocks.
+        n_heads: number of query heads, which the attention configs refer to.
+        d_ff: width of the SwiGLU layer.
+        tied_embeddings: whether the output head is the embedding matrix.
+        norm_eps: epsilon of every RMSNorm outside the attention.
+        init_std: standard deviation of the initial hidden matrices; residual projections divide it by
+            sqrt(2 n_layers).
+        embedding_std: standard deviation of the initial embedding and head.
     """
 
     vocab_size: PositiveInt

@@ -356,7 +356,7 @@ def test_overrides_on_top_of_a_config_file_equal_overrides_on_top_of_the_groups(
         ("hydra.run.dir=x", r"hydra"),
         ("logger.name=${oc.env:HOME}", r"logger\.name=.*plain references"),
         ("~seed", r"~seed: .*cannot be deleted"),
-        ("seed=1,2", r"seed=1,2: one run takes one value"),
+        ("seed=1,2", r"seed=1,2 has several values: .*train -m"),
     ],
 )
 def test_bad_overrides_of_a_config_file_are_met_with_one_line(override: str, message: str, finished_run) -> None:
