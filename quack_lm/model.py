@@ -25,7 +25,17 @@ from quack_lm.attention.scores import Mask, make_mask, number_documents
 class ModelSizes:
     """The sizes of a decoder and of its initialization.
 
-    `n_heads`, `q_latent_dim` and `kv_latent_dim` are what the attention configs refer to.
+    Args:
+        vocab_size: rows of the embedding; the configs take the data's.
+        d_model: width of the residual stream.
+        n_layers: number of blocks.
+        n_heads: number of query heads, which the attention configs refer to.
+        d_ff: width of the SwiGLU layer.
+        tied_embeddings: whether the output head is the embedding matrix.
+        norm_eps: epsilon of every RMSNorm outside the attention.
+        init_std: standard deviation of the initial hidden matrices; residual projections divide it by
+            sqrt(2 n_layers).
+        embedding_std: standard deviation of the initial embedding and head.
     """
 
     vocab_size: PositiveInt
@@ -34,8 +44,6 @@ class ModelSizes:
     n_layers: Annotated[int, Field(gt=0, le=1000)]
     n_heads: PositiveInt
     d_ff: PositiveInt
-    q_latent_dim: PositiveInt
-    kv_latent_dim: PositiveInt
     tied_embeddings: bool = True
     norm_eps: PositiveFloat = 1e-6
     init_std: PositiveFloat = 0.02

@@ -20,19 +20,30 @@ SIZES = [
     "model.n_layers=2",
     "model.n_heads=3",
     "model.d_ff=35",
-    "model.q_latent_dim=11",
-    "model.kv_latent_dim=7",
     "trainer.steps=20",
     "optimizer.warmup_steps=0",
 ]
 
 # Every attention that has a yaml, so that a newcomer is covered the day it arrives, and forms of them worth having.
 ATTENTIONS: dict[str, list[str]] = {name: [f"attention={name}"] for name in choices("attention")}
-ATTENTIONS["mla"] += ["attention.nope_dim=5", "attention.rope_dim=2", "attention.v_dim=3"]
+LATENTS = ["attention.q_latent_dim=11", "attention.kv_latent_dim=7"]
+ATTENTIONS["mla"] += [*LATENTS, "attention.nope_dim=5", "attention.rope_dim=2", "attention.v_dim=3"]
 ATTENTIONS["gqa"] = ["attention=mha", "attention.n_heads=6", "attention.n_kv_heads=2", "attention.head_dim=4"]
 ATTENTIONS["mha_one_head"] = ["attention=mha", "attention.n_heads=1", "attention.head_dim=6"]
-ATTENTIONS["mla_one_head"] = ["attention=mla", "attention.n_heads=1", "attention.nope_dim=5", "attention.rope_dim=4"]
-ATTENTIONS["mla_wide_values"] = ["attention=mla", "attention.nope_dim=3", "attention.rope_dim=2", "attention.v_dim=9"]
+ATTENTIONS["mla_one_head"] = [
+    "attention=mla",
+    *LATENTS,
+    "attention.n_heads=1",
+    "attention.nope_dim=5",
+    "attention.rope_dim=4",
+]
+ATTENTIONS["mla_wide_values"] = [
+    "attention=mla",
+    *LATENTS,
+    "attention.nope_dim=3",
+    "attention.rope_dim=2",
+    "attention.v_dim=9",
+]
 # A tiny eps: then a normalized latent does not know how large its down-projection is.
 ATTENTIONS["mla_latent_norm"] = [*ATTENTIONS["mla"], "attention.latent_norm=true", "attention.norm_eps=1e-30"]
 

@@ -25,8 +25,6 @@ SMALL = (
     "model.n_heads=3",
     "model.n_layers=3",
     "model.d_ff=20",
-    "model.q_latent_dim=7",
-    "model.kv_latent_dim=5",
     "model.init_std=0.4",
 )
 
@@ -110,8 +108,9 @@ def test_components_are_counted_once_and_sum_to_the_total() -> None:
 
 
 def test_latent_norms_are_counted_as_norms() -> None:
-    plain = count_parameters(make("attention=mla"))
-    normed = count_parameters(make("attention=mla", "attention.latent_norm=true"))
+    mla = ("attention=mla", "attention.q_latent_dim=7", "attention.kv_latent_dim=5")
+    plain = count_parameters(make(*mla))
+    normed = count_parameters(make(*mla, "attention.latent_norm=true"))
     assert normed["norms"] - plain["norms"] == 3 * (7 + 5)
     assert normed["total"] - plain["total"] == 3 * (7 + 5)
 
@@ -185,8 +184,6 @@ def test_initial_values_are_normal_with_the_configured_deviations(attention: str
     wide = (
         "model.d_model=66",
         "model.d_ff=100",
-        "model.q_latent_dim=50",
-        "model.kv_latent_dim=40",
         "data.vocab_size=500",
     )
     model = make(*wide, f"attention={attention}", "model.init_std=0.3", "model.embedding_std=0.07")

@@ -36,8 +36,6 @@ def sizes(*, heads: int, tied: bool) -> ModelSizes:
         n_layers=LAYERS,
         n_heads=heads,
         d_ff=D_FF,
-        q_latent_dim=14,
-        kv_latent_dim=9,
         tied_embeddings=tied,
         norm_eps=EPS,
     )

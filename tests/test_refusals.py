@@ -855,7 +855,7 @@ base: [experiment=tiny]
 grid: {attention: [mha, mla], optimizer.lr: [0.003, 0.3]}
 seeds: [0, 1]
 scales:
-  big: [model=proxy]
+  big: [model=100m]
   small: {base: [trainer.steps=7], grid: {optimizer.lr: [0.1]}}
 """
 MHA = "# Why?\nbase: [experiment=tiny]\ngrid: {attention: [mha]}\n"
@@ -905,14 +905,14 @@ SWEEP: dict[str, Bad] = {
     "scale_with_an_unknown_key": sweep_file(
         GRID.replace("{base", "{sedes: [1], base"), r"unknown key scales\.small\.sedes; did you mean", "scale=small"
     ),
-    "scale_that_is_a_word": sweep_file(GRID.replace("[model=proxy]", "model=proxy"), r"scales must give", "scale=big"),
+    "scale_that_is_a_word": sweep_file(GRID.replace("[model=100m]", "model=100m"), r"scales must give", "scale=big"),
     "no_question": sweep_file("grid: {seed: [1]}\n", r"TMP/mine\.yaml: must open with a comment"),
     "empty_file": sweep_file("", r"TMP/mine\.yaml: expected keys at the top level"),
     "file_is_a_list": sweep_file("# Why?\n- a\n", r"expected keys at the top level"),
     "not_yaml": sweep_file("# Why?\na: [\n", r"TMP/mine\.yaml: not a readable yaml file"),
     "not_utf8": sweep_file("# Größer?\n".encode("latin-1"), r"TMP/mine\.yaml: not a readable yaml file"),
     "date_that_is_none": sweep_file("# Why?\nseeds: [2026-99-99]\n", r"TMP/mine\.yaml: not a readable yaml"),
-    "duplicate_key": sweep_file(MHA + "base: [model=proxy]\n", r"TMP/mine\.yaml: .*duplicate key base"),
+    "duplicate_key": sweep_file(MHA + "base: [model=100m]\n", r"TMP/mine\.yaml: .*duplicate key base"),
     "tag": sweep_file("# Why?\nbase: !!python/object/apply:os.system ['touch pwned']\n", r"not a readable yaml file"),
     "aliases": sweep_file("# Why?\n" + laughs() + "base: *a11\n", r"yaml aliases are not allowed"),
     "nested_lists": sweep_file("# Why?\nbase: " + "[" * 9000, r"TMP/mine\.yaml: .*too deeply|not a readable yaml"),

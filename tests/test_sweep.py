@@ -104,7 +104,7 @@ base: [experiment=tiny]
 grid: {attention: [mha, mla], optimizer.lr: [0.003, 0.3]}
 seeds: [0]
 scales:
-  big: [model=proxy]
+  big: [model=100m]
   small: {base: [trainer.steps=7], grid: {optimizer.lr: [0.1]}, seeds: [0, 1], exclude: [{attention: mha, seed: 1}]}
 """
 
@@ -112,7 +112,7 @@ scales:
 def test_a_scale_joins_its_overrides_and_replaces_axes_and_seeds(write, tmp_path):
     big = make_cells(load(write(SCALES), "big"), tmp_path)
     assert len(big) == 4
-    assert {cell.config["model"]["n_layers"] for cell in big} == {6}
+    assert {cell.config["model"]["n_layers"] for cell in big} == {10}
     small = make_cells(load(write(SCALES), "small"), tmp_path)
     seen = [(c.name.split("-")[0], c.config["optimizer"]["lr"], c.config["seed"]) for c in small]
     # The seed is an axis that an exclusion may name.

@@ -15,7 +15,16 @@ from quack_lm.logit_paths import Factor, LogitPath
 
 
 class MHA(Attention):
-    """Queries, keys and values each straight from the input; `head_dim` is d_model / n_heads unless given."""
+    """Queries, keys and values each straight from the input.
+
+    Args:
+        n_heads: number of query heads.
+        n_kv_heads: number of key and value heads; fewer than n_heads: grouped-query attention (GQA).
+        head_dim: width of each head; null: d_model / n_heads.
+        rope_theta: base of the rotary frequencies.
+        backend: how attention is computed: eager is the slow reference, flash (flash-attn) and flex (FlexAttention)
+            need CUDA.
+    """
 
     def __init__(
         self,

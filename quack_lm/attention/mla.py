@@ -22,8 +22,18 @@ from quack_lm.logit_paths import Factor, LogitPath
 class MLA(Attention):
     """Queries from one latent, keys and values from another, positions from a narrow rotary part.
 
-    Unless given, `nope_dim` and `rope_dim` are d_model / n_heads and `v_dim` is their sum (the paper's 64, 64 and 128).
-    `latent_norm` puts an RMSNorm on both latents (DeepSeek-V3); the paper's equations have none.
+    Args:
+        n_heads: number of heads.
+        q_latent_dim: width of the query latent; null: d_model / 4, at least 32 (the paper: 512 at width 2048).
+        kv_latent_dim: width of the latent of keys and values; null: d_model / 8, at least 16 (the paper: 256).
+        nope_dim: query and key dimensions without a position; null: d_model / n_heads (the paper: 64).
+        rope_dim: query and key dimensions with a rotary position; null: d_model / n_heads (the paper: 64).
+        v_dim: width of the values of each head; null: nope_dim + rope_dim (the paper: 128).
+        latent_norm: RMSNorm on both latents, as in DeepSeek-V3; the paper's equations have none.
+        norm_eps: epsilon of these norms.
+        rope_theta: base of the rotary frequencies.
+        backend: how attention is computed: eager is the slow reference, flash (flash-attn) and flex (FlexAttention)
+            need CUDA.
     """
 
     def __init__(
@@ -32,8 +42,8 @@ class MLA(Attention):
         make_transform: Callable[[int], nn.Module | None] | None = None,
         *,
         n_heads: PositiveInt,
-        q_latent_dim: PositiveInt,
-        kv_latent_dim: PositiveInt,
+        q_latent_dim: PositiveInt | None = None,
+        kv_latent_dim: PositiveInt | None = None,
         nope_dim: PositiveInt | None = None,
         rope_dim: PositiveInt | None = None,
         v_dim: PositiveInt | None = None,
@@ -42,6 +52,9 @@ class MLA(Attention):
         rope_theta: PositiveFloat = 10_000.0,
         backend: Backend = "sdpa",
     ) -> None:
+        # The paper's proportions, with a floor: at width 64 a quarter would leave 16 dimensions for all queries.
+        q_latent_dim = q_latent_dim or max(d_model // 4, 32)
+        kv_latent_dim = kv_latent_dim or max(d_model // 8, 16)
         nope_dim = nope_dim or even_split(d_model, n_heads)
         rope_dim = rope_dim or even_split(d_model, n_heads)
         v_dim = v_dim or nope_dim + rope_dim

@@ -1,19 +1,23 @@
-"""Train one model.
+"""Train one model, or several.
 
     quack-lm train experiment=tiny attention=mla stabilizer=quack
     quack-lm train experiment=tiny stabilizer=quack stabilizer.tau=0.1 optimizer.lr=3e-3 run_dir=runs/mine
+    quack-lm train -m experiment=tiny attention=mha,mla stabilizer=none,quack seed=range(0,3)   # 12 runs, compared
     torchrun --nproc-per-node 8 -m quack_lm train model=1b attention=mla stabilizer=qk_clip data.dir=/data/cosmopedia
     quack-lm train --config runs/mine/config.yaml run_dir=runs/again     # the same run again
 
 Settings are key=value (Hydra's grammar). A group takes one of its choices:
 {groups}
-and every key inside a group can be set alone. Other flags:
-    --config FILE   take all settings from the config.yaml of an earlier run; key=value still overrides
-    --check         print the resolved config and the parameter counts, check everything, and train nothing
-    -h, --help      this text
+and every key inside a group can be set alone. Flags:
+    --config FILE    take all settings from the config.yaml of an earlier run; key=value still overrides
+    --check          print the resolved config and the parameter counts, check everything, and train nothing
+    -c, --cfg job    print the resolved config
+    -i, --info defaults   print the choice of each group
+    -m, --multirun   train every combination of keys with several values (a,b or range(0,5)): quack-lm sweep run
+    -h, --help [TOPIC]    this text, or help on a group, a choice or a key: --help optimizer, --help optimizer.lr
 
 The run directory gets config.yaml, environment.json, metrics.jsonl, summary.json and checkpoints/. Calling the same
-command again continues an unfinished run. On a slurm cluster, slurm/train.sbatch starts it. Exit codes: 0 completed,
+command again continues an unfinished run. On a slurm cluster, quack-lm submit starts it. Exit codes: 0 completed,
 diverged or interrupted; 2 a mistake in the settings; 1 a crash.
 """
 
@@ -23,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quack_lm.config import CONFIG_DIR, choices, compose, read_flags
+from quack_lm.config import choices, chosen_groups, compose, groups, help_text, help_topic, read_flags, take_flag
 from quack_lm.errors import UserError, exit_without_teardown, tell_job
 
 if TYPE_CHECKING:
@@ -32,10 +36,16 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> int:
     """Read the command line, check, and train."""
-    if {"-h", "--help"} & set(arguments):
-        groups = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name != "sweep")
-        table = "\n".join(f"    {group + '=':13} {' | '.join(choices(group))}" for group in groups)
-        print((__doc__ or "").replace("{groups}", table))
+    topic = help_topic(arguments)
+    if topic is not None:
+        print(help_text(topic) if topic else usage())
+        return 0
+    if {"-m", "--multirun"} & set(arguments):
+        from quack_lm.cli import sweep
+
+        return sweep.main(["run", *(argument for argument in arguments if argument not in ("-m", "--multirun"))])
+    if (shown := show(arguments)) is not None:
+        print(shown)
         return 0
     file, is_check, overrides = read_flags(arguments)
     config = compose(overrides, file=file)
@@ -97,3 +107,28 @@ def _train(run: "Run") -> None:
         if status.stop_signal == "SIGTERM" and was_canceled():
             run.status = RunStatus("interrupted", "the job was canceled (SIGTERM)", status.stop_signal)
             summarize(run)
+
+
+def usage() -> str:
+    """The text of --help."""
+    table = "\n".join(f"    {group + '=':13} {' | '.join(choices(group))}" for group in groups())
+    return (__doc__ or "").replace("{groups}", table)
+
+
+def show(arguments: list[str]) -> str | None:
+    """What Hydra's flags --cfg and --info print; None where neither is given."""
+    cfg, rest = take_flag(arguments, "--cfg", "-c")
+    info, rest = take_flag(rest, "--info", "-i")
+    if cfg is None and info is None:
+        return None
+    file, _, overrides = read_flags([argument for argument in rest if argument != "--resolve"])
+    if cfg is not None:
+        if cfg != "job":
+            raise UserError(f"--cfg {cfg}: only --cfg job exists, which prints the resolved config of a run")
+        return yaml.safe_dump(compose(overrides, file=file), sort_keys=False).rstrip()
+    if info != "defaults" or file:
+        raise UserError(
+            f"--info {info}: only --info defaults exists, for a run that is composed from groups; --cfg job prints "
+            "the resolved config, and --help GROUP explains its keys"
+        )
+    return "\n".join(f"{group}={name or 'null'}" for group, name in chosen_groups(overrides).items())

@@ -36,19 +36,31 @@ NOT_IDENTITY = ("dir", "workers", "mask_documents", "verify_checksums")
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(ABC):
-    """What every source of text has in common: its tokens, its splits, and how training reads it."""
+    """What every source of text has in common: its tokens, its splits, and how training reads it.
+
+    Args:
+        dir: directory of the token shards.
+        vocab_size: size of the vocabulary.
+        tokenizer: a transformers tokenizer, as a directory or hub name; null: train a byte-level BPE on the text.
+        val_fraction: share of the documents in the validation split.
+        probe_fraction: share of the documents in the split that the logit probe reads.
+        shard_tokens: tokens in a file of the data set.
+        workers: processes that encode text; 0 or 1: this process, with threads.
+        eot_token: token after each document.
+        tokenizer_characters: characters of text on which a tokenizer is trained at most.
+        mask_documents: whether attention stays within a document.
+        verify_checksums: whether each start of a run reads all shards and compares their checksums.
+    """
 
     choice: ClassVar[str]  # the `data=` that makes one
 
     dir: str
     # Beyond what any text needs: the library that trains a tokenizer makes room for all of it at once.
     vocab_size: Annotated[int, Field(gt=0, le=10_000_000)]
-    # A transformers tokenizer, as a directory or hub name. None: train a byte-level BPE on the train documents.
     tokenizer: str | None
     val_fraction: Fraction
     probe_fraction: Fraction
     shard_tokens: PositiveInt
-    # 0 or 1: encode in this process (with threads); more: in so many processes.
     workers: Annotated[int, Field(ge=0, le=1024)]
     eot_token: str = "<|endoftext|>"
     # A tokenizer of this size learns nothing more from text beyond this.
@@ -114,11 +126,17 @@ class StdlibCorpus(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalCorpus(Corpus):
-    """Files of one's own: text (a document is a file), or jsonl or parquet (a document is a row)."""
+    """Files of one's own: text (a document is a file), or jsonl or parquet (a document is a row).
+
+    Args:
+        files: paths or globs; ** crosses directories.
+        format: kind of the files: in text a document is a file, in jsonl and parquet a row.
+        text_field: column of jsonl and parquet files that has the text.
+    """
 
     choice = "local"
 
-    files: Annotated[list[str], Field(min_length=1)]  # paths or globs; ** crosses directories
+    files: Annotated[list[str], Field(min_length=1)]
     format: Literal["text", "jsonl", "parquet"]
     text_field: str = "text"
 
@@ -133,7 +151,16 @@ class LocalCorpus(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class HubCorpus(Corpus):
-    """A data set of the Hugging Face hub, or local parquet or jsonl files of the same columns in its place."""
+    """A data set of the Hugging Face hub, or local parquet or jsonl files of the same columns in its place.
+
+    Args:
+        name: owner/name of the data set on the hub.
+        subset: its configuration; null: the default one.
+        split: its split.
+        text_field: column that has the text.
+        streaming: read it from the hub as it is needed; false: download it first.
+        files: local parquet or jsonl files to read in its place.
+    """
 
     choice = "cosmopedia_v2"
 

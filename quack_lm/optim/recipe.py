@@ -21,7 +21,17 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Recipe(ABC):
     """A base rate with its schedule, and the settings of AdamW, which has a part in every recipe.
 
-    `weight_decay` is decoupled and spares the norm gains. `max_grad_norm` clips by global norm, before any optimizer.
+    Args:
+        lr: base learning rate.
+        warmup_steps: steps of linear warm-up to the base learning rate.
+        schedule: what the rate does after warm-up.
+        decay_fraction: share of the run in which the wsd schedule decays.
+        min_lr_ratio: where the cosine and wsd schedules end, relative to the base learning rate.
+        weight_decay: decoupled weight decay; norm gains have none.
+        max_grad_norm: global norm to which gradients are clipped, before any optimizer; null: no clipping.
+        adamw_beta1: AdamW's decay of the first moment.
+        adamw_beta2: AdamW's decay of the second moment.
+        adamw_eps: AdamW's epsilon.
     """
 
     lr: PositiveFloat
@@ -74,7 +84,15 @@ class AdamWRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class MuonRecipe(Recipe):
-    """Muon for the matrices inside the blocks; AdamW for embedding, head and norms, at `adamw_lr` (null: at `lr`)."""
+    """Muon for the matrices inside the blocks; AdamW for embedding, head and norms.
+
+    Args:
+        momentum: Muon's momentum.
+        nesterov: whether the momentum is Nesterov's.
+        update_scale: scale of Muon's update: jordan is max(1, rows/cols)^0.5, moonlight 0.2 max(rows, cols)^0.5.
+        ns_dtype: precision of the Newton-Schulz products.
+        adamw_lr: learning rate of the AdamW part; null: the same as lr.
+    """
 
     momentum: Beta = 0.95
     nesterov: bool = True

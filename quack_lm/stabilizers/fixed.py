@@ -11,7 +11,12 @@ from quack_lm.stabilizers.base import Paths, Scales, Stabilizer
 
 
 class Fixed(Stabilizer):
-    """lr(W) = tau * eta for all weights that multiply into the logits."""
+    """lr(W) = tau * eta for all weights that multiply into the logits.
+
+    Args:
+        tau: learning rate of the query and key weights relative to optimizer.lr.
+        scales_weight_decay: whether their weight decay is scaled as well; false: decay at the base rate.
+    """
 
     def __init__(self, *, tau: PositiveFloat = 0.1, scales_weight_decay: bool = True) -> None:
         self.tau = tau

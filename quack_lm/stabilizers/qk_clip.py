@@ -16,7 +16,12 @@ from quack_lm.stabilizers.base import Paths, Scales, Stabilizer
 
 
 class QKClip(Stabilizer):
-    """Bound the logits by editing the weights after the step; `read_only` measures and logs without clipping."""
+    """Bound the logits by editing the weights after the step.
+
+    Args:
+        threshold: max logit that a head may reach before its weights are clipped.
+        read_only: measure and log the max logits without clipping.
+    """
 
     needs_max_logits = True
 

@@ -10,7 +10,11 @@ from quack_lm.stabilizers.base import Stabilizer
 
 
 class QKNorm(Stabilizer):
-    """Bound the logits by normalizing queries and keys."""
+    """Bound the logits by normalizing queries and keys.
+
+    Args:
+        eps: epsilon of the RMSNorms.
+    """
 
     def __init__(self, *, eps: PositiveFloat = 1e-6) -> None:
         self.eps = eps

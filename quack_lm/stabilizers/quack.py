@@ -19,7 +19,10 @@ from quack_lm.stabilizers.base import Paths, Scales, Stabilizer
 class QuacK(Stabilizer):
     """Bound the change of the logits by scaling the step of each head's query and key weights.
 
-    `tau` is the query and key rate at initialization relative to the base rate.
+    Args:
+        tau: learning rate of the query and key weights at initialization relative to optimizer.lr.
+        norm: norm by which the weights are measured.
+        scales_weight_decay: whether their weight decay is scaled as well; false: decay at the base rate.
     """
 
     def __init__(

@@ -28,9 +28,19 @@ Value = Tensor | float
 
 @dataclass(frozen=True, kw_only=True)
 class LoggerSettings:
-    """Where numbers go. `per_head` mirrors the tables over layers and heads to W&B too, one key each.
+    """Where numbers go.
 
-    `wandb_timeout_s` bounds each wait for W&B, at the start and at the end; training itself never waits for it.
+    Args:
+        wandb: whether metrics are mirrored to Weights & Biases.
+        project: W&B project.
+        entity: W&B user or team; null: the default one.
+        group: W&B group.
+        name: W&B name of the run; null: the name of run_dir.
+        tags: W&B tags.
+        log_every: steps between copies of metrics from device to host.
+        per_head: mirror the tables over layers and heads to W&B as well, one key each.
+        progress: whether there is a progress bar.
+        wandb_timeout_s: seconds to wait for W&B at the start and at the end; training itself never waits for it.
     """
 
     wandb: Literal["online", "offline", "disabled"] = "disabled"

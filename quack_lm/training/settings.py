@@ -17,13 +17,29 @@ BYTES_PER_PARAMETER = 12
 class TrainerSettings(StabilityRules):
     """How long, how much at once, in which precision, and what happens every so many steps (0: only at the end).
 
-    Batch sizes are in sequences. `replicas` > 1 shards within groups of ranks and replicates across them (HSDP).
-    `activation_checkpointing` trades a second forward for activation memory; `loss_chunk` bounds the tokens whose
-    vocabulary logits exist at once. `resume` is `auto` (continue from the newest whole checkpoint of run_dir) or
-    `never`. The newest `keep_checkpoints` are kept, and those of every `keep_every`th step (0: of none).
-    `async_checkpoints` writes them beside the training, from a copy in host memory. A run that does nothing for
-    `timeout_s` ends with every rank's stack on stderr. `probe_parts` splits the change of the logits into what the
-    query weights, the key weights and everything before them did, for one more forward per probe.
+    Args:
+        steps: optimizer steps of the run.
+        seq_len: tokens of a sequence.
+        global_batch_size: sequences per step, over all processes.
+        micro_batch_size: sequences per forward and process; the rest is gradient accumulation.
+        precision: precision of the forward and backward; master weights and reductions are float32 in both.
+        val_every: steps between validations; 0: only at the end.
+        val_sequences: sequences of a validation.
+        probe_every: steps between measurements of the logits and of their change by one step; 0: only at the end.
+        probe_sequences: sequences of a probe.
+        checkpoint_every: steps between checkpoints; 0: only at the end.
+        keep_checkpoints: how many of the newest checkpoints are kept.
+        keep_every: checkpoints of every so many steps are kept as well; 0: none.
+        async_checkpoints: write checkpoints from a copy in host memory while training goes on.
+        resume: auto continues from the newest valid checkpoint of run_dir; never refuses a run_dir that holds a run.
+        device: where to train; auto: cuda where there is a GPU.
+        replicas: more than 1: HSDP, sharded within groups of processes and replicated across so many.
+        compile: torch.compile each block.
+        activation_checkpointing: recompute activations in the backward instead of keeping them.
+        loss_chunk: tokens whose vocabulary logits exist at once; null: all.
+        timeout_s: seconds without progress after which the run ends with the stack of every rank on stderr.
+        probe_parts: split the change of the logits into the parts of the query weights, the key weights and everything
+            before them, for one more forward per probe.
     """
 
     steps: PositiveInt

@@ -22,6 +22,14 @@ class StabilityRules:
     Diverged: the training loss is not finite, or above `diverged_factor` times its running best for `diverged_patience`
     steps in a row. Unstable: a logit above `unstable_logit`, or a validation loss `unstable_margin` nats above its
     best, or above `stuck_fraction` of the unigram entropy after `stuck_after` steps.
+
+    Args:
+        diverged_factor: training loss relative to its running best above which a run is on the way to diverged.
+        diverged_patience: steps in a row above it after which the run ends as diverged.
+        unstable_logit: max logit above which the summary calls a run unstable.
+        unstable_margin: nats of the last validation loss above the best one that the summary calls unstable.
+        stuck_fraction: share of the unigram entropy above which a validation loss is called stuck.
+        stuck_after: steps before which no run is called stuck.
     """
 
     diverged_factor: PositiveFloat = 1.5

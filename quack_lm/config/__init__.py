@@ -1,0 +1,50 @@
+"""Configs: composed by Hydra from yaml files and overrides, checked against the classes that they configure.
+
+    groups: the files of configs/ -> compose: one dictionary -> schema: checked, with every default
+    command_line: flags -> reference: help texts and docs/configuration.md -> completion: for bash and zsh
+
+Hydra and OmegaConf are imported here and nowhere else.
+"""
+
+from quack_lm.config.command_line import help_topic, read_flags, take_flag
+from quack_lm.config.compose import Axis, chosen_groups, compose, split_axes
+from quack_lm.config.groups import CONFIG_DIR, PACKAGE, SLURM_DIR, choices, groups, nearest
+from quack_lm.config.reference import help_text, reference_markdown
+from quack_lm.config.schema import (
+    check,
+    choice,
+    fingerprint,
+    flatten,
+    identity,
+    instantiate,
+    refuse_other_version,
+    refuse_password,
+)
+from quack_lm.config.yaml_file import read_yaml
+
+__all__ = [
+    "CONFIG_DIR",
+    "PACKAGE",
+    "SLURM_DIR",
+    "Axis",
+    "check",
+    "choice",
+    "choices",
+    "chosen_groups",
+    "compose",
+    "fingerprint",
+    "flatten",
+    "groups",
+    "help_text",
+    "help_topic",
+    "identity",
+    "instantiate",
+    "nearest",
+    "read_flags",
+    "read_yaml",
+    "reference_markdown",
+    "refuse_other_version",
+    "refuse_password",
+    "split_axes",
+    "take_flag",
+]
