@@ -22,8 +22,9 @@ from quack_lm.config import compose
 from quack_lm.files import open_regular, read_json, write_atomically, write_json
 from quack_lm.parallel import World
 from quack_lm.training.build import make_model
+from quack_lm.training.counts import format_count
 from quack_lm.training.flops import flops_per_token, peak_flops
-from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror, format_count
+from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
@@ -175,6 +176,7 @@ def test_the_progress_line_shows_the_loss_the_speed_and_the_step(tmp_path: Path,
         (999, "999"),
         (1000, "1k"),
         (412_345, "412k"),
+        (999_950, "1M"),
         (1_040_246_784, "1.04B"),
         (2.5e6, "2.5M"),
     ],

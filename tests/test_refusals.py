@@ -971,7 +971,9 @@ REPORT: dict[str, Bad] = {
     "directory_without_a_plan": one("TMP", r"TMP: no plan\.json here"),
     "directory_is_a_file": one("TMP/f", r"TMP/f: no plan\.json here", files={"f": b""}),
     "plan_is_a_directory": one("TMP", r"TMP: no plan\.json here", files={"plan.json/x": b""}),
-    "output_is_a_file": Bad(["TMP", "-o", "TMP/f"], r"TMP/f: no report can be .* -o", files=plan_json() | {"f": b""}),
+    "output_is_a_file": Bad(
+        ["TMP", "-o", "TMP/f"], r"cannot write the report to TMP/f: .* -o", files=plan_json() | {"f": b""}
+    ),
     "plan_is_cut": bad_plan({"plan.json": plan_json()["plan.json"][:100]}, r"Invalid JSON"),
     "plan_is_empty": bad_plan({"plan.json": b""}, r"Invalid JSON"),
     "plan_is_a_list": bad_plan({"plan.json": b"[]"}, r"Input should be an object"),
@@ -981,7 +983,7 @@ REPORT: dict[str, Bad] = {
     "run_at_the_root": bad_plan(plan_json(name="/etc"), r"cells\.0\.name"),
     "run_without_a_name": bad_plan(plan_json(name=""), r"cells\.0\.name"),
     "run_without_a_config": bad_plan(plan_json(config={"attention": None}), r"cells\.0\.config"),
-    "run_of_no_method": bad_plan(plan_json(config={"stabilizer": {"_target_": "x"}}), r"cells\.0\.config"),
+    "run_of_no_stabilizer": bad_plan(plan_json(config={"stabilizer": {"_target_": "x"}}), r"cells\.0\.config"),
     "run_with_a_rate_in_words": bad_plan(
         plan_json(config={"optimizer": {"_target_": "a.b.c", "lr": "fast"}}), r"cells\.0\.config"
     ),
@@ -998,7 +1000,7 @@ REPORT: dict[str, Bad] = {
     "directory_with_a_name_without_end": one("TMP/" + "x" * 300, r"x{300} cannot be read: File name too long"),
     "page_is_a_directory": Bad(
         ["TMP", "-o", "TMP/out"],
-        r"TMP/out: no report can be .* -o",
+        r"cannot write the report to TMP/out: .* -o",
         files=plan_json() | {"out/report.html/x": b"", "out/figures/x": b""},
     ),
     "results_are_no_parquet": one("TMP", r"TMP: results\.parquet .* is damaged", files={"results.parquet": b"PAR1"}),

@@ -1,7 +1,8 @@
-"""The report, on sweep directories written by hand in the format of the trainer."""
+"""The report, on sweep directories that these tests write in the format of the trainer."""
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 
 from quack_lm import report
+from quack_lm.config import choices
 from quack_lm.errors import UserError
 from quack_lm.paper import claims
+from quack_lm.paper import figures as paper_figures
 from quack_lm.report import collected, figures, page, results, runs, table
 from quack_lm.report.comparison import differences_at, over_rates, speeds
-from quack_lm.report.results import middle_head
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import Plan, write_plan
@@ -25,7 +27,7 @@ from quack_lm.training.run_dir import RunDir
 ROOT = Path(__file__).resolve().parents[1]
 N_LAYERS, N_HEADS = 3, 5
 STEPS = 40
-TARGETS = {"none": "Nothing", "fixed": "Fixed", "qk_norm": "QKNorm", "qk_clip": "QKClip", "quack": "QuacK"}
+TARGETS = {"none": "NoStabilizer", "fixed": "Fixed", "qk_norm": "QKNorm", "qk_clip": "QKClip", "quack": "QuacK"}
 
 
 def make_cell(
@@ -130,6 +132,15 @@ def lines_of(plots: list[figures.Plot], name: str) -> dict[str, figures.Line]:
     return {line.name: line for panel in plot.panels for line in panel.lines}
 
 
+def test_the_general_report_names_no_stabilizer_and_no_paper() -> None:
+    # "none" is the baseline, and an English word.
+    names = [name.replace("_", "[_ ]") for name in choices("stabilizer") if name != "none"]
+    pattern = re.compile(rf"(?<![\w-])({'|'.join([*names, 'papers?'])})(?![\w-])", re.IGNORECASE)
+    paths = list((ROOT / "quack_lm" / "report").glob("*.py"))
+    assert len(paths) > 5
+    assert {path.name: found for path in paths if (found := pattern.findall(path.read_text()))} == {}
+
+
 # ------------------------------------------------------------------------------------------------ the table
 
 
@@ -169,8 +180,8 @@ def test_three_significant_digits(value, text):
 @pytest.mark.parametrize(
     ("value", "text"), [(412345.0, "412k"), (41234.0, "41.2k"), (1234567.0, "1.23M"), (980.4, "980")]
 )
-def test_tokens_per_second_are_short(value, text):
-    assert table.per_second(value) == text
+def test_counts_have_three_digits_and_a_unit(value, text):
+    assert table.count(value) == text
 
 
 def test_every_state_of_a_cell_is_named(tmp_path, save):
@@ -196,13 +207,13 @@ def test_every_state_of_a_cell_is_named(tmp_path, save):
     assert "6 runs: 2 completed (1 unstable), 1 diverged, 1 killed, 1 failed, 1 pending" in text
     assert "mha none lr 0.3 seed 2: completed, unstable: logits above 1e4" in text
     assert "mha none lr 0.3 seed 1: diverged@17: loss is not finite" in text
-    assert missing.name not in text  # the table speaks of settings; directories are the report's
+    assert missing.name not in text  # the table has settings, the report directories
 
 
 def test_settings_that_differ_within_a_stabilizer_are_part_of_its_name(tmp_path, save):
     cells = [make_cell(tmp_path, "mha", "quack", tau=tau, norm="frobenius") for tau in (0.1, 1.0)]
     cells += [make_cell(tmp_path, "mha", "qk_clip", threshold=30.0)]
-    assert [r.method for r in results.from_runs(save(*cells)).results] == ["quack tau=0.1", "quack tau=1", "qk_clip"]
+    assert [r.label for r in results.from_runs(save(*cells)).results] == ["quack tau=0.1", "quack tau=1", "qk_clip"]
 
 
 def test_a_bar_in_a_name_does_not_break_the_markdown_table(tmp_path, save):
@@ -229,7 +240,7 @@ def test_curves_have_one_panel_per_attention_and_rate_and_one_line_per_run(tmp_p
 def test_middle_head_figures_read_the_middle_head_of_the_middle_layer(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "none")
     write_run(cell, max_logit=100.0)
-    plots = figures.plots(results.from_runs(save(cell)))
+    plots = paper_figures.plots(results.from_runs(save(cell)))
     middle = next(iter(lines_of(plots, "max_logit_middle_head").values()))
     # Layer 1 of 0..2 and head 2 of 0..4: factors 2 and 3 of the fixture.
     assert middle.points[-1] == (STEPS, pytest.approx(100.0 * 2 * 3))
@@ -299,12 +310,19 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
     done, diverged, _ = cells = [make_cell(tmp_path, "mha", s) for s in ("quack", "none", "brand_new")]
     write_run(done, final=3.782)
     write_run(diverged, status="diverged", last_step=10)
-    path = report.write(save(*cells), tmp_path / "out", command="quack-lm report somewhere")
+    path = report.write(
+        save(*cells),
+        tmp_path / "out",
+        command="quack-lm report somewhere",
+        lead=[claims.section],
+        more_plots=[paper_figures.plots],
+    )
     html, markdown = path.read_text(), (tmp_path / "out" / "report.md").read_text()
     for text in (html, markdown):
         assert "mha brand_new lr 0.3 seed 0: pending" in text
         assert "diverged@10" in text
         assert "3.782" in text
+        assert "QuacK is stable at the top rate" in text
         assert "9.9.9" in text
         assert "cpu count" in text
         assert "git revision" not in text
@@ -335,7 +353,7 @@ def test_a_page_without_the_curves_says_so(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "none")
     write_run(cell)
     cell.run_dir.metrics_file.unlink()
-    assert "The curves of these runs are not here" in report.write(save(cell), tmp_path / "out", command="").read_text()
+    assert "the curves of these runs are missing" in report.write(save(cell), tmp_path / "out", command="").read_text()
 
 
 def test_runs_that_the_plan_no_longer_has_are_listed(tmp_path, save):
@@ -381,10 +399,10 @@ def test_the_report_works_from_the_collected_files_alone(tmp_path, save):
     before, after = collected.load(tmp_path / "a"), collected.load(tmp_path / "b")
     assert after.plan.stop == before.plan.stop
     for old, new in zip(before.results, after.results, strict=True):
-        assert (old.status, old.summary, old.method) == (new.status, new.summary, new.method)
-        # Paths of this machine stay here.
+        assert (old.status, old.summary, old.label) == (new.status, new.summary, new.label)
+        # Paths of this machine are not collected.
         assert new.environment == {k: v for k, v in old.environment.items() if k != "command"}
-        for key in ("train/loss", "val/loss", "logits/max", middle_head("logits/max_per_head")):
+        for key in ("train/loss", "val/loss", "logits/max", paper_figures.middle_head("logits/max_per_head")):
             was, now = old.curve(key), new.curve(key)
             assert [step for step, _ in was] == [step for step, _ in now]
             assert [v for _, v in was] == pytest.approx([v for _, v in now], rel=1e-6, nan_ok=True)
@@ -412,7 +430,7 @@ def save_losses(tmp_path: Path, save: Callable[..., Path], losses: dict[str, lis
     return results.from_runs(save(*cells))
 
 
-def test_a_beats_b_only_where_every_resample_says_so(tmp_path, save):
+def test_one_is_better_only_if_every_resample_agrees(tmp_path, save):
     measured = save_losses(
         tmp_path, save, {"quack": [3.7, 3.8, 3.9], "fixed": [3.8, 3.85, 4.0], "none": [3.6, 3.9, 4.2]}
     )
@@ -420,30 +438,30 @@ def test_a_beats_b_only_where_every_resample_says_so(tmp_path, save):
     quack_fixed, quack_none = pairs["quack", "fixed"], pairs["quack", "none"]
     assert quack_fixed.mean == pytest.approx(-0.25 / 3)
     assert quack_fixed.interval == (pytest.approx(-0.1), pytest.approx(-0.05))
-    assert quack_fixed.winner == "quack"
+    assert quack_fixed.better == "quack"
     assert quack_none.interval == (pytest.approx(-0.3), pytest.approx(0.1))
-    assert quack_none.winner is None
-    assert claim(measured, "QuacK beats the fixed factor at the top rate").verdict == "holds"
+    assert quack_none.better is None
+    assert claim(measured, "QuacK is better than the fixed factor at the top rate").verdict == "holds"
     assert claim(measured, "QK norm is stable").verdict == "not tested here"
     assert claim(measured, "at the lowest rate").verdict == "not tested here"
 
 
 def test_one_seed_decides_nothing(tmp_path, save):
     measured = save_losses(tmp_path, save, {"quack": [3.0], "fixed": [5.0]})
-    assert differences_at(measured, measured.places()[0])[0].winner is None
-    assert claim(measured, "QuacK beats the fixed factor").verdict == "not decided"
+    assert differences_at(measured, measured.places()[0])[0].better is None
+    assert claim(measured, "QuacK is better than the fixed factor").verdict == "not decided"
 
 
 def test_a_claim_that_the_numbers_contradict_does_not_hold(tmp_path, save):
     measured = save_losses(tmp_path, save, {"quack": [3.9, 3.9, 3.9], "fixed": [3.8, 3.8, 3.8]})
-    found = claim(measured, "QuacK beats the fixed factor")
+    found = claim(measured, "QuacK is better than the fixed factor")
     assert found.verdict == "does not hold"
     assert "+0.100 [+0.100, +0.100]" in found.numbers
 
 
 def test_a_low_rate_is_no_evidence_about_the_top_one(tmp_path, save):
     measured = save_losses(tmp_path, save, {"quack": [3.9] * 3, "fixed": [3.8] * 3}, lr=0.03)
-    assert claim(measured, "QuacK beats the fixed factor").verdict == "not tested here"
+    assert claim(measured, "QuacK is better than the fixed factor").verdict == "not tested here"
     assert claim(measured, "at the lowest rate").verdict == "does not hold"
 
 
@@ -452,30 +470,30 @@ def test_a_low_rate_is_no_evidence_about_the_top_one(tmp_path, save):
     [
         ({"quack": [3.80, 3.81, 3.82], "fixed": [3.82, 3.82, 3.82]}, "holds"),
         ({"quack": [3.8], "fixed": [3.8]}, "not decided"),  # equal, but one seed says nothing of its spread
-        ({"quack": [3.8] * 3, "fixed": [3.8] * 3}, "not decided"),  # the same numbers: no two methods were run
+        ({"quack": [3.8] * 3, "fixed": [3.8] * 3}, "not decided"),  # the same numbers: both computed the same
         ({"quack": [3.7, 3.8, 3.9], "fixed": [3.8] * 3}, "not decided"),  # the interval is wider than agreement
     ],
 )
-def test_methods_agree_only_where_the_seeds_show_it(losses, verdict, tmp_path, save):
+def test_stabilizers_agree_only_where_the_seeds_show_it(losses, verdict, tmp_path, save):
     assert claim(save_losses(tmp_path, save, losses, lr=0.03), "at the lowest rate").verdict == verdict
 
 
 def test_rounding_is_no_difference(tmp_path, save):
     measured = save_losses(tmp_path, save, {"quack": [3.8] * 3, "fixed": [3.8 + d for d in (1e-6, 2e-6, 3e-6)]})
-    assert claim(measured, "QuacK beats the fixed factor").verdict == "not decided"
-    assert differences_at(measured, measured.places()[0])[0].winner is None
+    assert claim(measured, "QuacK is better than the fixed factor").verdict == "not decided"
+    assert differences_at(measured, measured.places()[0])[0].better is None
 
 
-def test_two_runs_that_diverged_are_a_draw(tmp_path, save):
+def test_the_difference_of_two_diverged_runs_is_zero(tmp_path, save):
     cells = [make_cell(tmp_path, "mha", s, lr=3.0, seed=seed) for s in ("quack", "fixed") for seed in range(3)]
     for cell in cells:
         write_run(cell, status="diverged", last_step=10)
         summary = json.loads(cell.run_dir.summary_file.read_text())
-        # Methods that begin with other weights have another initial loss.
+        # Stabilizers that begin with other weights have another initial loss.
         initial = {"initial_val_loss": 6.2 if "quack" in cell.name else 6.3}
         cell.run_dir.summary_file.write_text(json.dumps(summary | initial))
     measured = results.from_runs(save(*cells))
-    assert claim(measured, "QuacK beats the fixed factor").verdict == "not decided"
+    assert claim(measured, "QuacK is better than the fixed factor").verdict == "not decided"
 
 
 LATENT = ("none", "fixed", "qk_clip", "quack")
@@ -488,7 +506,7 @@ LATENT = ("none", "fixed", "qk_clip", "quack")
         # Close to fixed, clearly; and unclear against QK clip, which is further away on average.
         ({"none": [4.0] * 3, "fixed": [3.81] * 3, "qk_clip": [3.7, 4.0, 4.1], "quack": [3.8] * 3}, "not decided"),
         ({"none": [4.0] * 3, "fixed": [3.9] * 3, "qk_clip": [3.7] * 3, "quack": [3.8] * 3}, "does not hold"),
-        # A rival that has not finished, and one that was never planned.
+        # One stabilizer has not finished; others were not planned.
         ({"none": [4.0] * 3, "fixed": [3.9] * 3, "qk_clip": [None] * 3, "quack": [3.8] * 3}, "not decided"),
         ({"none": [4.0] * 3, "quack": [3.8] * 3}, "not tested here"),
     ],
@@ -503,7 +521,7 @@ def test_the_best_is_the_one_that_beats_every_other(losses, verdict, tmp_path, s
     assert claim(results.from_runs(save(*cells)), "QuacK is best in MLA").verdict == verdict
 
 
-def test_a_rate_that_is_missing_makes_no_method_robust(tmp_path, save):
+def test_a_stabilizer_with_a_missing_rate_has_no_sensitivity(tmp_path, save):
     cells = [make_cell(tmp_path, "mha", "none", lr=lr) for lr in (0.003, 0.03, 0.3)]
     for cell, final in zip(cells[:2], (3.7, 3.8), strict=True):
         write_run(cell, final=final)
@@ -519,7 +537,7 @@ def test_a_rate_that_is_missing_makes_no_method_robust(tmp_path, save):
     assert entry.sensitivity is None
 
 
-def test_the_settings_of_a_method_are_one_number_in_its_speed(tmp_path, save):
+def test_the_settings_of_a_stabilizer_are_averaged_in_its_speed(tmp_path, save):
     cells = [make_cell(tmp_path, "mha", "none", seed=seed) for seed in range(3)]
     cells += [make_cell(tmp_path, "mha", "quack", seed=seed, tau=tau) for seed in range(3) for tau in (0.1, 1.0)]
     for cell in cells:
@@ -528,18 +546,18 @@ def test_the_settings_of_a_method_are_one_number_in_its_speed(tmp_path, save):
     assert (quack.pairs, quack.ratio) == (3, pytest.approx(1.0))
 
 
-def test_a_default_that_diverged_without_a_number_is_infinitely_large(tmp_path, save):
+def test_a_baseline_that_diverged_without_a_number_is_infinitely_large(tmp_path, save):
     cells = [make_cell(tmp_path, "mla", stabilizer) for stabilizer in ("none", "quack")]
     for cell in cells:
         cell.config["trainer"]["unstable_logit"] = 1000.0
     write_run(cells[0], status="diverged", last_step=10, max_logit=1e30)
     write_run(cells[1])
     measured = results.from_runs(save(*cells))
-    found = claim(measured, "default run's logits leave")
+    found = claim(measured, "logits explode")
     assert (found.verdict, "∞" in found.numbers) == ("holds", True)
 
 
-def test_the_first_head_out_of_range_is_found(tmp_path, save):
+def test_the_first_head_above_the_threshold_is_found(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "none")
     cell.config["trainer"]["unstable_logit"] = 50.0
     write_run(cell, max_logit=100.0)
@@ -553,10 +571,10 @@ def test_the_first_head_out_of_range_is_found(tmp_path, save):
             (directory / collected.CURVES_FILE).unlink()
         text = as_markdown(directory)
         assert row in text
-        assert "layer 2, head 4 left its range first, seen at step 12" in text
+        assert "first head above the threshold: layer 2, head 4, at step 12" in text
 
 
-def test_bytes_that_changed_in_the_collected_files_are_seen(tmp_path, save):
+def test_changed_bytes_in_the_collected_files_are_detected(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "none")
     write_run(cell)
     collected.write(save(cell), tmp_path / "out")
@@ -568,7 +586,7 @@ def test_bytes_that_changed_in_the_collected_files_are_seen(tmp_path, save):
         collected.load(tmp_path / "out")
 
 
-def test_what_no_run_writes_is_left_out(tmp_path, save):
+def test_entries_of_the_wrong_type_are_ignored(tmp_path, save):
     summaries = [{"step": "abc"}, {"step": -1}, {"unstable": 5}, {"reason": 5}, {"outside_s": [1]}, {"probes": None}]
     values = ["abc", [], [[]], [[1.0], [1.0, 2.0]], [["a"]], {"a": 1}, [1.0]]
     keys = ("val/loss", "train/loss", "logits/max", "logits/max_per_head", "logits/delta_mean_per_head")
@@ -587,7 +605,7 @@ def test_what_no_run_writes_is_left_out(tmp_path, save):
     report.write(tmp_path, tmp_path / "out", command="")
 
 
-def test_a_name_cannot_steer_the_terminal(tmp_path, save):
+def test_control_characters_in_a_name_do_not_reach_the_terminal(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "none")
     write_run(cell, unstable=("\x1b]0;title\x07",))
     text = runs.as_text(results.from_runs(save(cell)))
@@ -595,14 +613,14 @@ def test_a_name_cannot_steer_the_terminal(tmp_path, save):
     assert "\\x1b]0;title" in text
 
 
-def test_the_cost_of_a_probe_is_told_in_steps_of_the_run(tmp_path, save):
+def test_the_cost_of_a_probe_is_given_in_steps_of_the_run(tmp_path, save):
     own = make_cell(tmp_path, "mla", "quack")
     write_run(own)
     # 5 s for 10 probes, beside 12.5 s for 40 steps.
     assert "| mla | probe | 500 ms | 1.60 | 1 |" in as_markdown(save(own))
 
 
-def test_the_methods_are_put_side_by_side_under_each_choice(tmp_path, save):
+def test_stabilizers_are_compared_under_each_setting(tmp_path, save):
     usual = [make_cell(tmp_path, "mla", name, seed=seed) for name in ("none", "quack") for seed in (0, 1)]
     usual += [make_cell(tmp_path, "mla", "none", seed=2), make_cell(tmp_path, "mla", "quack", seed=2)]
     other = [make_cell(tmp_path, "mla", name) for name in ("none", "quack")]
@@ -615,5 +633,5 @@ def test_the_methods_are_put_side_by_side_under_each_choice(tmp_path, save):
     for cell in other:
         write_run(cell, final=3.5 if "none" in cell.name else 3.6)
     text = as_markdown(save(*usual, *other))
-    assert "| mla, lr 0.3 | as most runs | 3.900 [3.900, 3.900] | 3.700 [3.700, 3.700] | quack < none |" in text
+    assert "| mla, lr 0.3 | most common settings | 3.900 [3.900, 3.900] | 3.700 [3.700, 3.700] | quack < none |" in text
     assert "| mla, lr 0.3 | max_grad_norm=1 | 3.500 | 3.600 | none < quack |" in text

@@ -1,8 +1,8 @@
-"""Write the report of a sweep: its table and figures as a page that opens from disk, and as Markdown, PNG and PDF.
+"""Write the report of a sweep: a page with its tables and figures (HTML and Markdown), and the figures as PNG and PDF.
 
     quack-lm report runs/quickstart [-o DIR]
 
-Works on a sweep that is still running: what is missing is listed.
+Works on a sweep that is still running: the page lists the missing runs.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from quack_lm import report
 from quack_lm.errors import UserError
-from quack_lm.paper import claims
+from quack_lm.paper import claims, figures
 from quack_lm.sweep.cell import shell_line
 
 
@@ -21,14 +21,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str]) -> int:
-    """Write the report that the arguments ask for."""
+    """Write the report of a sweep directory and return the exit code."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep_dir", type=Path, help="a directory that quack-lm sweep made")
-    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="where to write; SWEEP_DIR/report unless given")
+    parser.add_argument("sweep_dir", type=Path, help="a directory of quack-lm sweep run, or of its collected files")
+    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="where to write (default: SWEEP_DIR/report)")
     options = parser.parse_args(arguments)
     command = shell_line(["quack-lm", "report", *arguments])
     path = report.write(
-        options.sweep_dir, options.out or options.sweep_dir / "report", command=command, lead=[claims.section]
+        options.sweep_dir,
+        options.out or options.sweep_dir / "report",
+        command=command,
+        lead=[claims.section],
+        more_plots=[figures.plots],
     )
     print(f"report: {path}")
     return 0

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from quack_lm.errors import UserError, printable
-from quack_lm.report import collected, progress, runs
+from quack_lm.report import collected, runs, status
 from quack_lm.sweep import cluster, cost, file, local
 from quack_lm.sweep.cell import reuse, shell_line
 from quack_lm.sweep.plan import PLAN_FILE, Plan, make_cells, read_plan, write_plan
@@ -245,14 +245,14 @@ def _check_data(plan: Plan) -> None:
 def show_status(plan: Plan, directory: Path) -> None:
     """What the run directories say, and slurm; the former also where the latter does not answer."""
     if not cluster.was_submitted(directory):
-        print(progress.status_table(plan.cells))
+        print(status.status_table(plan.cells))
         return
     try:
         tasks = cluster.tasks_of(directory)
     except UserError:
-        print(progress.status_table(plan.cells))
+        print(status.status_table(plan.cells))
         raise
-    print(progress.status_table(plan.cells, tasks))
+    print(status.status_table(plan.cells, tasks))
 
 
 def take_over(plan: Plan, command: Command) -> None:

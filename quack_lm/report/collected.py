@@ -1,6 +1,6 @@
 """A sweep in three files: results.parquet and results.csv (a row per run), curves.parquet (a row per run and step).
 
-The Parquet files hold all that the report needs. In curves.parquet null means not due at this step and NaN not finite.
+The Parquet files hold all that the report needs. In curves.parquet null means not due at this step, NaN not finite.
 """
 
 import csv
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from quack_lm.config import flatten
 from quack_lm.errors import UserError
-from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results, readable
+from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results, numeric_fields
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import Plan, Record, reason
 from quack_lm.training.run_dir import checked_summary
@@ -29,7 +29,7 @@ KEPT_PREFIXES = ("train/", "val/", "logits/", "throughput/tokens")
 
 BLOWUP = ("blowup_step", "blowup_layer", "blowup_head")
 
-# What a run notes of the machine that is nobody else's business; these files are made to be passed on.
+# Facts about the user's machine that a run records; they stay out of these files, which are made to be shared.
 PRIVATE = ("command", "host")
 
 
@@ -51,7 +51,7 @@ def _write(directory: Path, table: pa.Table, rows: list[dict[str, Any]], curves:
     directory.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, directory / RESULTS_FILE, compression="zstd", write_page_checksum=True)
     _write_csv(directory / "results.csv", rows)
-    # Measured values rarely repeat: no dictionary, and the bytes of floats by significance, save two fifths.
+    # Measured values rarely repeat: leaving out dictionaries and splitting the bytes of floats saves two fifths.
     floats = [name + ".list.element.list.element" * name.endswith("_per_head") for name in curves.column_names[3:]]
     options: dict[str, Any] = {"use_dictionary": ["run"], "use_byte_stream_split": floats, "write_page_checksum": True}
     pq.write_table(curves, directory / CURVES_FILE, compression="zstd", compression_level=19, **options)
@@ -67,11 +67,11 @@ def load(directory: Path) -> Results:
     if is_collected:
         try:
             return _read(directory)
-        # ArrowException, and what comes of columns that are missing or of another type.
+        # ArrowException, and what missing columns or columns of another type raise.
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{directory}: {RESULTS_FILE} or {CURVES_FILE} is damaged or foreign ({reason(error)}); make them "
-                "again with quack-lm sweep collect"
+                f"{directory}: {RESULTS_FILE} or {CURVES_FILE} is damaged or foreign ({reason(error)}); create "
+                "them again with quack-lm sweep collect"
             ) from None
     return from_runs(directory)
 
@@ -89,7 +89,7 @@ def _read(directory: Path) -> Results:
         found, environment, stopped = (json.loads(row[f"{k}_json"]) for k in ("summary", "environment", "stop"))
         summary = checked_summary(found)
         if summary is None or not isinstance(environment, dict) or not isinstance(stopped, dict):
-            raise ValueError(f"run {cell.name}: not what a run writes")
+            raise ValueError(f"run {cell.name}: invalid summary, environment or stop record")
         blowup = None if row[BLOWUP[0]] is None else Blowup(*(int(row[name]) for name in BLOWUP))
         entries.append((cell, row["status"], summary, curves.get(row["run"], []), environment, stopped, blowup))
     plan = Plan(
@@ -110,7 +110,7 @@ def _row(result: Result) -> dict[str, Any]:
         "fingerprint": result.cell.fingerprint,
         "attention": result.attention,
         "stabilizer": result.stabilizer,
-        "method": result.method,
+        "method": result.label,
         "lr": result.lr,
         "seed": result.seed,
         "status": result.status,
@@ -136,7 +136,7 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 def _column(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # a setting that is a number here and a word there
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # a setting that is a number in one run and text in another
         return pa.array([None if value is None else str(value) for value in values])
 
 
@@ -169,11 +169,11 @@ def _is_kept(key: str, value: Any) -> bool:
 
 
 def _read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of each run's metrics.jsonl, as far as they were kept."""
+    """By run, the lines of its metrics.jsonl with the entries that were kept."""
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in pq.read_table(path, page_checksum_verification=True).to_pylist() if path.is_file() else []:
         line = {key: _null(value) for key, value in row.items() if key != "run" and value is not None}
-        curves.setdefault(row["run"], []).append(readable(line))
+        curves.setdefault(row["run"], []).append(numeric_fields(line))
     return curves
 
 

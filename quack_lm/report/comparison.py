@@ -1,7 +1,8 @@
-"""Methods against each other: best settings, differences paired by seed, sums over the learning rates, speed.
+"""Comparison of stabilizers: best settings, differences paired by seed, summaries over learning rates, speed.
 
-Runs with the same seed have the same data order and, wherever shapes agree, the same initialization: they are compared
-pair by pair. A method is judged at its best setting, chosen by the same runs; one with more settings has more tries.
+Runs with the same seed have the same data order and, wherever shapes agree, the same initialization, so they are
+compared pair by pair. Each stabilizer is compared at its best setting, selected on the same runs; one with more
+settings has more tries.
 """
 
 import itertools
@@ -21,12 +22,14 @@ from quack_lm.report.statistics import (
     pooled_deviation,
 )
 
-# Losses that differ by less, in nats per token, differ by rounding.
+# A smaller difference of losses, in nats per token, is rounding.
 ROUNDING = 1e-3
+# The stabilizer that does nothing: step times are relative to its.
+BASELINE = "none"
 
 
 def settled_loss(result: Result) -> float | None:
-    """The final validation loss, but never above the initial one: that is what a diverged run counts as."""
+    """The final validation loss, at most the initial one, and that one for a diverged run; None if unfinished."""
     initial, final = result.number("initial_val_loss"), result.number("val_loss")
     if not result.is_finished:
         return None
@@ -36,25 +39,25 @@ def settled_loss(result: Result) -> float | None:
 
 
 def losses(results: Sequence[Result]) -> dict[int, float]:
-    """The settled loss of each seed."""
+    """The settled loss by seed, of the runs that have one."""
     return {r.seed: loss for r in results if (loss := settled_loss(r)) is not None}
 
 
-def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The runs of each method, in order."""
-    methods: dict[str, list[Result]] = {}
+def by_label(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The runs of each stabilizer with its settings, in order."""
+    groups: dict[str, list[Result]] = {}
     for result in results:
-        methods.setdefault(result.method, []).append(result)
-    return methods
+        groups.setdefault(result.label, []).append(result)
+    return groups
 
 
 def best_settings(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """For each stabilizer the runs of its best setting at one place: the one with the lowest mean loss.
+    """For each stabilizer, the runs at its best setting at one place: the one with the lowest mean loss.
 
-    One with fewer seeds than another is no candidate; before any run has finished, the first setting stands in.
+    A setting with fewer finished seeds than another is not selected. Before any run has finished, it is the first one.
     """
     best: dict[str, tuple[tuple[float, float], list[Result]]] = {}
-    for runs in by_method(results).values():
+    for runs in by_label(results).values():
         found = losses(runs)
         rank = (-len(found), fmean(found.values()) if found else math.inf)
         if runs[0].stabilizer not in best or rank < best[runs[0].stabilizer][0]:
@@ -67,7 +70,7 @@ def best_settings(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The loss of `a` less that of `b`, seed by seed."""
+    """The loss of `a` minus that of `b` for each seed, in nats per token."""
 
     a: str
     b: str
@@ -83,29 +86,32 @@ class Difference:
 
     @property
     def is_draw(self) -> bool:
-        """Whether every seed has the same loss on both sides: the two computed the same, or both diverged."""
+        """Whether the losses are equal for every seed: both computed the same, or both diverged."""
         return not any(self.by_seed.values())
 
     @property
-    def winner(self) -> str | None:
-        """Who has the lower loss, where the interval excludes zero and what is only rounding; else None."""
+    def better(self) -> str | None:
+        """The label with the lower loss, if the interval excludes zero by more than rounding; else None."""
         if not excludes_zero(self.interval, ROUNDING):
             return None
         return self.a if self.mean < 0 else self.b
 
 
 def difference(a: Sequence[Result], b: Sequence[Result]) -> Difference | None:
-    """Paired by seed; None where no seed has finished on both sides. Where both diverged, it is a draw."""
+    """The difference of losses paired by seed; None if no seed has finished on both sides.
+
+    The difference of two diverged runs is zero.
+    """
     first, second = losses(a), losses(b)
     draws = {r.seed for r in a if r.is_diverged} & {r.seed for r in b if r.is_diverged}
     pairs = {
         seed: 0.0 if seed in draws else first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())
     }
-    return Difference(a=a[0].method, b=b[0].method, by_seed=pairs) if pairs else None
+    return Difference(a=a[0].label, b=b[0].label, by_seed=pairs) if pairs else None
 
 
 def differences_at(results: Results, place: Place) -> list[Difference]:
-    """Between the best settings of every two stabilizers."""
+    """The differences between every two stabilizers at one place, each at its best setting."""
     best = best_settings(results.at(place))
     pairs = (difference(best[a], best[b]) for a, b in itertools.combinations(best, 2))
     return [pair for pair in pairs if pair is not None]
@@ -113,18 +119,21 @@ def differences_at(results: Results, place: Place) -> list[Difference]:
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Standard deviations over seeds, pooled over all places; None with one seed."""
+    """Standard deviations over seeds, pooled over all places; None if there is only one seed."""
 
     of_losses: float | None
     of_differences: float | None
 
 
 def noise(results: Results) -> Noise:
-    """Of healthy runs only: how a failing run fails is a lottery of its own. Differences are of what is compared: the
-    best settings of two stabilizers, where they did not compute the same (a clip that never clips is no method)."""
+    """The noise of healthy runs; the losses of failing runs vary far more.
+
+    Differences are between the best settings of two stabilizers, unless both computed the same (a clip that never
+    clips, against no clip).
+    """
     groups, pairs = [], []
     for place in results.places():
-        groups += [list(losses(_healthy(runs)).values()) for runs in by_method(results.at(place)).values()]
+        groups += [list(losses(_healthy(runs)).values()) for runs in by_label(results.at(place)).values()]
         best = [healthy for runs in best_settings(results.at(place)).values() if (healthy := _healthy(runs))]
         for a, b in itertools.combinations(best, 2):
             if (pair := difference(a, b)) and not pair.is_draw:
@@ -141,21 +150,21 @@ def _healthy(runs: Sequence[Result]) -> list[Result]:
 
 @dataclass(frozen=True, kw_only=True)
 class OverRates:
-    """A stabilizer over all learning rates of one attention, each at its best setting there."""
+    """A stabilizer over all learning rates of one attention, at its best setting for each rate."""
 
     attention: str
     stabilizer: str
     best_rate: float
     best_loss: float
     best_interval: tuple[float, float] | None
-    sensitivity: float | None  # None with one rate, with rates that are missing, or not evenly spaced
+    sensitivity: float | None  # None for one rate, missing rates, or rates that are not evenly spaced
     sensitivity_interval: tuple[float, float] | None
     largest_stable: float | None
     missing: list[float]  # planned rates at which no run has finished
 
 
 def over_rates(results: Results) -> list[OverRates]:
-    """One entry per attention and stabilizer with finished runs."""
+    """The summary of each attention and stabilizer that has finished runs."""
     return [
         _over_rates(results, places, attention, condition, stabilizer)
         for (attention, condition), places in _by_attention(results).items()
@@ -176,7 +185,7 @@ def _over_rates(
     seeds = set.intersection(*(set(found) for found in by_rate.values()))
     each = [lr_sensitivity({lr: found[seed] for lr, found in by_rate.items()}, initial) for seed in sorted(seeds)]
     missing = sorted(lr for lr, members in runs.items() if members and lr not in by_rate)
-    # Without a rate at which it fails, a method would look robust.
+    # If the rate at which it fails is missing, a stabilizer would seem robust.
     is_complete = not missing and is_evenly_spaced(by_rate)
     return OverRates(
         attention=f"{attention} {condition}".rstrip(),
@@ -192,7 +201,7 @@ def _over_rates(
 
 
 def _are_healthy(runs: Sequence[Result]) -> bool | None:
-    """None while some of them have not finished and the others are healthy."""
+    """None if the finished runs are healthy and others have not finished."""
     if any(r.is_finished and not r.is_healthy for r in runs):
         return False
     return True if all(r.is_finished for r in runs) else None
@@ -210,7 +219,7 @@ def _by_attention(results: Results) -> dict[tuple[str, str], list[Place]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Step time relative to another stabilizer, paired by seed, attention, rate and condition."""
+    """Step time relative to another stabilizer's, in pairs with equal seed, attention, rate and condition."""
 
     attention: str
     stabilizer: str
@@ -221,8 +230,8 @@ class Speed:
     pairs: int
 
 
-def speeds(results: Results, against: str = "none") -> list[Speed]:
-    """One entry per attention and stabilizer, for which pairs have completed."""
+def speeds(results: Results, against: str = BASELINE) -> list[Speed]:
+    """The relative speed of each attention and stabilizer that has completed pairs."""
     entries = []
     for attention in results.attentions():
         members = [r for r in results.results if r.attention == attention and r.status == "completed"]
@@ -247,7 +256,7 @@ def speeds(results: Results, against: str = "none") -> list[Speed]:
 
 
 def _tokens_per_s(runs: Sequence[Result]) -> dict[tuple[str, float, int], float]:
-    """By condition, rate and seed; the settings of a stabilizer are no pairs of their own, but one number."""
+    """By condition, rate and seed; the settings of one stabilizer are averaged, not counted as separate pairs."""
     measured: dict[tuple[str, float, int], list[float]] = {}
     for run in runs:
         if speed := run.number("tokens_per_s"):

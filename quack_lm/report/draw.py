@@ -1,4 +1,4 @@
-"""Turns a plot's numbers into a picture; a stabilizer looks the same in every picture."""
+"""Draws plots with matplotlib; a stabilizer has the same color and marker in every figure."""
 
 import io
 import math
@@ -12,18 +12,23 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from quack_lm.config import choices
 from quack_lm.report.figures import Line, Panel, Plot
 from quack_lm.report.heat import HeatMaps
 
-# Okabe and Ito's palette, which color-blind readers can tell apart; marker and dashes repeat the distinction.
-LOOKS = {
-    "none": ("#000000", "s"),
-    "fixed": ("#E69F00", "^"),
-    "qk_norm": ("#56B4E9", "D"),
-    "qk_clip": ("#CC79A7", "v"),
-    "quack": ("#009E73", "o"),
-}
-MORE_LOOKS = (("#D55E00", "P"), ("#0072B2", "*"), ("#999999", "h"), ("#882255", "X"), ("#000000", "d"))
+# Colors of Okabe and Ito, then of Tol, which color-blind readers can tell apart; markers and dashes repeat the
+# distinction. Known stabilizers take them in the order of their configs, so that all reports agree.
+CYCLE = (
+    ("#E69F00", "^"),
+    ("#000000", "s"),
+    ("#CC79A7", "v"),
+    ("#56B4E9", "D"),
+    ("#009E73", "o"),
+    ("#D55E00", "P"),
+    ("#0072B2", "*"),
+    ("#999999", "h"),
+    ("#882255", "X"),
+)
 DASHES: tuple = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 FILLS = ("full", "none", "left", "top")
 # Towards black where negative, towards white where positive.
@@ -42,12 +47,12 @@ STYLE: dict[Any, Any] = {
 PANEL_INCHES = (4.3, 3.3)
 LEGEND_LINE_INCHES, LEGEND_LETTER_INCHES = 0.85, 0.085
 MARKERS_PER_CURVE = 7
-# Smaller values look alike: the color scale is for what grows.
+# The color scale ends here: smaller values all have its lowest color.
 HEAT_FLOOR = 1e-4
 
 
 def draw(plot: Plot | HeatMaps, *, columns: int | None = None) -> Figure:
-    """The figure, with its panels in `columns` columns: a phone wants one."""
+    """The figure, with its panels in `columns` columns; the narrow form of a page has one."""
     return _draw_lines(plot, columns) if isinstance(plot, Plot) else _draw_heat(plot, columns)
 
 
@@ -58,15 +63,15 @@ def _draw_lines(plot: Plot, columns: int | None) -> Figure:
         width, height = PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.7
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-        looks = Looks(plot)
+        styles = Styles(plot)
         for axis, panel in zip(axes, plot.panels, strict=False):
-            _draw_panel(axis, panel, plot, looks)
+            _draw_panel(axis, panel, plot, styles)
         if plot.ceiling is not None:
-            # After all panels, which share the axis: a limit ends its growing with what is drawn.
+            # After all panels, which share the axis: a limit set earlier would not grow with later curves.
             axes[0].set_ylim(top=min(plot.ceiling, axes[0].get_ylim()[1]))
         _label_outer(axes, len(plot.panels), columns)
         figure.suptitle(_plain(plot.title), fontsize=12)
-        handles = looks.legend(plot)
+        handles = styles.legend(plot)
         figure.legend(
             handles=handles, loc="outside lower center", ncols=_legend_columns(handles, width), handlelength=3
         )
@@ -74,7 +79,7 @@ def _draw_lines(plot: Plot, columns: int | None) -> Figure:
 
 
 def _draw_heat(plot: HeatMaps, columns: int | None) -> Figure:
-    """One map per method, all with one color scale."""
+    """One map per stabilizer with its settings, all with one color scale."""
     columns = min(columns or 3, len(plot.maps))
     rows = math.ceil(len(plot.maps) / columns)
     values = [value for each in plot.maps for row in each.values for value in row if math.isfinite(value)]
@@ -84,7 +89,7 @@ def _draw_heat(plot: HeatMaps, columns: int | None) -> Figure:
         axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
         for axis, each in zip(axes, plot.maps, strict=False):
             mesh = axis.pcolormesh(each.steps, range(len(each.values)), each.values, norm=scale, cmap="viridis")
-            # What was not finite is not small.
+            # Values that are not finite must not look small.
             axis.set_facecolor("#D55E00")
             layers = range(0, len(each.values), each.heads_per_layer)
             axis.set_yticks(
@@ -102,7 +107,7 @@ def _draw_heat(plot: HeatMaps, columns: int | None) -> Figure:
 
 
 def _label_outer(axes: Sequence[Axes], used: int, columns: int) -> None:
-    """Labels at the outer edges only, also of a panel above an empty place."""
+    """Keep labels at the outer edges only; a panel above an empty cell of the grid keeps its own."""
     for number, axis in enumerate(axes):
         axis.set_visible(number < used)
         if number + columns < used:
@@ -119,48 +124,56 @@ def save(figure: Figure, kind: str = "png") -> bytes:
         figure.savefig(buffer, format=kind)
     if kind != "png":
         return buffer.getvalue()
-    # A palette is a quarter of the bytes: a page with twenty figures should still travel by mail.
+    # A palette takes a quarter of the bytes, which keeps a page with twenty figures small enough for mail.
     small = io.BytesIO()
     with Image.open(buffer) as picture:
         picture.convert("RGB").quantize(128, kmeans=3).save(small, "png", optimize=True)
     return small.getvalue()
 
 
-class Looks:
-    """Color and marker of each stabilizer; its settings differ in dashes and filling, side by side also in shade."""
+class Styles:
+    """The color and marker of each stabilizer; its settings differ in dashes and filling, within one panel also in
+    shade."""
 
     def __init__(self, plot: Plot) -> None:
         lines = [line for panel in plot.panels for line in panel.lines]
-        others = sorted({line.stabilizer for line in lines} - set(LOOKS))
-        self.looks = LOOKS | {name: MORE_LOOKS[i % len(MORE_LOOKS)] for i, name in enumerate(others)}
-        self.ranks = {name: rank for rank, name in enumerate(self.looks)}
-        crowds = [[line.stabilizer for line in panel.lines] for panel in plot.panels]
-        self.shades = SHADES if any(len(set(crowd)) < len(crowd) for crowd in crowds) else SHADES[:1]
-        self.variations: dict[str, list[str]] = {}
+        known = choices("stabilizer")
+        names = {line.stabilizer: None for line in lines}
+        ordered = [*known, *(name for name in names if name not in known)]
+        # Lines that are no stabilizers, such as the parts of a change, begin with the first color.
+        ordered = ordered if names.keys() & set(known) else list(names)
+        self.ranks = {name: rank for rank, name in enumerate(ordered)}
+        groups = [[line.stabilizer for line in panel.lines] for panel in plot.panels]
+        self.shades = SHADES if any(len(set(group)) < len(group) for group in groups) else SHADES[:1]
+        self.settings: dict[str, list[str]] = {}
         for line in lines:
-            known = self.variations.setdefault(line.stabilizer, [])
-            known += [line.variation] if line.variation not in known else []
+            seen = self.settings.setdefault(line.stabilizer, [])
+            seen += [line.settings] if line.settings not in seen else []
 
-    def of(self, line: Line) -> dict:
-        color, marker = self.looks[line.stabilizer]
-        variation = self.variations[line.stabilizer].index(line.variation)
+    def of(self, line: Line) -> dict[str, Any]:
+        """The arguments of `Axes.plot` for a line."""
+        rank = self.ranks[line.stabilizer]
+        color, marker = CYCLE[rank % len(CYCLE)]
+        number = self.settings[line.stabilizer].index(line.settings)
         return {
-            "color": _shade(color, self.shades[variation % len(self.shades)]),
+            "color": _shade(color, self.shades[number % len(self.shades)]),
             "marker": marker,
-            "fillstyle": FILLS[variation % len(FILLS)],
-            "linestyle": DASHES[(self.ranks[line.stabilizer] + variation) % len(DASHES)],
+            "fillstyle": FILLS[number % len(FILLS)],
+            "linestyle": DASHES[(rank + number) % len(DASHES)],
             "markersize": 5,
             "linewidth": 1.6,
         }
 
     def rank(self, line: Line) -> int:
+        """The place of its stabilizer in the order of all."""
         return self.ranks[line.stabilizer]
 
     def legend(self, plot: Plot) -> list[Line2D]:
+        """One entry per label, and one for each mark that the plot uses."""
         lines = [line for panel in plot.panels for line in panel.lines]
         # Seeds share a label and one entry.
-        methods = {line.label: line for line in lines if line.points or line.diverged}
-        handles = [Line2D([], [], label=_plain(label), **self.of(line)) for label, line in methods.items()]
+        by_label = {line.label: line for line in lines if line.points or line.diverged}
+        handles = [Line2D([], [], label=_plain(label), **self.of(line)) for label, line in by_label.items()]
         if any(line.diverged for line in lines):
             handles.append(Line2D([], [], label="diverged or stopped", **_cross("#444444")))
         if any(line.unstable for line in lines):
@@ -169,46 +182,46 @@ class Looks:
 
 
 def _shade(color: str, amount: float) -> tuple[float, ...]:
-    """The color, that share of the way to white or black."""
+    """The color blended with white by `amount`, or with black where that is negative."""
     goal = 1.0 if amount > 0 else 0.0
     return tuple(part + abs(amount) * (goal - part) for part in to_rgb(color))
 
 
 def _legend_columns(handles: Sequence[Line2D], width: float) -> int:
-    """As many as surely fit, in rows of about equal length."""
+    """The number of columns that fit into `width` inches, with rows of about equal length."""
     widest = LEGEND_LINE_INCHES + LEGEND_LETTER_INCHES * max(len(str(handle.get_label())) for handle in handles)
     rows = math.ceil(len(handles) / max(1, int(width / widest)))
     return math.ceil(len(handles) / rows)
 
 
 def _plain(text: str) -> str:
-    """Without mathematics: a setting may hold any text, and what lies between dollars need not be a formula."""
+    """The text with dollar signs escaped: matplotlib would read what is between two as a formula."""
     return text.replace("$", r"\$")
 
 
-def _draw_panel(axis: Axes, panel: Panel, plot: Plot, looks: Looks) -> None:
+def _draw_panel(axis: Axes, panel: Panel, plot: Plot, styles: Styles) -> None:
     axis.set_title(_plain(panel.title), fontsize=10)
     axis.set_xlabel(plot.x_label)
     axis.set_ylabel(plot.y_label)
     axis.set_xscale("log" if plot.log_x else "linear")
     axis.set_yscale("log" if plot.log_y else "linear")
     if plot.log_x:
-        # The values that were run, not powers of ten between them.
-        lines = [line for each in plot.panels for line in each.lines]  # the panels share their axes
+        # Ticks at the rates that were run, not at powers of ten.
+        lines = [line for each in plot.panels for line in each.lines]  # panels share their axes
         ticks = sorted({x for line in lines for x, _ in [*line.points, *line.diverged]})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_xticks([], minor=True)
     for line in panel.lines:
         if line.band:
             x, low, high = zip(*line.band, strict=True)
-            axis.fill_between(x, low, high, color=looks.of(line)["color"], alpha=0.15, linewidth=0)
+            axis.fill_between(x, low, high, color=styles.of(line)["color"], alpha=0.15, linewidth=0)
     for line in panel.lines:
         x, y = zip(*line.points, strict=True) if line.points else ((), ())
-        axis.plot(x, y, markevery=_markers(line.points, looks.rank(line), plot.log_x), **looks.of(line))
+        axis.plot(x, y, markevery=_markers(line.points, styles.rank(line), plot.log_x), **styles.of(line))
     if not any(line.points or line.diverged for line in panel.lines):
         axis.text(0.5, 0.5, "no data yet", transform=axis.transAxes, ha="center", color="#666666")
     for line in panel.lines:
-        _mark_outcome(axis, line, looks.of(line)["color"], plot.ceiling)
+        _mark_outcome(axis, line, styles.of(line)["color"], plot.ceiling)
 
 
 def _mark_outcome(axis: Axes, line: Line, color: str, ceiling: float | None) -> None:
@@ -221,11 +234,11 @@ def _mark_outcome(axis: Axes, line: Line, color: str, ceiling: float | None) -> 
         axis.plot([x], [y], clip_on=False, **_ring(color))
 
 
-def _cross(color: str) -> dict:
+def _cross(color: str) -> dict[str, Any]:
     return {"linestyle": "", "marker": "X", "markersize": 10, "color": color, "markeredgecolor": "white", "zorder": 5}
 
 
-def _ring(color: str) -> dict:
+def _ring(color: str) -> dict[str, Any]:
     return {
         "linestyle": "",
         "marker": "o",
@@ -237,8 +250,8 @@ def _ring(color: str) -> dict:
 
 
 def _markers(points: Sequence[tuple[float, float]], rank: int, every: bool) -> slice | int:
-    """A few markers per curve, at other places for each stabilizer, so that they do not hide each other."""
+    """`markevery` for a few markers per curve, shifted for each stabilizer so that they do not hide each other."""
     if every or len(points) <= MARKERS_PER_CURVE:
         return 1
     stride = max(1, len(points) // MARKERS_PER_CURVE)
-    return slice((rank * stride) // (len(LOOKS) + 1), None, stride)
+    return slice((rank * stride) // len(CYCLE), None, stride)

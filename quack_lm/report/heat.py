@@ -1,4 +1,4 @@
-"""Every head over the steps, as plain numbers: a map is one run's [layer.head, step] table."""
+"""Heat maps of every head over the steps, as plain numbers."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ FEW_PLACES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMap:
-    """One run's table; nan where a value was not finite, and nothing after a run's end."""
+    """The table of one run; nan where a value was not finite, and no columns after the end of the run."""
 
     title: str
     heads_per_layer: int
@@ -21,7 +21,7 @@ class HeatMap:
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMaps:
-    """Maps with one color scale, one per method at one place."""
+    """One map per stabilizer with its settings at one place, all with the same color scale."""
 
     name: str
     title: str
@@ -31,8 +31,11 @@ class HeatMaps:
 
 
 def heat_maps(results: Results) -> list[HeatMaps]:
-    """Max logit and mean change of every head, of the first seeds: at each rate of a sweep of few, else for each
-    attention at its highest rate, where differences are largest."""
+    """Max logit and mean change of every head, for the first seed of each stabilizer.
+
+    At every place if there are at most FEW_PLACES, else at the highest rate of each attention, where stabilizers differ
+    most.
+    """
     places = [place for place in results.places() if not place.condition]
     highest = {place.attention: place for place in places}
     found = []
@@ -49,8 +52,7 @@ def _maps(place: Place, key: str, label: str, maps: list[HeatMap], seed: int) ->
     return HeatMaps(
         name=f"heat_{key}_{place.attention}_lr{place.lr:g}",
         title=f"{label[0].upper()}{label[1:]} of every head ({place})",
-        caption=f"Each row is a head, the layers are set apart by lines, seed {seed}. The color scale is logarithmic "
-        "and common to all panels.",
+        caption=f"One row per head, lines between layers, seed {seed}. All panels share one logarithmic color scale.",
         label=label,
         maps=maps,
     )
@@ -63,7 +65,7 @@ def _map(run: Result, key: str) -> HeatMap | None:
     lines = [line for line in lines if _shape(line[key]) == _shape(lines[0][key])]
     columns = [[_positive(value) for row in line[key] for value in row] for line in lines]
     return HeatMap(
-        title=run.method,
+        title=run.label,
         heads_per_layer=len(lines[0][key][0]),
         steps=[line["step"] for line in lines],
         values=[list(row) for row in zip(*columns, strict=True)],

@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page and as Markdown."""
+"""The report as one self-contained HTML page, and as Markdown."""
 
 import base64
 import html
@@ -15,7 +15,7 @@ CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .question { border-left: 4px solid #009E73; padding-left: .8rem; }
-/* A shadow at the edge that hides more columns. */
+/* A shadow at the edge behind which there are more columns. */
 .scroll { overflow-x: auto; background: linear-gradient(to right, #fff 2rem, #fff0) left / 3rem 100% local no-repeat,
   linear-gradient(to left, #fff 2rem, #fff0) right / 3rem 100% local no-repeat,
   linear-gradient(to right, #0004, #0000) left / .9rem 100% no-repeat,
@@ -46,9 +46,9 @@ code { font-size: .8rem; overflow-wrap: anywhere; } li { margin: .3rem 0; }
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One drawn figure: its wide and its one-column form as PNG."""
+    """One drawn figure: PNG files of its wide and its one-column form."""
 
-    name: str  # of its files
+    name: str  # of its files, without extension
     title: str
     caption: str
     wide: bytes
@@ -74,7 +74,7 @@ def as_html(results: Results, pictures: Sequence[Picture], report_command: str, 
 <h2>Figures</h2>
 {"".join(_picture_html(picture) for picture in pictures) or f"<p>{no_pictures(results)}</p>"}
 {"".join(_section_html(section) for section in after_figures(results))}
-<h2>Where this comes from</h2>
+<h2>Provenance</h2>
 <dl>
 {facts}</dl>
 </body>
@@ -98,16 +98,16 @@ def as_markdown(
         "## Figures",
         figures or no_pictures(results),
         *(_section_markdown(section) for section in after_figures(results)),
-        "## Where this comes from",
+        "## Provenance",
         facts,
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def no_pictures(results: Results) -> str:
-    """Why there is no figure."""
+    """The text that replaces the figures if there are none."""
     if any(result.step for result in results.results):
-        return "The curves of these runs are not here (curves.parquet, or the run directories): no figures."
+        return "No figures: the curves of these runs are missing (curves.parquet, or the run directories)."
     return "No run has written any metrics yet."
 
 
@@ -116,8 +116,8 @@ def _section_html(section: Section) -> str:
     items = "\n".join(f"<li>{line}</li>" for line in lines)
     table = section.table.as_html() if section.table else ""
     intro = f'<p class="small">{_e(section.intro)}</p>'
-    whole = f"<h2>{_e(section.title)}</h2>\n{intro}\n{table}" + (f"\n<ul>\n{items}\n</ul>\n" if items else "\n")
-    return f'<div class="commands">\n{whole}</div>\n' if section.are_commands else whole
+    block = f"<h2>{_e(section.title)}</h2>\n{intro}\n{table}" + (f"\n<ul>\n{items}\n</ul>\n" if items else "\n")
+    return f'<div class="commands">\n{block}</div>\n' if section.are_commands else block
 
 
 def _section_markdown(section: Section) -> str:

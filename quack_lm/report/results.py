@@ -19,7 +19,7 @@ Reader = str | Callable[[dict[str, Any]], Any]
 
 
 class Place(NamedTuple):
-    """Where methods are compared: all settings but the stabilizer's own, and the seed."""
+    """Where stabilizers are compared: the same attention, learning rate and other settings."""
 
     attention: str
     condition: str
@@ -30,29 +30,29 @@ class Place(NamedTuple):
 
 
 class Blowup(NamedTuple):
-    """The first probe at which a head's largest logit was out of range, and the head that was then the largest."""
+    """The first probe at which a head's max logit was above `trainer.unstable_logit`, and the largest head there."""
 
     step: int
     layer: int
     head: int
 
     def __str__(self) -> str:
-        return f"layer {self.layer}, head {self.head} left its range first, seen at step {self.step}"
+        return f"first head above the threshold: layer {self.layer}, head {self.head}, at step {self.step}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One cell with what it has reached."""
+    """A cell of the sweep, with what its run has measured so far."""
 
     cell: Cell
-    variation: str  # what tells it from cells with the same stabilizer at the same place: "tau=0.1"
-    condition: str  # settings outside of the stabilizer in which it is unlike most cells: "adamw_lr=0.01"
+    settings: str  # the stabilizer's settings that differ between the runs of the sweep: "tau=0.1"
+    condition: str  # settings outside the stabilizer that differ from those of most runs: "adamw_lr=0.01"
     status: str
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     environment: dict[str, Any]
     stop_record: dict[str, Any]  # what the sweep's stop rule wrote, if it ended the run
-    blowup: Blowup | None  # where and when a head's logits left their range first
+    blowup: Blowup | None  # the first head above the threshold
 
     @property
     def attention(self) -> str:
@@ -67,14 +67,14 @@ class Result:
         return Place(self.attention, self.condition, self.lr)
 
     @property
-    def method(self) -> str:
-        """The stabilizer with what varies beside it, as legends and tables name it."""
-        return f"{self.stabilizer} {self.variation}".rstrip()
+    def label(self) -> str:
+        """The stabilizer with its settings, as legends and tables name it: the name alone where no setting differs."""
+        return f"{self.stabilizer} {self.settings}".rstrip()
 
     @property
     def title(self) -> str:
-        """All of what tells it from the other runs of the sweep."""
-        return title(self.cell.config, self.variation, self.condition)
+        """Everything that distinguishes it from the other runs of the sweep."""
+        return title(self.cell.config, self.settings, self.condition)
 
     @property
     def lr(self) -> float:
@@ -86,19 +86,19 @@ class Result:
 
     @property
     def unstable(self) -> list[str]:
-        """The reasons for which a run that did not diverge is still no healthy run."""
+        """Why a run that did not diverge still counts as unstable; empty for a healthy run."""
         return list(self.summary.get("unstable") or [])
 
     @property
     def reason(self) -> str | None:
-        """Why the run ended, in its own words or, where it had no time for any, the last of its log."""
+        """Why the run ended, as its summary says or, where it failed without a reason, the last line of its log."""
         if self.status == "failed" and not self.summary.get("reason"):
             return next(iter(self.cell.run_dir.last_log_lines(1)), None)
         return self.summary.get("reason")
 
     @property
     def outcome(self) -> str:
-        """The status in finer words: `non-finite`, `out of memory`, `preempted`."""
+        """The status, more specific where the reason is known: `non-finite`, `out of memory`, `preempted`."""
         return kind_of_end(self.status, self.reason)
 
     @property
@@ -107,7 +107,7 @@ class Result:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether it reached its end without any sign of trouble."""
+        """Whether it completed and no stability rule flagged it."""
         return self.status == "completed" and not self.unstable
 
     @property
@@ -130,7 +130,7 @@ class Result:
 
     @property
     def probe_cost(self) -> tuple[float, float] | None:
-        """(seconds of one probe, the same in units of training steps); None where there was none."""
+        """(seconds of one probe, the same in units of training steps); None for a run without probes."""
         seconds, n_probes = (self.summary.get("outside_s") or {}).get("probe"), self.summary.get("probes")
         elapsed = self.number("elapsed_s")
         if not (seconds and n_probes and elapsed and self.step):
@@ -139,31 +139,19 @@ class Result:
 
     @property
     def steps_saved(self) -> int:
-        """The steps that the stop rule spared."""
+        """How many steps the stop rule saved; 0 for a run that it did not end."""
         return self.cell.total_steps - self.step if self.stop_record else 0
 
     @property
     def seconds_saved(self) -> float:
-        """The training time of these steps, at the speed of the run itself."""
+        """The training time of the saved steps, at the run's own speed."""
         elapsed = self.number("elapsed_s")
         return self.steps_saved * elapsed / self.step if elapsed and self.step else 0.0
 
 
-def middle_head(key: str) -> Reader:
-    """Reads the middle head of the middle layer out of a [layer][head] table."""
-
-    def read(line: dict[str, Any]) -> Any:
-        if key not in line:
-            return ...
-        layer = line[key][len(line[key]) // 2]
-        return layer[len(layer) // 2]
-
-    return read
-
-
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A sweep directory as it is now, ordered by attention, stabilizer, rate and seed."""
+    """The runs of a sweep directory as they are now, ordered by attention, stabilizer, rate and seed."""
 
     directory: Path
     plan: Plan
@@ -179,7 +167,7 @@ class Results:
         return list(dict.fromkeys(result.stabilizer for result in self.results))
 
     def places(self) -> list[Place]:
-        """In the order of the sweep file, rates rising."""
+        """Every place of the sweep, in the order of the sweep file and by increasing rate."""
         order = _ranks((r.attention, r.condition) for r in self.results)
         return sorted({r.place for r in self.results}, key=lambda p: (order[p.attention, p.condition], p.lr))
 
@@ -187,7 +175,7 @@ class Results:
         return [result for result in self.results if result.place == place]
 
     def not_in_plan(self) -> list[str]:
-        """Run directories of an earlier, larger plan: they are shown nowhere else."""
+        """The names of run directories that the plan does not list: those of an earlier, larger plan."""
         planned = {cell.name for cell in self.plan.cells}
         found = {path.parent.name for path in self.directory.glob("*/summary.json")}
         return sorted(found - planned)
@@ -198,7 +186,7 @@ Entry = tuple[Cell, str, dict[str, Any], list[dict[str, Any]], dict[str, Any], d
 
 
 def from_runs(directory: Path) -> Results:
-    """What the run directories of a sweep hold now."""
+    """The results of a sweep, read from its plan and its run directories."""
     plan = read_plan(directory)
     entries = []
     for cell in plan.cells:
@@ -220,7 +208,7 @@ def from_runs(directory: Path) -> Results:
 
 
 def first_blowup(metrics: Iterable[dict[str, Any]], limit: float) -> Blowup | None:
-    """The first line of metrics with a head above the limit; None where no head ever was."""
+    """The first line of metrics with a head above the limit; None if no head ever was."""
     for line in metrics:
         heads = [
             (math.inf if value is None else value, layer, head)
@@ -238,7 +226,7 @@ def make_results(directory: Path, plan: Plan, entries: Sequence[Entry]) -> Resul
     results = [
         Result(
             cell=cell,
-            variation=variation,
+            settings=settings,
             condition=condition,
             status=status,
             summary=summary,
@@ -247,32 +235,33 @@ def make_results(directory: Path, plan: Plan, entries: Sequence[Entry]) -> Resul
             stop_record=record,
             blowup=blowup,
         )
-        for (cell, status, summary, metrics, environment, record, blowup), (variation, condition) in zip(
+        for (cell, status, summary, metrics, environment, record, blowup), (settings, condition) in zip(
             entries, named, strict=True
         )
     ]
     # Attentions and stabilizers keep the order in which the sweep file names them.
     attentions = _ranks(result.attention for result in results)
     stabilizers = _ranks(result.stabilizer for result in results)
-    methods = _ranks(result.method for result in results)
+    labels_in_order = _ranks(result.label for result in results)
     conditions = _ranks(result.condition for result in results)
-    results.sort(
-        key=lambda r: (
-            *(attentions[r.attention], conditions[r.condition], stabilizers[r.stabilizer], methods[r.method]),
-            *(r.lr, r.seed),
-        )
-    )
+
+    def rank(r: Result) -> tuple[float, ...]:
+        place = attentions[r.attention], conditions[r.condition]
+        return *place, stabilizers[r.stabilizer], labels_in_order[r.label], r.lr, r.seed
+
+    results.sort(key=rank)
     return Results(directory=directory, plan=plan, results=results)
 
 
 def _metrics(path: Path) -> Iterable[dict[str, Any]]:
     if path.is_file():
         # The last line of a run that is being written, or was killed while writing, is empty.
-        yield from map(readable, filter(None, map(metrics_line, path.read_text(errors="replace").splitlines())))
+        yield from map(numeric_fields, filter(None, map(metrics_line, path.read_text(errors="replace").splitlines())))
 
 
-def readable(line: dict[str, Any]) -> dict[str, Any]:
-    """The numbers and the tables of numbers in a line of metrics; null where one was not finite."""
+def numeric_fields(line: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a line of metrics that are numbers or [layer][head] tables of them; None is a value that was not
+    finite."""
     return {key: value for key, value in line.items() if _is_number(value) or _is_table(value)}
 
 
@@ -281,14 +270,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_table(value: Any) -> bool:
-    """[layer][head], of equal lengths."""
+    """Whether it is a [layer][head] table: rows of numbers, equally long."""
     if not isinstance(value, list) or not all(isinstance(row, list) and row for row in value):
         return False
     return len({len(row) for row in value}) == 1 and all(_is_number(entry) for row in value for entry in row)
 
 
 def _number(value: Any) -> float:
-    """nan for null, which a run writes for what is not finite, and for what no run writes."""
+    """nan for null, which a run writes for a value that is not finite, and for anything that is not a number."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 

@@ -1,16 +1,16 @@
-"""The table of all runs, and what is said about them one by one."""
+"""The table of all runs, and notes on single runs."""
 
 from collections import Counter
 
 from quack_lm.errors import printable
 from quack_lm.report.results import Result, Results
-from quack_lm.report.table import Table, duration, loss, per_second, significant
+from quack_lm.report.table import Table, count, duration, loss, significant
 
 HEADER = ("attention", "stabilizer", "lr", "seed", "val loss", "best", "max logit", "mean |Δlogit|", "tok/s", "status")
 
 
 def table(results: Results) -> Table:
-    """One row per planned run."""
+    """The table with one row per planned run."""
     return Table(
         header=HEADER,
         rows=[row(result) for result in results.results],
@@ -20,7 +20,7 @@ def table(results: Results) -> Table:
 
 
 def as_text(results: Results) -> str:
-    """What a terminal shows after a sweep."""
+    """The table, the counts and the notes, for a terminal."""
     extra = [counts(results), *(f"  {line}" for line in notes(results))]
     return "\n".join([table(results).as_text(), "", *map(printable, extra)])
 
@@ -28,26 +28,26 @@ def as_text(results: Results) -> str:
 def row(result: Result) -> tuple[str, ...]:
     return (
         f"{result.attention} {result.condition}".rstrip(),
-        result.method,
+        result.label,
         f"{result.lr:g}",
         str(result.seed),
         loss(result.number("val_loss")),
         loss(result.number("best_val_loss")),
         significant(result.number("max_logit")),
         significant(result.number("delta_mean")),
-        per_second(result.number("tokens_per_s")),
+        count(result.number("tokens_per_s")),
         status(result),
     )
 
 
 def status(result: Result) -> str:
-    """The outcome, with the step where it is not the planned one, and a mark on runs that are quietly unhealthy."""
+    """`completed`, `completed, unstable`, `diverged@120`: the outcome, and the step of a run that did not complete."""
     step = f"@{result.step}" if "step" in result.summary and result.status != "completed" else ""
     return result.outcome + step + (", unstable" if result.unstable else "")
 
 
 def notes(results: Results) -> list[str]:
-    """One line for each thing about a run that the table has no column for."""
+    """One line for each run with a reason, a warning or a head above the threshold."""
     lines = []
     for result in results.results:
         reasons = [*result.unstable, *([result.reason] if result.reason else [])]
@@ -62,7 +62,7 @@ def notes(results: Results) -> list[str]:
 
 
 def unfinished(results: Results) -> list[str]:
-    """The cells that have no final result yet."""
+    """One line for each cell whose run has not finished."""
     return [f"{result.title}: {status(result)}" for result in results.results if not result.is_finished]
 
 
@@ -70,8 +70,8 @@ def counts(results: Results) -> str:
     """`10 runs: 9 completed (2 unstable), 1 diverged`."""
     by_status = Counter(result.outcome for result in results.results)
     unstable = Counter(result.outcome for result in results.results if result.unstable)
-    marks = {name: f" ({count} unstable)" for name, count in unstable.items()}
-    parts = [f"{count} {name}{marks.get(name, '')}" for name, count in by_status.items()]
+    marks = {name: f" ({n} unstable)" for name, n in unstable.items()}
+    parts = [f"{n} {name}{marks.get(name, '')}" for name, n in by_status.items()]
     return f"{len(results.results)} runs: {', '.join(parts)}"
 
 

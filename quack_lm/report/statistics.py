@@ -1,7 +1,7 @@
-"""Statistics of paired runs, as pure functions on plain numbers.
+"""Statistics of paired runs, as pure functions of numbers.
 
-Intervals are percentile bootstraps. Up to six values every resample is enumerated, so the result is exact; with three,
-the 95% interval is the range of the values, and it misses the median of what they were drawn from one time in four.
+Intervals are percentile bootstraps. For up to six values every resample is enumerated, so the result is exact. For
+three, the 95% interval is the range of the values, which misses the median of their distribution one time in four.
 """
 
 import itertools
@@ -11,17 +11,17 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, variance
 
 LEVEL = 0.95
-# The bootstrap interval of two values is their range, and misses what they were drawn from every second time.
+# The bootstrap interval of two values is their range, which misses the median of their distribution half of the time.
 FEWEST = 3
 EXACT_UP_TO = 6
 RESAMPLES = 20_000
 
-# A two-sided test at 5% that finds a true difference four times out of five.
+# A two-sided test at 5% with 80% power.
 Z_LEVEL, Z_POWER = 1.96, 0.84
 
 
 def bootstrap_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
-    """The interval of the mean; None for fewer than FEWEST values, which say too little about their spread."""
+    """The interval of the mean; None for fewer than FEWEST values."""
     n = len(values)
     if n < FEWEST:
         return None
@@ -36,7 +36,7 @@ def bootstrap_interval(values: Sequence[float], level: float = LEVEL) -> tuple[f
 
 
 def excludes_zero(interval: tuple[float, float] | None, margin: float = 0.0) -> bool:
-    """Whether a difference with this interval may be called one: none in it is as near to zero as `margin`."""
+    """Whether every value in the interval is further from zero than `margin`, all on the same side."""
     return interval is not None and (interval[0] > margin or interval[1] < -margin)
 
 
@@ -48,7 +48,7 @@ def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:
 
 
 def seeds_needed(difference: float, deviation: float) -> int:
-    """How many paired seeds it takes to find a true difference, given the deviation of paired differences.
+    """How many paired seeds detect a true difference, given the standard deviation of paired differences.
 
     For a paired t-test, by the normal approximation and Guenther's correction for it (1981, The American Statistician).
     """
@@ -56,21 +56,23 @@ def seeds_needed(difference: float, deviation: float) -> int:
 
 
 def lr_sensitivity(losses: Mapping[float, float], initial_loss: float) -> float:
-    """Wortsman et al. (arXiv 2309.14322): mean of min(loss, initial loss) over the rates, less the best loss."""
+    """Wortsman et al. (arXiv 2309.14322): mean of min(loss, initial loss) over the rates, minus the best loss."""
     capped = [min(loss, initial_loss) for loss in losses.values()]
     return fmean(capped) - min(capped)
 
 
 def is_evenly_spaced(rates: Collection[float]) -> bool:
-    """Whether each rate is about the same multiple of the one below: 1, 3, 10, 30 is; only then is a mean over them one
-    over the logarithm of the rate."""
+    """Whether each rate is about the same multiple of the next lower one, as in 1, 3, 10, 30.
+
+    Only then is a mean over the rates a mean over the logarithm of the rate.
+    """
     ordered = sorted(rates)
     steps = [math.log(high / low) for low, high in itertools.pairwise(ordered)]
     return bool(steps) and max(steps) <= 1.25 * min(steps)
 
 
 def largest_stable_rate(is_healthy: Mapping[float, bool | None]) -> float | None:
-    """The largest rate that, like all rates below it, is known (not None) to be healthy."""
+    """The largest rate that, like all lower rates, is known (not None) to be healthy; None if there is none."""
     stable = None
     for rate in sorted(is_healthy):
         if not is_healthy[rate]:
@@ -80,5 +82,5 @@ def largest_stable_rate(is_healthy: Mapping[float, bool | None]) -> float | None
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
-    """The mean of ratios that does not care which side is divided by which."""
+    """The mean of ratios; the mean of their inverses is its inverse."""
     return math.exp(fmean(math.log(ratio) for ratio in ratios))

@@ -1,4 +1,4 @@
-"""A table, as plain text, Markdown and HTML from the same cells; and numbers with the digits that people want."""
+"""A table, rendered as plain text, Markdown or HTML; and numbers as text with a sensible number of digits."""
 
 import html
 import math
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quack_lm.errors import printable
+from quack_lm.training.counts import format_count
 
 NO_NUMBER = "–"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of texts; columns of numbers are set flush right, and a row may have a class that colors it."""
+    """Rows of text. The columns in `numeric` are right-aligned; `classes` are the CSS classes of the rows, if any."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -21,7 +22,7 @@ class Table:
     classes: Sequence[str] = field(default_factory=list)
 
     def as_text(self) -> str:
-        """Columns padded with blanks, for a terminal."""
+        """The table for a terminal, with padded columns."""
         rows = [[printable(cell) for cell in cells] for cells in (self.header, *self.rows)]
         widths = [max(len(cells[column]) for cells in rows) for column in range(len(self.header))]
         lines = ["  ".join(self._flush(i, cell, widths[i]) for i, cell in enumerate(cells)) for cells in rows]
@@ -29,13 +30,13 @@ class Table:
         return "\n".join(line.rstrip() for line in lines)
 
     def as_markdown(self) -> str:
-        """With every bar escaped."""
+        """The table in Markdown, with every `|` in a cell escaped."""
         rule = ["---:" if i in self.numeric else ":---" for i in range(len(self.header))]
         rows = [[markdown(cell).replace("|", "\\|") for cell in cells] for cells in (self.header, *self.rows)]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in (rows[0], rule, *rows[1:]))
 
     def as_html(self) -> str:
-        """A table element; it scrolls sideways where the page is narrow."""
+        """A table element that scrolls horizontally where the page is narrow."""
         head = "".join(f"<th{self._class(i)}>{html.escape(cell)}</th>" for i, cell in enumerate(self.header))
         body = ""
         for number, cells in enumerate(self.rows):
@@ -53,13 +54,13 @@ class Table:
 
 
 def markdown(text: str) -> str:
-    """Any text on one line of a Markdown page: a name from somebody else becomes no HTML, picture, link or row."""
+    """Untrusted text on one line of a Markdown page: it cannot become HTML, an image, a link or a row."""
     line = " ".join(text.split("\n"))
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", line).replace("](", "]\\(")
 
 
 def markdown_code(text: str) -> str:
-    """A code span that the text cannot end: its fence is longer than any run of backticks inside."""
+    """A code span that its text cannot close: the fence is longer than any run of backticks inside."""
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     padding = " " if "`" in text else ""
     return f"{fence}{padding}{' '.join(text.split(chr(10)))}{padding}{fence}"
@@ -86,15 +87,9 @@ def significant(value: float | None, digits: int = 3) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def per_second(value: float | None) -> str:
+def count(value: float | None) -> str:
     """`412k`, `41.2k`, `980`."""
-    if value is None:
-        return NO_NUMBER
-    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            scaled = value / unit
-            return f"{scaled:.{max(0, 2 - int(math.log10(scaled)))}f}{suffix}"
-    return f"{value:.0f}"
+    return NO_NUMBER if value is None else format_count(value)
 
 
 def interval(mean: float, bounds: tuple[float, float] | None, digits: int = 3) -> str:

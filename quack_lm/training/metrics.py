@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from quack_lm.files import finite, metrics_line, open_regular, write_atomically
 from quack_lm.parallel import World
+from quack_lm.training.counts import format_count
 
 Value = Tensor | float
 
@@ -260,14 +261,6 @@ class _Silence:
 
     def finish(self) -> None:
         """Nothing."""
-
-
-def format_count(value: float) -> str:
-    """412_345 -> '412k'."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 def _plain(value: Value) -> Any:

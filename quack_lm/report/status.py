@@ -1,9 +1,9 @@
-"""How far the runs of a sweep have come, from the ends of their files."""
+"""The progress of the runs of a sweep, read from the ends of their files."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from quack_lm.report.table import NO_NUMBER, Table, duration, loss, per_second
+from quack_lm.report.table import NO_NUMBER, Table, count, duration, loss
 from quack_lm.slurm import Task
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.label import titles
@@ -11,9 +11,9 @@ from quack_lm.training.state import kind_of_end
 
 
 def status_table(cells: Sequence[Cell], tasks: Mapping[str, Task] | None = None) -> str:
-    """One row per run with its step, loss, speed and time left, and the number of each status.
+    """One row per run with its step, loss, speed and time left; below, the number of runs in each status.
 
-    `tasks`, where jobs were submitted, are slurm's newest for each run by its name.
+    `tasks` are, if jobs were submitted, the newest slurm task of each run by the run's name.
     """
     header: tuple[str, ...] = ("run", "status", "step", "of", "loss", "tok/s", "time left")
     names = titles(cells)
@@ -45,6 +45,6 @@ def _row(cell: Cell) -> tuple[str, ...]:
         str(step),
         str(cell.total_steps),
         loss(train_loss),
-        per_second(speed),
+        count(speed),
         duration(left),
     )
