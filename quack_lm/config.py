@@ -34,9 +34,8 @@ from quack_lm.errors import UserError
 from quack_lm.files import open_regular
 
 PACKAGE = Path(__file__).resolve().parent
-# In a checkout these lie beside the package, in an installed wheel inside it.
+# In a checkout it lies beside the package, in an installed wheel inside it.
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-SLURM_DIR = PACKAGE / "batch" if (PACKAGE / "batch").is_dir() else PACKAGE.parent / "slurm"
 
 # The class that each section's `_target_` must be, or derive from.
 SECTIONS = {

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from quack_lm.errors import exit_on_user_error
+from quack_lm.cli import exit_on_user_error
 
 DEFAULT = ["experiment=tiny", "attention=mla", "stabilizer=quack", "logger.progress=false"]
 

@@ -23,7 +23,7 @@ from contextlib import suppress
 import yaml
 
 from quack_lm.config import CONFIG_DIR, choices, compose, read_flags
-from quack_lm.errors import UserError, exit_without_teardown, tell_job
+from quack_lm.errors import UserError, exit_without_teardown
 
 
 def main(arguments: list[str]) -> int:
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
     # Imported late: --help and a mistake in the settings need not wait for it.
     from quack_lm.model import count_parameters
-    from quack_lm.slurm import WORDS, was_canceled
+    from quack_lm.slurm import WORDS, tell_job, was_canceled
     from quack_lm.training.build import build
     from quack_lm.training.check import check_run, make_model, run_warnings
     from quack_lm.training.loop import summarize, train
