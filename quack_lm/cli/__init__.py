@@ -7,7 +7,8 @@
     quack-lm preflight   check config, data, machine and ranks before a long run
     quack-lm submit      train, prepare or preflight as a job of a slurm cluster
 
-`quack-lm VERB --help` explains each. `python -m quack_lm VERB` is the same, for torchrun and srun.
+`quack-lm VERB --help` explains each; `quack-lm --version` prints the version. `python -m quack_lm VERB` is the same
+command, for torchrun and srun.
 """
 
 import importlib
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from typing import NoReturn
 
 from quack_lm import slurm
@@ -31,10 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if verb in ("-h", "--help", "help"):
             print(__doc__)
             sys.exit(0)
+        if verb == "--version":
+            print(f"quack-lm {metadata.version('quack-lm')}")
+            sys.exit(0)
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb}; choose one of: {', '.join(VERBS)}")
-        # Imported late: no verb pays for the libraries of another.
-        sys.exit(importlib.import_module(f"quack_lm.cli.{verb}").main(rest))
+        try:
+            # Imported late: no verb pays for the libraries of another.
+            sys.exit(importlib.import_module(f"quack_lm.cli.{verb}").main(rest))
+        except ModuleNotFoundError as error:
+            if (error.name or "quack_lm").startswith("quack_lm"):
+                raise
+            raise UserError(
+                f"{error}, which quack_lm needs; activate the environment (in a checkout: source .venv/bin/activate), "
+                f"or install quack_lm for {sys.executable}"
+            ) from None
 
 
 @contextmanager

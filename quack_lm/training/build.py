@@ -204,7 +204,7 @@ def _take_run_dir(plan: Plan) -> IO[str]:
 def _describe(plan: Plan, world: World, n_params: int) -> None:
     """Write what a result is worthless without: the resolved config and the environment."""
     write_atomically(plan.run_dir / "config.yaml", yaml.safe_dump(plan.config, sort_keys=False))
-    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "wandb")
+    packages = ("quack-lm", "torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "wandb")
     environment = {
         "command": sys.argv,
         "git_revision": _git("rev-parse", "HEAD"),
@@ -225,8 +225,11 @@ def _describe(plan: Plan, world: World, n_params: int) -> None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the directory that this package lies in; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    """The output of git in this package's checkout; None for an installed package, also below another repository."""
+    root = Path(__file__).parents[2]
+    if not (root / "pyproject.toml").is_file():
+        return None
+    command = ["git", "-C", str(root), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
