@@ -222,13 +222,12 @@ def test_a_mistake_is_told_before_anything_is_queued(site: Site, tmp_path: Path,
     ranks = ["-N", "2", "--ntasks-per-node=5"]
     for arguments, error in (
         ([*train, "data.dir=/nowhere"], "data.dir=/nowhere"),
-        ([*train, *tiny_data, "optimizer.lrr=1"], "optimizer.lrr"),
+        (["preflight", *SMALL, *tiny_data, "optimizer.lrr=1"], "optimizer.lrr"),
         ([*ranks, *train, *tiny_data], "10 x 2"),
         ([*train, *tiny_data, "ranks=2"], "ranks=2 comes after ranks=1"),
         (["-D", tmp_path, *train, *tiny_data[:-1], "data.dir=elsewhere"], "data.dir=elsewhere"),
         (["prepare", "data=local", "data.files=[/nowhere/*.txt]"], "/nowhere/*.txt"),
         (["prepare", "data=stdlib", "data.tokenizer=/nowhere"], "data.tokenizer=/nowhere"),
-        (["preflight", *SMALL, "data.dir=/nowhere"], "data.dir=/nowhere"),
     ):
         done = site.run(*submit, *arguments)
         assert (done.returncode, done.stdout) == (2, "")
@@ -239,6 +238,14 @@ def test_a_mistake_is_told_before_anything_is_queued(site: Site, tmp_path: Path,
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
         assert error in done.stderr
     assert site.call("squeue", "-h") == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_submission_is_checked_for_the_ranks_and_gpus_of_the_job_as_far_as_possible_here(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    del site.environment["QUACK_PREFLIGHT"]
+    submit, train = [*SUBMIT, "--hold"], ["train", *SMALL, f"run_dir={tmp_path / 'run'}"]
     # The job will have the GPU that is not here, and the ranks of the nodes that it gets.
     here = Path(tiny_data[-1].partition("=")[2])
     relative = [f"--chdir={here.parent}", *train, tiny_data[0], f"data.dir={here.name}", "trainer.device=cuda"]
