@@ -94,6 +94,8 @@ class World:
         """
         if self.mesh is not None:
             dist.destroy_process_group()
+            if code:
+                slurm.flush_before_srun_kills()
             exit_without_teardown(code)
         return code
 

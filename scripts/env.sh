@@ -1,8 +1,8 @@
-# Sourced by the other shell scripts: an environment with the project installed, made on the first call.
+# Sourced by the other shell scripts: activates an environment with the project installed; the first call creates it.
 #
-# An active virtual environment is used as it is found; otherwise .venv in the repository is, and made if needed. Packages
-# come from pip's configured index. QUACK_TORCH_INDEX=<url> adds an index for this installation: PyTorch's own index of
-# CPU builds, for example, spares a machine without a GPU several gigabytes.
+# An active virtual environment is used; otherwise .venv in the repository, which is created if needed. Packages come
+# from pip's configured index. QUACK_TORCH_INDEX=<url> adds an index for this installation, for example PyTorch's own
+# index of CPU builds, which avoids downloading the CUDA packages on a machine without a GPU.
 
 quack_find_python() {
   local name
@@ -25,12 +25,12 @@ quack_make_venv() {
     return 1
   fi
   echo "making the virtual environment .venv"
-  # Under another name until complete: an interrupted attempt must not look like an environment.
+  # bin/activate is written last, so an interrupted attempt is not taken for an environment.
   rm -rf .venv && "$python" -m venv .venv
 }
 
 quack_install() {
-  # Installed already, and for this pyproject.toml and this place of the repository?
+  # Already installed, for this pyproject.toml and this directory?
   local stamp="$VIRTUAL_ENV/.quack_lm_installed" wanted
   wanted="$PWD $(cksum <pyproject.toml)"
   if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then

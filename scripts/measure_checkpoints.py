@@ -1,10 +1,11 @@
-"""What a checkpoint costs: how long the training loop stands still for one, beside the copy that it cannot do without.
+"""The time that the training loop waits for a checkpoint, compared with the copy to host memory that each one needs.
 
-    python scripts/measure_checkpoints.py [TIMES] [key=value ...]
-    python scripts/measure_checkpoints.py 5 model=100m     # settings as of scripts/train.py; nothing is trained
+    python scripts/measure_checkpoints.py [REPEATS] [key=value ...]
+    python scripts/measure_checkpoints.py 5 model=100m     # settings of quack-lm train; nothing is trained
 
-Each time, the same weights and optimizer state are copied to host memory, saved beside the loop, and saved within it;
-ratios are taken within a time, because machines are shared. Nothing else runs, so `whole after` is the disk's speed.
+Each repeat copies the same weights and optimizer state to host memory, saves them asynchronously, and saves them
+synchronously. Ratios are taken within a repeat, because machines are shared. Nothing else runs, so `complete after` is
+the disk's speed.
 """
 
 import statistics
@@ -14,13 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from quack_lm.errors import exit_on_user_error
+from quack_lm.cli import exit_on_user_error
 
 DEFAULT = ["experiment=tiny", "attention=mla", "stabilizer=quack", "logger.progress=false"]
 
 
-def main(times: int, overrides: list[str]) -> None:
-    """Print a line per time, and the median ratios."""
+def main(repeats: int, overrides: list[str]) -> None:
+    """Print a line per repeat, and the median ratios."""
     import torch
 
     from quack_lm.config import compose
@@ -59,25 +60,25 @@ def main(times: int, overrides: list[str]) -> None:
         for saver in savers:  # the first one allocates the memory that the later ones copy to
             save(saver)
         print(f"{size / 1e9:.3g} GB of weights and optimizer state on this rank, in {len(own)} tensors")
-        print("time  copy [s]  beside: stall [s]  whole after [s]  within: stall [s]  beside / copy  within / beside")
-        to_copy, to_beside = [], []
-        for number in range(times):
+        print("repeat  copy [s]  async: stall [s]  complete after [s]  sync: stall [s]  async / copy  sync / async")
+        to_copy, to_async = [], []
+        for number in range(repeats):
             copied = seconds(copy)
-            (beside, whole), (within, _) = (save(saver) for saver in savers)
-            to_copy.append(beside / copied)
-            to_beside.append(within / beside)
+            (stall, complete), (sync_stall, _) = (save(saver) for saver in savers)
+            to_copy.append(stall / copied)
+            to_async.append(sync_stall / stall)
             print(
-                f"{number:4}  {copied:8.4f}  {beside:17.4f}  {whole:15.4f}  {within:17.4f}  {to_copy[-1]:13.2f}"
-                f"  {to_beside[-1]:15.2f}"
+                f"{number:6}  {copied:8.4f}  {stall:16.4f}  {complete:18.4f}  {sync_stall:15.4f}  {to_copy[-1]:12.2f}"
+                f"  {to_async[-1]:12.2f}"
             )
     print(
-        f"medians of {times}: the loop stands still for {statistics.median(to_copy):.2f} times a copy, "
-        f"and {statistics.median(to_beside):.1f} times longer without trainer.async_checkpoints"
+        f"medians of {repeats}: the loop waits {statistics.median(to_copy):.2f} times as long as for a copy, "
+        f"and {statistics.median(to_async):.1f} times longer without trainer.async_checkpoints"
     )
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
+    """The wall time of a call."""
     before = time.perf_counter()
     work()
     return time.perf_counter() - before

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check of the project; arguments go to pytest: bash scripts/test.sh tests/test_sweep.py -m slow
+# Lint, types and tests; arguments go to pytest: bash scripts/test.sh tests/test_sweep.py -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh

@@ -1,38 +1,38 @@
-# Sourced first by the batch scripts: the site's settings, threads, and who may end the script.
+# Sourced first by the batch scripts: the site's settings, threads, and run_ranks.
 
-# Slurm runs a copy of the batch script, so its own place says nothing; slurm/submit.sh passes the repository's.
-QUACK_SITE=${QUACK_SITE:-$QUACK_ROOT/slurm/site.sh}
-set +u # what environments and modules source reads variables that may be unset
+# Slurm runs a copy of the batch script in another directory; quack-lm submit exports this one's as QUACK_SLURM_DIR.
+QUACK_SITE=${QUACK_SITE:-$QUACK_SLURM_DIR/site.sh}
+set +u # activation scripts and modules read unset variables
 source "$QUACK_SITE"
 set -u
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-# Since 22.05 srun takes this only from its own variable.
+# Since slurm 22.05, srun reads this only from its own variable.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
   export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
-# A preemption sends SIGTERM to this shell too, and with it gone slurm would not let the ranks finish their save.
+# A preemption sends SIGTERM to this shell too. If the shell ended, slurm would end the ranks before they have saved.
 trap : TERM
-# This job by the name that means it alone: the last task of an array has the array's own number.
+# The name of this job alone: the last task of an array has the same job number as the array.
 JOB=$SLURM_JOB_ID
 if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
   JOB=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
 fi
 echo "job ${SLURM_JOB_ID} on ${SLURM_JOB_NODELIST}, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date -Is)"
 
-# One task per rank: signals reach every rank, and when one rank dies the others do not wait. With QUACK_REQUEUE=1, a job
-# whose time is up is queued again, and one that breaks down after a while (a hung collective that the watchdog ended, a
-# GPU that fell off): it continues from its last checkpoint. Not so a mistake, a second Ctrl-C (130), what breaks down at
-# once or has been restarted often (slurm/site.sh).
+# One task per rank: signals reach every rank, and when one rank dies, srun ends the others. With QUACK_REQUEUE=1, the
+# job is requeued before its time limit, and after a failure (a hung collective that the watchdog ended, a lost GPU); it
+# continues from its last checkpoint. Not requeued: a user's error, a second Ctrl-C (130), a failure soon after the
+# start, a job with too many restarts (RETRY_AFTER_S and MAX_RESTARTS in site.sh).
 run_ranks() {
-  local code=0 said
+  local code=0 told
   make_notice
   SECONDS=0
-  # Nothing stands between srun and the program: under proctrack/cgroup slurm signals only its own child.
+  # srun starts the program itself: under proctrack/cgroup slurm signals only its direct child.
   srun --kill-on-bad-exit=1 "${PYTHON[@]}" "$@" || code=$?
-  said=$(echo "$QUACK_JOB".*)
+  told=$(echo "$QUACK_JOB".*)
   rm -f "$QUACK_JOB" "$QUACK_JOB".*
-  case $said in
-    *.mistake) return 2 ;;
+  case $told in
+    *.user_error) return 2 ;;
     *.time_is_up)
       if [[ ${QUACK_REQUEUE:-} == 1 ]]; then
         requeue "time is up"
@@ -40,9 +40,9 @@ run_ranks() {
       fi
       ;;
   esac
-  # Where a partition has a GraceTime, the ranks get SIGTERM when it begins; slurm itself requeues only what is still
-  # there when it ends. 143: a program that has no answer to SIGTERM, or had none yet.
-  if [[ $said == *.terminated || $code == 143 ]] && is_in_grace; then
+  # On a partition with a GraceTime, the ranks get SIGTERM when it begins, and slurm requeues only jobs that still run
+  # when it ends. 143: a program without a SIGTERM handler, or before it has installed one.
+  if [[ $told == *.terminated || $code == 143 ]] && is_in_grace; then
     requeue "preempted"
     return 1
   fi
@@ -53,25 +53,25 @@ run_ranks() {
   return "$code"
 }
 
-# Once srun has ended the other ranks of one that failed, its exit code says only that. So a rank renames the file
-# QUACK_JOB to tell why it ends; renaming works on a full disk, too.
+# When one rank fails, srun ends the others, and its exit code shows only that. So a rank renames the file QUACK_JOB to
+# QUACK_JOB.<reason>; a rename works on a full disk, too.
 make_notice() {
   export QUACK_JOB=$PWD/.quack_job_$SLURM_JOB_ID
-  # A start that was cut off may have left the last word of its own.
+  # An interrupted earlier start of this job may have left one.
   rm -f "$QUACK_JOB" "$QUACK_JOB".*
   if { : >"$QUACK_JOB"; } 2>/dev/null; then
     return
   fi
-  # Seen by the ranks of this node alone, but the first is among them, who tells of signals.
+  # Only the ranks of this node see it, but rank 0, which reports signals, is one of them.
   if ! QUACK_JOB=$(mktemp "${TMPDIR:-/tmp}/quack_job_XXXXXX" 2>/dev/null); then
-    echo "error: neither $PWD nor TMPDIR=${TMPDIR:-/tmp} can be written to: submit from another directory, or export" \
+    echo "error: neither $PWD nor TMPDIR=${TMPDIR:-/tmp} is writable: submit from another directory, or export" \
       "TMPDIR in $QUACK_SITE" >&2
     exit 2
   fi
 }
 
-# Whether this job is preempted and slurm has not begun to end it: after scancel, or a preemption without grace, it is
-# completing. What slurm does not say may be asked for again: the answer is worth the rest of the run.
+# Whether this job is preempted and slurm has not begun to end it: after scancel, or a preemption without GraceTime, its
+# state is COMPLETING. Retried, because without an answer the rest of the run is lost.
 is_in_grace() {
   local shown tries
   for ((tries = 0; tries < 5; tries++)); do
@@ -84,17 +84,17 @@ is_in_grace() {
   return 1
 }
 
-# Queue this very job again; returns only where that cannot be done.
+# Requeue this job; returns only on failure.
 requeue() {
   local state tries
   echo "$1: requeueing job $JOB, which continues from its last checkpoint"
   # A busy controller may not answer at first.
   for ((tries = 0; tries < 5; tries++)); do
     state=$(squeue -h -j "$JOB" -o %T) || state=""
-    # Nobody wants a job back that was canceled, or that slurm requeues by itself.
+    # Do not requeue a canceled job, or one that slurm requeues itself.
     [[ -z $state || $state == RUNNING ]] || break
     if [[ -n $state ]] && scontrol requeue "$JOB"; then
-      # Slurm ends this script now; one that ended by itself would count as a failed job.
+      # Wait until slurm ends this script: if it ended first, the job would count as failed.
       trap - TERM
       sleep 300
     fi

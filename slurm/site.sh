@@ -1,9 +1,9 @@
-# Everything that differs from one cluster to the next. Edit this file only; the scripts beside it need no change.
+# Everything that differs between clusters. Edit this file or a copy; the scripts in this directory need no change.
 #
-# Read by slurm/submit.sh before submitting, and by every job before its first process. Values that should not be
-# committed can go to a copy elsewhere: QUACK_SITE=~/my_site.sh names the file to read instead of this one.
+# Sourced by quack-lm submit and quack-lm sweep submit, and by every job before its first process. They read the file
+# that QUACK_SITE names, else slurm/site.sh below the current directory, else the one that comes with the package.
 
-# ---- how jobs are submitted: flags of sbatch, one per line; what is given on the command line comes later and wins
+# ---- flags of sbatch, one per line; the flags on the command line come later and win
 SBATCH_FLAGS=(
   # --partition=gpu
   # --account=my_project
@@ -12,22 +12,23 @@ SBATCH_FLAGS=(
   # --mail-type=FAIL,END
   # --mail-user=me@example.org
 )
-# The type of GPU that --gpus-per-node=N means, where the cluster has several: h100, a100 ...
+# On a cluster with several types of GPU, the one that --gpus-per-node=N means: h100, a100 ...
 GPU_TYPE=""
 
-# ---- what a job needs before Python runs: modules, an environment
+# ---- modules and environments that a job needs before Python starts
 # module load cuda/12.8
 # source "$HOME/quack_lm/.venv/bin/activate"
 
-# ---- how Python is called: as it is, or inside a container that has this project's packages
-PYTHON=(python)
+# ---- the Python command of the jobs: by default the interpreter that submits
+PYTHON=("${QUACK_PYTHON:-python}")
+# PYTHON=(python) # of the environment activated above
 # PYTHON=(apptainer exec --nv "$HOME/quack_lm.sif" python)
 # In a container without slurm's commands, export MASTER_ADDR as well.
 
-# ---- whether slurm/submit.sh looks at the settings before it submits: no where Python cannot run on login nodes
+# ---- submit without checking the settings first, where Python cannot run on login nodes
 # QUACK_PREFLIGHT=no
 
-# ---- fast storage for caches that would fill a home directory
+# ---- storage for caches that would fill the home directory
 SCRATCH=""
 # SCRATCH="/scratch/$USER"
 if [[ -n $SCRATCH ]]; then
@@ -35,10 +36,10 @@ if [[ -n $SCRATCH ]]; then
   export TORCHINDUCTOR_CACHE_DIR="$SCRATCH/torchinductor"
 fi
 
-# ---- network, where NCCL or gloo does not find the right one by itself
+# ---- the network interface, where NCCL or gloo does not find the right one
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# ---- a job that breaks down (not: a mistake in its settings) is queued again if it ran this long and was not restarted
-# too often; starts after time limits and preemptions count, too
+# ---- a failed job (not one with an error in its settings) is requeued if it ran this long and was restarted fewer times
+# than this; restarts after time limits and preemptions count, too
 RETRY_AFTER_S=600
 MAX_RESTARTS=20

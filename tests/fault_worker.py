@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from quack_lm.cli import exit_on_user_error
 from quack_lm.config import compose
-from quack_lm.errors import exit_on_user_error
 from quack_lm.training.build import build_run
 from quack_lm.training.check import check_run
 from quack_lm.training.loop import train

@@ -506,7 +506,8 @@ def test_a_second_interrupt_stops_at_once_and_both_leave_a_run_that_continues(
 # Thousands of collectives under way at the end of a program, so that the group's threads are still freeing tensors.
 BUSY_END = """
 import sys, torch, torch.distributed
-from quack_lm.errors import UserError, exit_on_user_error
+from quack_lm.cli import exit_on_user_error
+from quack_lm.errors import UserError
 from quack_lm.parallel import start_world
 with exit_on_user_error():
     world = start_world(device="cpu", is_wrapped=True)

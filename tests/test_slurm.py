@@ -34,6 +34,7 @@ from quack_lm.training.check import check_run
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = ROOT / "scripts" / "sweep.py"
 CLUSTER = ROOT / "tests" / "slurm_cluster.sh"
+SUBMIT = (sys.executable, "-m", "quack_lm", "submit", "--parsable")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 
 # The GPUs of these nodes are only counted.
@@ -107,15 +108,14 @@ class Site:
         )
 
     def train(self, run_dir: Path, overrides: list[str], *flags: str) -> str:
-        """Submit slurm/train.sbatch; the job's number."""
-        submit = ["bash", ROOT / "slurm/submit.sh", "--parsable", *flags, ROOT / "slurm/train.sbatch"]
-        return self.call(*submit, *SMALL, CPU, *overrides, f"run_dir={run_dir}")
+        """Submit a run; the job's number."""
+        return self.call(*SUBMIT, *flags, "train", *SMALL, CPU, *overrides, f"run_dir={run_dir}")
 
     def ranks(self, *lines: str, flags: Sequence[str] = ()) -> str:
         """Submit a batch script that sources slurm/job.sh and then does this; the job's number."""
         script = self.folder / "job.sh"
-        head = ["#!/bin/bash", "set -euo pipefail", f"QUACK_ROOT={shlex.quote(str(ROOT))}"]
-        script.write_text("\n".join([*head, "source $QUACK_ROOT/slurm/job.sh", *lines]))
+        head = ["#!/bin/bash", "set -euo pipefail", f"QUACK_SLURM_DIR={shlex.quote(str(slurm.SLURM_DIR))}"]
+        script.write_text("\n".join([*head, "source $QUACK_SLURM_DIR/job.sh", *lines]))
         return self.call("sbatch", "--parsable", "--output=slurm-%j.out", *flags, script)
 
     def sweep(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -217,58 +217,88 @@ def test_a_mistake_in_the_settings_fails_the_job_with_one_line(site: Site, tmp_p
 
 def test_a_mistake_is_told_before_anything_is_queued(site: Site, tmp_path: Path, tiny_data: list[str]) -> None:
     del site.environment["QUACK_PREFLIGHT"]
-    submit = ["bash", ROOT / "slurm/submit.sh", "--parsable", "--hold"]
-    train = [ROOT / "slurm/train.sbatch", *SMALL, f"run_dir={tmp_path / 'run'}"]
+    submit = [*SUBMIT, "--hold"]
+    train = ["train", *SMALL, f"run_dir={tmp_path / 'run'}"]
     ranks = ["-N", "2", "--ntasks-per-node=5"]
-    for arguments, mistake in (
+    for arguments, error in (
         ([*train, "data.dir=/nowhere"], "data.dir=/nowhere"),
-        ([*train, *tiny_data, "optimizer.lrr=1"], "optimizer.lrr"),
+        (["preflight", *SMALL, *tiny_data, "optimizer.lrr=1"], "optimizer.lrr"),
         ([*ranks, *train, *tiny_data], "a multiple of ranks x trainer.micro_batch_size = 10 x 2"),
         ([*train, *tiny_data, "ranks=2"], "ranks=2 comes after ranks=1"),
         (["-D", tmp_path, *train, *tiny_data[:-1], "data.dir=elsewhere"], "data.dir=elsewhere"),
-        ([ROOT / "slurm/prepare_data.sbatch", "data=local", "data.files=[/nowhere/*.txt]"], "/nowhere/*.txt"),
-        ([ROOT / "slurm/prepare_data.sbatch", "data=stdlib", "data.tokenizer=/nowhere"], "data.tokenizer=/nowhere"),
+        (["prepare", "data=local", "data.files=[/nowhere/*.txt]"], "/nowhere/*.txt"),
+        (["prepare", "data=stdlib", "data.tokenizer=/nowhere"], "data.tokenizer=/nowhere"),
     ):
         done = site.run(*submit, *arguments)
         assert (done.returncode, done.stdout) == (2, "")
-        assert mistake in done.stderr
+        assert error in done.stderr
         assert "nothing is submitted" in done.stderr
+    for arguments, error in (([], "nothing to submit"), (["job.sh"], "cannot submit job.sh")):
+        done = site.run(*submit, *arguments)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert error in done.stderr
     assert site.call("squeue", "-h") == ""
-    # The job will have the GPU that is not here, and the ranks of the nodes that it gets.
-    here = Path(tiny_data[-1].partition("=")[2])
-    relative = [f"--chdir={here.parent}", *train, tiny_data[0], f"data.dir={here.name}", "trainer.device=cuda"]
-    for flags, replicas in ((["-N2"], 2), (["--nodes=1-2"], 4), (["--gpus=4", "--gpus-per-task=1"], 4)):
-        done = site.run(*submit, *flags, *relative, f"trainer.replicas={replicas}")
-        assert (done.returncode, done.stderr) == (0, "")
-        assert site.show(done.stdout.strip())["JobState"] == "PENDING"
-    # Where Python cannot run, nobody is kept from submitting.
-    site.write_site(more=["PYTHON=(/nowhere/python)"])
-    done = site.run(*submit, *train, "data.dir=/nowhere")
-    assert done.returncode == 0
-    assert "warning: the settings could not be looked at here (exit code 127)" in done.stderr
-    site.write_site(more=["unset PYTHON"])
-    done = site.run(*submit, *train, *tiny_data)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert f"PYTHON is not set in {site.folder / 'site.sh'}" in done.stderr
-    # A command that names the script is another job.
-    site.write_site()
-    assert site.run(*submit, "--wrap", "echo slurm/train.sbatch").returncode == 0
-    site.call("scancel", "--user=root")
     assert not (tmp_path / "run").exists()
 
 
+def test_a_submission_is_checked_for_the_ranks_and_gpus_of_the_job_as_far_as_possible_here(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    del site.environment["QUACK_PREFLIGHT"]
+    submit, train = [*SUBMIT, "--hold"], ["train", *SMALL, f"run_dir={tmp_path / 'run'}"]
+    # The job will have the GPU that is not here, and the ranks of the nodes that it gets.
+    here = Path(tiny_data[-1].partition("=")[2])
+    relative = [f"--chdir={here.parent}", *train, tiny_data[0], f"data.dir={here.name}", "trainer.device=cuda"]
+    for flags, replicas in ((["-HN2"], 2), (["--nodes=1-2"], 4), (["--gpus=4", "--gpus-per-task=1"], 4)):
+        done = site.run(*submit, *flags, *relative, f"trainer.replicas={replicas}")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert site.show(done.stdout.strip())["JobState"] == "PENDING"
+    # Where Python cannot run, submitting still works.
+    site.write_site(more=["PYTHON=(/nowhere/python)", "GPU_TYPE=h100"])
+    done = site.run(*submit, *train, "data.dir=/nowhere")
+    assert done.returncode == 0
+    assert "warning: the settings cannot be checked on this machine: " in done.stderr
+    assert "/nowhere/python" in done.stderr
+    done = site.run(*submit, "--gpus-per-node", "1", *train)
+    assert "gpu:h100:1" in site.show(done.stdout.strip())["TresPerNode"]
+    for line, error in (("unset PYTHON", "PYTHON is not set"), ("false", "cannot be sourced")):
+        site.write_site(more=[line])
+        done = site.run(*submit, *train, *tiny_data)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert error in done.stderr
+        assert str(site.folder / "site.sh") in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        ("", 1),
+        ("-HN2 --ntasks-per-node 3", 6),
+        ("--nodes=4 --partition train -N2", 2),
+        ("--hold -n 5 --nodes=2", 5),
+        ("-vv --exclusive --nodes 2 --ntasks-per-n=2", 4),
+        ("--gpus 8 -c4 -J job", 1),
+        ("--nodes=1-2", None),
+        ("--ntasks-per-gpu=2 --gpus=4", None),
+        ("--gpus=4 --gpus-per-task=1", None),
+    ],
+)
+def test_the_flags_of_sbatch_are_read_by_its_own_rules(words: str, ranks: int | None) -> None:
+    flags, job = slurm.split_flags([*words.split(), "train", "--check", "-N3"])
+    assert job == ["train", "--check", "-N3"]
+    assert slurm.count_ranks(flags) == ranks
+
+
 def test_a_mistake_that_one_rank_finds_is_one_though_slurm_kills_the_others(site: Site, tmp_path: Path) -> None:
-    script = site.folder / "job.sh"
-    # Slurm ends the second rank, and srun says only that.
+    # Slurm ends the second rank, and srun's exit code shows only that.
     (site.folder / "rank.py").write_text(
-        "import os, time\nfrom quack_lm.errors import UserError, exit_on_user_error\n"
+        "import os, time\nfrom quack_lm.cli import exit_on_user_error\nfrom quack_lm.errors import UserError\n"
         "with exit_on_user_error():\n"
         "    if os.environ['SLURM_PROCID'] == '0':\n        raise UserError('a mistake')\n"
         "    time.sleep(60)\n"
     )
-    lines = ["#!/bin/bash", f"QUACK_ROOT={shlex.quote(str(ROOT))}", "source $QUACK_ROOT/slurm/job.sh"]
-    script.write_text("\n".join([*lines, f"run_ranks {shlex.quote(str(site.folder / 'rank.py'))}"]))
-    job = site.call("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--output=slurm-%j.out", script)
+    job = site.ranks("run_ranks rank.py", flags=["--nodes=2", "--ntasks-per-node=1"])
     assert (site.wait_for_end(job), site.show(job)["ExitCode"]) == ("FAILED", "2:0"), site.log(job)
     assert "error: a mistake\n" in site.log(job)
     assert "task 1: Terminated" in site.log(job)
@@ -276,7 +306,7 @@ def test_a_mistake_that_one_rank_finds_is_one_though_slurm_kills_the_others(site
 
 
 def test_a_traceback_is_in_the_log_though_slurm_kills_the_others(site: Site) -> None:
-    code = "import os, time, quack_lm.errors as e\nwith e.exit_on_user_error(): "
+    code = "import os, time, quack_lm.cli as e\nwith e.exit_on_user_error(): "
     code += "time.sleep(60) if os.environ['SLURM_PROCID'] == '1' else 1 / 0"
     job = site.ranks(f"run_ranks -c {shlex.quote(code)}", flags=["--nodes=2", "--ntasks-per-node=1"])
     assert (site.wait_for_end(job), site.show(job)["ExitCode"]) == ("FAILED", "143:0"), site.log(job)
@@ -293,7 +323,7 @@ def test_slurm_signals_the_program_itself(site: Site) -> None:
 
 
 def test_what_an_earlier_start_of_a_job_said_does_not_count(site: Site) -> None:
-    job = site.ranks("touch .quack_job_$SLURM_JOB_ID.mistake", "run_ranks -c 'print(\"fine\")'")
+    job = site.ranks("touch .quack_job_$SLURM_JOB_ID.user_error", "run_ranks -c 'print(\"fine\")'")
     assert site.wait_for_end(job) == "COMPLETED", site.log(job)
     assert "fine" in site.log(job)
     assert not list(site.folder.glob(".quack_job*"))
@@ -312,7 +342,7 @@ def test_a_job_in_a_directory_that_cannot_be_written_to_is_still_requeued_when_i
     job = site.train(tmp_path / "other", tiny_data, *elsewhere)
     assert (site.wait_for_end(job), site.show(job)["ExitCode"]) == ("FAILED", "2:0"), site.log(job)
     (line,) = [line for line in site.log(job).splitlines() if "rror" in line]
-    assert line.startswith("error: neither /proc nor TMPDIR=/proc can be written to")
+    assert line.startswith("error: neither /proc nor TMPDIR=/proc is writable")
     assert not (tmp_path / "other").exists()
 
 
@@ -361,7 +391,7 @@ def test_a_run_that_is_preempted_with_a_grace_time_saves_and_is_requeued_to_the_
 
 @pytest.mark.slow
 def test_a_program_without_an_answer_to_sigterm_is_requeued_too(site: Site) -> None:
-    # As prepare_data.py, which goes on where it was.
+    # As quack-lm prepare, which continues where it was.
     (site.folder / "rank.py").write_text(
         "import os, time\ntime.sleep(0 if 'SLURM_RESTART_COUNT' in os.environ else 99)"
     )
@@ -371,7 +401,7 @@ def test_a_program_without_an_answer_to_sigterm_is_requeued_too(site: Site) -> N
     preempt(site, *everything)
     until(lambda: f"preempted: requeueing job {job}," in site.log(job), lambda: site.log(job))
     assert site.wait_for_end(job) == "COMPLETED", site.log(job)
-    # Canceled, nobody wants it back.
+    # A canceled job is not requeued.
     job = site.ranks("run_ranks -c 'import time; time.sleep(99)'", flags=["--partition=grace"])
     until(lambda: "start 1" in site.log(job), lambda: site.log(job))
     site.call("scancel", job)
@@ -391,9 +421,8 @@ def test_a_time_limit_saves_and_requeues_until_the_run_is_complete(
     config = compose([*SMALL, CPU, *tiny_data, "stabilizer=quack", *ENDLESS])
     file.write_text(yaml.safe_dump(config))
     # Slurm looks at the clock every 30 s, so the signal comes between 29 and 59 s after the start.
-    flags = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--time=1", "--signal=USR1@1"]
-    script = [ROOT / "slurm/train.sbatch", "--config", file, f"run_dir={run_dir}"]
-    job = site.call("bash", ROOT / "slurm/submit.sh", *flags, *script)
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--time=1", "--signal=USR1@1"]
+    job = site.call(*SUBMIT, *flags, "train", "--config", file, f"run_dir={run_dir}")
     until(lambda: "time is up: requeueing" in site.log(job), lambda: site.log(job), 150)
     stopped = summary(run_dir)
     assert (stopped["status"], stopped["reason"]) == ("interrupted", "asked to stop by SIGUSR1")
@@ -494,8 +523,7 @@ def test_data_prepared_by_a_job_pass_the_preflight_of_two_ranks(
     documents = Path(tiny_data[-1].partition("=")[2]).with_name("documents") / "*.txt"
     data = ["data=local", f"data.dir={tmp_path / 'data'}", f"data.files=[{documents}]", "data.vocab_size=512"]
     data += ["data.format=text", "data.val_fraction=0.15", "data.probe_fraction=0.15"]
-    submit = ["bash", ROOT / "slurm/submit.sh", "--parsable", ROOT / "slurm/prepare_data.sbatch"]
-    prepared = site.call(*submit, *data)
+    prepared = site.call(*SUBMIT, "prepare", *data)
     arguments = [str(ROOT / "scripts/preflight.py"), *SMALL, *data, f"run_dir={tmp_path / 'run'}"]
     # The GPUs are only counted: torch does not see them, and a run would train on the CPU.
     lines = [f"run_ranks {shlex.join([*arguments, device])} || echo code $?" for device in (CPU, "trainer.device=auto")]
@@ -507,7 +535,7 @@ def test_data_prepared_by_a_job_pass_the_preflight_of_two_ranks(
     on_cpu, on_gpu = site.log(job).split("\nready to train\n")
     assert "2 on cpu" in on_cpu
     assert "GB/s for 4 MiB" in on_cpu
-    assert "slurm has given this job GPUs (SLURM_GPUS_ON_NODE=1) and torch sees none" in on_gpu
+    assert "slurm has allocated GPUs to this job (SLURM_GPUS_ON_NODE=1), but torch sees none" in on_gpu
     assert "NOT READY" in on_gpu
     assert "code 2" in on_gpu
 
@@ -584,7 +612,7 @@ def test_a_sweep_is_submitted_split_and_completed_and_a_second_call_submits_noth
     assert len(cells) == 8
     for cell in cells:
         assert cell.run_dir.status() == "completed"
-        assert steps_of(cell.run_dir)[-1] == 8
+        assert steps_of(cell.run_dir.path)[-1] == 8
         assert cell.run_dir.summary()["step"] == 8
     until(lambda: "nothing queued" in what(), what)
     assert "completed" in what().rpartition("nothing queued")[0]
@@ -605,7 +633,7 @@ def test_a_canceled_sweep_saves_and_goes_on_when_submitted_again_on_two_ranks(
     bystander = site.call("sbatch", "--parsable", "--wrap", "sleep 300")
     site.sweep("submit", *arguments)
     (cell,) = read_plan(directory(tmp_path)).cells
-    until(lambda: len(steps_of(cell.run_dir)) > 5, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
+    until(lambda: len(steps_of(cell.run_dir.path)) > 5, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
     assert cell.run_dir.status() == "running"
     (task,) = jobs.tasks_of(directory(tmp_path)).values()
     assert task.state == "RUNNING"
@@ -620,7 +648,7 @@ def test_a_canceled_sweep_saves_and_goes_on_when_submitted_again_on_two_ranks(
     assert "1 submitted now" in done.stdout, done.stderr
     until(cell.is_finished, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
     assert cell.run_dir.summary()["world_size"] == 2
-    assert_every_step_once(cell.run_dir)
+    assert_every_step_once(cell.run_dir.path)
 
 
 @pytest.mark.slow
@@ -632,7 +660,7 @@ def test_a_task_of_a_sweep_that_breaks_down_is_queued_again_and_its_neighbor_goe
     site.sweep("submit", *small_sweep(two, *long, "trainer.steps=150"))
     broken, neighbor = read_plan(directory(tmp_path)).cells
     what = lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout  # noqa: E731
-    until(lambda: all(len(steps_of(cell.run_dir)) > 25 for cell in (broken, neighbor)), what)
+    until(lambda: all(len(steps_of(cell.run_dir.path)) > 25 for cell in (broken, neighbor)), what)
     tasks = jobs.tasks_of(directory(tmp_path))
     os.kill(trainer_of(broken), signal.SIGKILL)
     job = str(tasks[broken.name])
@@ -641,7 +669,7 @@ def test_a_task_of_a_sweep_that_breaks_down_is_queued_again_and_its_neighbor_goe
     until(neighbor.is_finished, what)
     for cell in (broken, neighbor):
         assert cell.run_dir.status() == "completed"
-        assert_every_step_once(cell.run_dir)
+        assert_every_step_once(cell.run_dir.path)
     assert site.show(str(tasks[neighbor.name]))["Restarts"] == "0"
 
 
@@ -656,7 +684,7 @@ def test_a_task_of_a_sweep_that_is_preempted_with_a_grace_time_is_queued_again(
     site.sweep("submit", *small_sweep(two, *long, "trainer.steps=400"), "gpus=4", "tasks=1")
     cells = read_plan(directory(tmp_path)).cells
     what = lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout  # noqa: E731
-    until(lambda: all(len(steps_of(cell.run_dir)) > 25 for cell in cells), what)
+    until(lambda: all(len(steps_of(cell.run_dir.path)) > 25 for cell in cells), what)
     tasks = jobs.tasks_of(directory(tmp_path))
     preempt(site, "--nodes=2", "--exclusive")
     for cell in cells:
@@ -664,7 +692,7 @@ def test_a_task_of_a_sweep_that_is_preempted_with_a_grace_time_is_queued_again(
         site.wait_for(job, lambda job=job: site.show(job)["Restarts"] == "1")
         site.wait_for(job, cell.is_finished)
         assert cell.run_dir.status() == "completed"
-        assert_every_step_once(cell.run_dir)
+        assert_every_step_once(cell.run_dir.path)
         log = directory(tmp_path) / jobs.FOLDER / f"slurm-{job}.out"
         assert f"preempted: requeueing job {job}," in log.read_text()
 
@@ -680,7 +708,7 @@ def test_runs_that_still_save_are_waited_for_by_cancel_and_named_by_submit(
     arguments = small_sweep("# Why?\nbase: [experiment=tiny]\ngrid: {stabilizer: [quack]}\n", *ENDLESS)
     assert site.sweep("submit", *arguments).returncode == 0
     (cell,) = read_plan(directory(tmp_path)).cells
-    until(lambda: len(steps_of(cell.run_dir)) > 5, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
+    until(lambda: len(steps_of(cell.run_dir.path)) > 5, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
     (task,) = jobs.tasks_of(directory(tmp_path)).values()
     site.call("scancel", task.job)
     done = site.sweep("submit", *arguments)
@@ -717,7 +745,7 @@ def test_a_site_may_print_read_unset_variables_and_wrap_sbatch(
     other = f"dir={tmp_path / 'other'}"
     done = site.sweep("submit", *arguments, other)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "good luck' in place of the job's number" in done.stderr
+    assert "good luck' instead of the job number" in done.stderr
     assert "canceled job" in site.sweep("cancel", other).stdout
 
 
@@ -743,7 +771,7 @@ def test_files_that_are_damaged_or_gone_keep_no_job_from_being_canceled(
         tasks = jobs.tasks_of(target)
         for path in newest:
             damage(path)
-        with pytest.raises(UserError, match=f"{newest[0].name} is damaged or gone.*cancel"):
+        with pytest.raises(UserError, match=f"{newest[0].name} is damaged or missing.*cancel"):
             resubmit()
         assert jobs.cancel(target) == sorted({task.job for task in tasks.values() if task.is_active})
         assert jobs.wait_for_end(target) == []
@@ -763,7 +791,7 @@ def test_a_second_submission_at_the_same_time_is_refused_and_changes_nothing(
         assert take_lock(lock)
         done = site.sweep("submit", *small_sweep())
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "another submission is at work here" in done.stderr
+    assert "another submission is running here" in done.stderr
     assert not (target / "plan.json").exists()
 
 

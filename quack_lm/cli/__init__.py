@@ -5,18 +5,25 @@
     quack-lm sweep       train every run of a grid, here or on a slurm cluster, and compare them
     quack-lm report      tables, figures and a page from the runs of a sweep
     quack-lm preflight   check config, data, machine and ranks before a long run
+    quack-lm submit      train, prepare or preflight as a job of a slurm cluster
 
-`quack-lm VERB --help` explains each. `python -m quack_lm VERB` is the same, for torchrun and srun.
+`quack-lm VERB --help` explains each; `quack-lm --version` prints the version. `python -m quack_lm VERB` is the same
+command, for torchrun and srun.
 """
 
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
 from typing import NoReturn
 
-from quack_lm.errors import UserError, exit_on_user_error
+from quack_lm import slurm
+from quack_lm.errors import UserError, exit_without_teardown, one_line
 
-VERBS = ("train", "prepare", "sweep", "report", "preflight")
+VERBS = ("train", "prepare", "sweep", "report", "preflight", "submit")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -26,7 +33,47 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if verb in ("-h", "--help", "help"):
             print(__doc__)
             sys.exit(0)
+        if verb == "--version":
+            print(f"quack-lm {metadata.version('quack-lm')}")
+            sys.exit(0)
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb}; choose one of: {', '.join(VERBS)}")
-        # Imported late: no verb pays for the libraries of another.
-        sys.exit(importlib.import_module(f"quack_lm.cli.{verb}").main(rest))
+        try:
+            # Imported late: no verb pays for the libraries of another.
+            sys.exit(importlib.import_module(f"quack_lm.cli.{verb}").main(rest))
+        except ModuleNotFoundError as error:
+            if (error.name or "quack_lm").startswith("quack_lm"):
+                raise
+            raise UserError(
+                f"{error}, which quack_lm needs; activate the environment (in a checkout: source .venv/bin/activate), "
+                f"or install quack_lm for {sys.executable}"
+            ) from None
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """End the program on a UserError with one line on stderr and exit code 2.
+
+    Under srun, that line or the traceback of another error reaches the job's log before the other ranks are ended.
+    """
+    try:
+        yield
+    except UserError as error:
+        slurm.tell_job("user_error")
+        # Only the first rank of each machine prints. One whose rank cannot be read prints too: that may be the error.
+        rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        if not rank.isdecimal() or int(rank) == 0:
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
+        else:
+            time.sleep(slurm.SRUN_STDERR_GRACE_S)
+        slurm.flush_before_srun_kills()
+        distributed = sys.modules.get("torch.distributed")  # where it is not loaded, it has not been used
+        if distributed is not None and distributed.is_initialized():
+            exit_without_teardown(2)
+        raise SystemExit(2) from None
+    except Exception:
+        if not slurm.is_one_of_many():
+            raise
+        sys.excepthook(*sys.exc_info())
+        slurm.flush_before_srun_kills()
+        raise SystemExit(1) from None

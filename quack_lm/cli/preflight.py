@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 -m quack_lm preflight ...
 
 ranks=N says on a login node how many ranks the job will have, or ranks=any: the batch and trainer.replicas are checked
-for them, and no GPU is asked for. slurm/submit.sh does this before it submits slurm/train.sbatch.
+for them, and no GPU is asked for. quack-lm submit does this before it submits a run.
 
 Checked are the config, the data against their checksums, that the run directory can be written to and holds no other
 run, space for the checkpoints, and package versions; with several processes also that all find the same GPUs, data
@@ -82,7 +82,7 @@ def expected_ranks(arguments: list[str]) -> int | None:
     if not arguments:
         return None
     if len(arguments) > 1:
-        raise UserError(f"{arguments[-1]} comes after {arguments[0]}: say it once (slurm/submit.sh says it by itself)")
+        raise UserError(f"{arguments[-1]} comes after {arguments[0]}: say it once (quack-lm submit says it by itself)")
     text = arguments[0].partition("=")[2]
     if text == "any":
         return 0

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from quack_lm.config import choices, chosen_groups, compose, groups, help_text, help_topic, read_flags, take_flag
-from quack_lm.errors import UserError, exit_without_teardown, tell_job
+from quack_lm.errors import UserError, exit_without_teardown
 
 if TYPE_CHECKING:
     from quack_lm.training.loop import Run
@@ -80,7 +80,7 @@ def train_config(config: dict[str, Any], *, is_check: bool) -> int:
 
 def _train(run: "Run") -> None:
     """Train; whatever ends the run is in its summary before this returns or raises."""
-    from quack_lm.slurm import WORDS, was_canceled
+    from quack_lm.slurm import WORDS, tell_job, was_canceled
     from quack_lm.training.loop import summarize, train
     from quack_lm.training.state import RunStatus
 

@@ -8,7 +8,7 @@ Hydra and OmegaConf are imported here and nowhere else.
 
 from quack_lm.config.command_line import help_topic, read_flags, take_flag
 from quack_lm.config.compose import Axis, chosen_groups, compose, split_axes
-from quack_lm.config.groups import CONFIG_DIR, PACKAGE, SLURM_DIR, choices, groups, nearest
+from quack_lm.config.groups import CONFIG_DIR, PACKAGE, choices, groups, nearest
 from quack_lm.config.reference import help_text, reference_markdown
 from quack_lm.config.schema import (
     check,
@@ -25,7 +25,6 @@ from quack_lm.config.yaml_file import read_yaml
 __all__ = [
     "CONFIG_DIR",
     "PACKAGE",
-    "SLURM_DIR",
     "Axis",
     "check",
     "choice",

@@ -14,7 +14,6 @@ import yaml
 PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout these lie beside the package, in an installed wheel inside it.
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-SLURM_DIR = PACKAGE / "batch" if (PACKAGE / "batch").is_dir() else PACKAGE.parent / "slurm"
 
 # Old names of keys: whoever uses one is told the new one.
 RENAMED = {

@@ -350,8 +350,11 @@ def _environment(world: World, n_params: int) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the directory that this package lies in; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    """The output of git in this package's checkout; None for an installed package, also below another repository."""
+    root = Path(__file__).parents[2]
+    if not (root / "pyproject.toml").is_file():
+        return None
+    command = ["git", "-C", str(root), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
