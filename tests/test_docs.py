@@ -34,7 +34,7 @@ PAGES = {
 }
 README = PAGES["README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-MARK = re.compile(r"needs: \w|about (a minute|\d+ (s|min))|^\d+ s\b")
+MARK = re.compile(r"needs: \w|about \d+ (s|min)|^\d+ s\b")
 # Run by scripts/env.sh and scripts/test.sh themselves.
 KNOWN = (["source", ".venv/bin/activate"], ["ruff", "check", "--fix"], ["ruff", "format"], ["mypy"])
 
