@@ -130,13 +130,13 @@ def check_verb(words: list[str], command: Command, capsys: pytest.CaptureFixture
 def check_sweep(arguments: list[str]) -> None:
     # Another sweep's runs are not there.
     given = parse([argument for argument in arguments if not argument.startswith("reuse=")])
-    if given.sweep is None:
-        assert given.directory is not None or "=" in arguments[1]
+    keys = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if "sweep" not in keys:
+        assert "dir" in keys or given.overrides
         compose_first(given.overrides)
         return
-    sweep = load(given.sweep, given.scale)
-    point = sweep.points()[0]
-    compose_first([*sweep.base, *given.overrides, *point.overrides])
+    sweep = load(keys["sweep"], keys.get("scale"))
+    compose_first([*sweep.base, *given.overrides, *sweep.points()[0].overrides])
 
 
 def compose_first(overrides: list[str]) -> None:
