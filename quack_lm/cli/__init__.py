@@ -5,6 +5,7 @@
     quack-lm sweep       train every run of a grid, here or on a slurm cluster, and compare them
     quack-lm report      tables, figures and a page from the runs of a sweep
     quack-lm preflight   check config, data, machine and ranks before a long run
+    quack-lm completion  turn on shell completion, for bash or zsh
 
 `quack-lm VERB --help` explains each. `python -m quack_lm VERB` is the same, for torchrun and srun.
 """
@@ -16,7 +17,7 @@ from typing import NoReturn
 
 from quack_lm.errors import UserError, exit_on_user_error
 
-VERBS = ("train", "prepare", "sweep", "report", "preflight")
+VERBS = ("train", "prepare", "sweep", "report", "preflight", "completion")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -18,7 +18,7 @@ from quack_lm.errors import UserError
 from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results, readable
 from quack_lm.sweep.cell import checked_summary
 from quack_lm.sweep.file import StopRule
-from quack_lm.sweep.plan import Plan, Record, reason
+from quack_lm.sweep.plan import Record, SweepPlan, reason
 
 RESULTS_FILE, CURVES_FILE = "results.parquet", "curves.parquet"
 
@@ -92,7 +92,7 @@ def _read(directory: Path) -> Results:
             raise ValueError(f"run {cell.name}: not what a run writes")
         blowup = None if row[BLOWUP[0]] is None else Blowup(*(int(row[name]) for name in BLOWUP))
         entries.append((cell, row["status"], summary, curves.get(row["run"], []), environment, stopped, blowup))
-    plan = Plan(
+    plan = SweepPlan(
         sweep=about["sweep"],
         question=about["question"],
         command=about["command"],

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from quack_lm.config import choice
 from quack_lm.files import metrics_line, read_json
 from quack_lm.sweep.cell import FINISHED, LOG_FILE, METRICS_FILE, Cell, last_lines
-from quack_lm.sweep.label import labels, title
-from quack_lm.sweep.plan import Plan, read_plan
+from quack_lm.sweep.label import describe_differences, title
+from quack_lm.sweep.plan import SweepPlan, read_plan
 from quack_lm.training.state import kind_of_end
 
 # A metric's name, or what to take from a line of metrics; `...` stands for "not due at this step".
@@ -165,7 +165,7 @@ class Results:
     """A sweep directory as it is now, ordered by attention, stabilizer, rate and seed."""
 
     directory: Path
-    plan: Plan
+    plan: SweepPlan
     results: list[Result]
 
     def attentions(self) -> list[str]:
@@ -222,8 +222,8 @@ def first_blowup(metrics: Iterable[dict[str, Any]], limit: float) -> Blowup | No
     return None
 
 
-def make_results(directory: Path, plan: Plan, entries: Sequence[Entry]) -> Results:
-    named = labels([cell.config for cell, *_ in entries])
+def make_results(directory: Path, plan: SweepPlan, entries: Sequence[Entry]) -> Results:
+    named = describe_differences([cell.config for cell, *_ in entries])
     results = [
         Result(
             cell=cell,
