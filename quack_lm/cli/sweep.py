@@ -45,7 +45,7 @@ VERBS = {
 }
 
 
-def whole(value: str) -> int:
+def count(value: str) -> int:
     """a whole number from 1 to 9999"""
     if not value.isdecimal() or not 1 <= int(value[:9]) <= 9999:
         raise ValueError
@@ -95,14 +95,14 @@ KEYS = {
     "scale": Key(str, tuple(VERBS), "one of the file's scales, for example proxy or 1b, where it has some"),
     "dir": Key(Path, tuple(VERBS), "where the runs are; unless given, runs/<sweep>-<scale>, or runs/multirun-<hash>"),
     "reuse": Key(sweep_directory, PLANS, "another sweep's directory: finished runs that both have are copied from it"),
-    "jobs": Key(whole, TRAINS, "processes at a time, each on its own cores, or GPU; as many as fit unless given"),
-    "threads": Key(whole, TRAINS, "cores and torch threads of each process, 1 unless given"),
-    "nodes": Key(whole, ("submit",), "nodes of each run, 1 unless given"),
-    "gpus": Key(whole, ("submit",), "GPUs of each node, each with a rank"),
-    "tasks": Key(whole, ("submit",), "ranks of each node, where it has no GPUs, or another number of ranks"),
-    "cpus": Key(whole, ("submit",), "cores of each rank"),
+    "jobs": Key(count, TRAINS, "processes at a time, each on its own cores, or GPU; as many as fit unless given"),
+    "threads": Key(count, TRAINS, "cores and torch threads of each process, 1 unless given"),
+    "nodes": Key(count, ("submit",), "nodes of each run, 1 unless given"),
+    "gpus": Key(count, ("submit",), "GPUs of each node, each with a rank"),
+    "tasks": Key(count, ("submit",), "ranks of each node, where it has no GPUs, or another number of ranks"),
+    "cpus": Key(count, ("submit",), "cores of each rank"),
     "time": Key(time_limit, ("submit",), "after which a run saves and queues again, as sbatch takes it: 4:00:00"),
-    "concurrency": Key(whole, ("submit",), "runs at a time, 8 unless given"),
+    "concurrency": Key(count, ("submit",), "runs at a time, 8 unless given"),
     "mfu": Key(positive, ("plan",), "assumed share of the device's peak, with tflops=...; else finished runs tell"),
     "tflops": Key(positive, ("plan",), "assumed peak of the device in TFLOP/s"),
     "out": Key(Path, ("collect",), "where the files go, beside the runs unless given"),
