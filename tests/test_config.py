@@ -266,7 +266,7 @@ def test_a_group_choice_after_an_experiment_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "mend"),
+    ("override", "suggestion"),
     [
         ("sead=1", "seed"),
         ("rundir=x", "run_dir"),
@@ -291,14 +291,14 @@ def test_a_group_choice_after_an_experiment_wins() -> None:
         ("experiment=tinny", "tiny"),
     ],
 )
-def test_an_unknown_name_is_met_with_the_nearest_valid_one(override: str, mend: str | None) -> None:
+def test_an_unknown_name_is_answered_with_the_nearest_valid_one(override: str, suggestion: str | None) -> None:
     with pytest.raises(UserError) as caught:
         compose(["experiment=tiny", "stabilizer=quack", override])
     message = str(caught.value)
     key = override.partition("=")[0]
     assert any(name in message for name in (f"unknown key {key}:", f"unknown key {key.split('.')[0]}:", f"{override}:"))
     assert "choices: " in message
-    assert mend is None or f"did you mean {mend}?" in message
+    assert suggestion is None or f"did you mean {suggestion}?" in message
 
 
 # ------------------------------------------------------------------------------------------------ a run's own config
@@ -359,7 +359,7 @@ def test_overrides_on_top_of_a_config_file_equal_overrides_on_top_of_the_groups(
         ("seed=1,2", r"seed=1,2 has several values: .*train -m"),
     ],
 )
-def test_bad_overrides_of_a_config_file_are_met_with_one_line(override: str, message: str, finished_run) -> None:
+def test_bad_overrides_of_a_config_file_give_one_line(override: str, message: str, finished_run) -> None:
     run_dir, _ = finished_run
     with pytest.raises(UserError, match=message):
         compose([override], file=run_dir / "config.yaml")

@@ -306,10 +306,10 @@ TRAIN: dict[str, Bad] = {
     "zero_rate": one("optimizer.lr=0", r"optimizer\.lr=0: .*greater than 0"),
     "rate_not_a_number": one("optimizer.lr=nan", r"optimizer\.lr=nan: .*finite"),
     "infinite_rate": one("optimizer.lr=inf", r"optimizer\.lr=inf: .*finite"),
-    "rate_beyond_floats": one("optimizer.lr=1e308", r"optimizer\.lr=1e\+308 is beyond float32"),
-    "rate_of_the_rest_beyond_floats": one("optimizer.adamw_lr=1e308", r"optimizer\.adamw_lr=1e\+308 is beyond float32"),
+    "rate_beyond_floats": one("optimizer.lr=1e308", r"optimizer\.lr=1e\+308 is too large for"),
+    "rate_of_the_rest_beyond_floats": one("optimizer.adamw_lr=1e308", r"optimizer\.adamw_lr=1e\+308 is too large for"),
     "threshold_beyond_floats": Bad(
-        ["stabilizer=qk_clip", "stabilizer.threshold=1e308"], r"stabilizer\.threshold=1e\+308 is beyond float32"
+        ["stabilizer=qk_clip", "stabilizer.threshold=1e308"], r"stabilizer\.threshold=1e\+308 is too large for"
     ),
     "chunk_beyond_everything": one(
         "trainer.loss_chunk=9223372036854775807", r"trainer\.loss_chunk=9223372036854775807: .*less than"
@@ -397,27 +397,29 @@ TRAIN: dict[str, Bad] = {
     "no_value": one("optimizer.lr", r"'optimizer\.lr'.*key=value"),
     "no_key": one("=3", r"'?=3'?.*key=value"),
     "two_equal_signs": one("run_dir=a=b", r"run_dir=a=b.*quote"),
-    "unclosed_bracket": one("logger.tags=[a", r"logger\.tags=\[a.*key=value"),
-    "sweep": one("optimizer.lr=0.1,0.2", r"optimizer\.lr=0\.1,0\.2: one run takes one value.*quack-lm sweep"),
-    "sweep_of_choices": one("attention=mha,mla", r"attention=mha,mla: one run takes one value"),
-    "range": one("seed=range(1,3)", r"seed=range\(1,3\): one run takes one value"),
-    "deletion": one("~seed", r"~seed: write key=value; keys cannot be deleted"),
+    "unclosed_bracket": one("logger.tags=[a", r"logger\.tags=\[a.*quote a list for the shell"),
+    "sweep": one(
+        "optimizer.lr=0.1,0.2", r"optimizer\.lr=0\.1,0\.2 has several values: quack-lm train -m .*quack-lm sweep run"
+    ),
+    "sweep_of_choices": one("attention=mha,mla", r"attention=mha,mla has several values"),
+    "range": one("seed=range(1,3)", r"seed=range\(1,3\) has several values"),
+    "deletion": one("~seed", r"~seed: keys cannot be deleted.*seed=null"),
     "deletion_of_a_group": one("~model", r"~model: .*cannot be deleted"),
-    "package": one("model@encoder=tiny", r"model@encoder=tiny: .*cannot be deleted or moved"),
+    "package": one("model@encoder=tiny", r"model@encoder=tiny: .*cannot be moved"),
     "hydra_section": one("hydra.run.dir=x", r"hydra\.run\.dir=x: .*no hydra section.*run_dir"),
     "hydra_group": one("hydra/launcher=basic", r"hydra/launcher=basic: .*no hydra section"),
-    "unknown_flag": one("--multirun", r"unknown flag --multirun.*key=value"),
+    "unknown_flag": one("--fast", r"unknown flag --fast.*key=value"),
     # config files
     "no_config_file": Bad(["--config"], r"--config needs a file"),
     "missing_config_file": one("--config=TMP/nowhere.yaml", r"--config TMP/nowhere\.yaml: no such file"),
     "config_is_a_directory": one("--config=TMP/d", r"--config TMP/d: is a directory", files={"d/x": b""}),
     # sizes that no machine has
-    "seed_beyond_64_bits": one("seed=100000000000000000000", r"seed=100000000000000000000 is beyond 64 bits"),
+    "seed_beyond_64_bits": one("seed=100000000000000000000", r"seed=100000000000000000000: .*less than"),
     "seed_of_5000_digits": one("seed=" + "9" * 5000, r"seed|cannot read"),
-    "steps_beyond_64_bits": one("trainer.steps=10000000000000000000", r"trainer\.steps=\d+ is beyond 64 bits"),
+    "steps_beyond_64_bits": one("trainer.steps=10000000000000000000", r"trainer\.steps=\d+ is too large for"),
     "batch_beyond_64_bits": Bad(
         ["trainer.global_batch_size=10000000000000000000", "trainer.micro_batch_size=10000000000000000000"],
-        r"trainer\.\w+_batch_size=\d+ is beyond 64 bits",
+        r"trainer\.\w+_batch_size=\d+ is too large for",
     ),
     "million_layers": one("model.n_layers=1000000", r"model\.n_layers=1000000: .*less than or equal to 1000"),
     "million_workers": one("data.workers=1000000", r"data\.workers=1000000: .*less than or equal to 1024"),
@@ -427,7 +429,6 @@ TRAIN: dict[str, Bad] = {
     "overflowing_float": one("optimizer.lr=1e999", r"optimizer\.lr=inf: .*finite"),
     "tau_not_a_number": Bad(["stabilizer=quack", "stabilizer.tau=nan"], r"stabilizer\.tau=nan: .*finite"),
     "gradient_clip_not_a_number": one("optimizer.max_grad_norm=nan", r"optimizer\.max_grad_norm=nan: .*finite"),
-    "text_that_is_no_utf8": one("logger.name='a\udcffb'", r"logger\.name='a.udcffb' is not UTF-8"),
     "list_of_lists": one("logger.tags=" + "[" * 300 + "]" * 300, r"logger\.tags|nested too deeply"),
     "reference_to_a_section": one("logger.name='${model}'", r"logger\.name='\$\{model\}' refers to several values"),
     "reference_to_a_list": Bad(
@@ -716,10 +717,9 @@ CONFIG_FILES: dict[str, tuple[bytes, str]] = {
     "not_utf8": ("seed: größer\n".encode("latin-1"), r"--config TMP/file\.yaml: not a readable yaml"),
     "nested": (b"[" * 20_000, r"--config TMP/file\.yaml: .*too deeply|not a readable yaml"),
     "nested_mappings": (b"{a: " * 3_000 + b"1" + b"}" * 3_000, r"too deeply|TMP/file\.yaml"),
-    "aliases": (laughs().encode(), r"--config TMP/file\.yaml: yaml aliases are not allowed"),
+    "aliases": (laughs().encode(), r"--config TMP/file\.yaml: .*aliases are not allowed"),
     "lists_of_references": (doubling().encode(), r"a\d+=.* refers to several values"),
-    "number_of_5000_digits": (b"seed: " + b"9" * 5000 + b"\n", r"TMP/file\.yaml|beyond 64 bits"),
-    "nul": (b'run_dir: "a\\0b"\nseed: 1\n', r"must be a section|NUL"),
+    "number_of_5000_digits": (b"seed: " + b"9" * 5000 + b"\n", r"TMP/file\.yaml|less than"),
     "foreign_callable_of_ours": (
         b"seed: 1\nrun_dir: null\nmodel: {_target_: quack_lm.data.prepare.prepare, corpus: x}\n",
         r"model\._target_='quack_lm\.data\.prepare\.prepare'",
@@ -873,7 +873,7 @@ SWEEP: dict[str, Bad] = {
     "speed_not_a_number": Bad(["plan", "sweep=quickstart", "mfu=nan", "tflops=1"], r"mfu=nan must be a number above 0"),
     "speed_infinite": Bad(["plan", "sweep=quickstart", "mfu=0.4", "tflops=inf"], r"tflops=inf must be a number"),
     "half_a_speed": Bad(["plan", "sweep=quickstart", "mfu=0.4"], r"mfu=\.\.\. and tflops=\.\.\. go together"),
-    "reuse_of_nothing": Bad(["sweep=quickstart", "reuse=TMP"], r"reuse=TMP is no sweep directory"),
+    "reuse_of_nothing": Bad(["sweep=quickstart", "reuse=TMP"], r"reuse=TMP must be a sweep directory, .*plan\.json"),
     "status_of_nothing": Bad(["status", "dir=TMP"], r"TMP: no plan\.json here"),
     "collect_of_nothing": Bad(["collect", "dir=TMP/nowhere"], r"TMP/nowhere: no plan\.json here"),
     "directory_is_a_file": Bad(["plan", "sweep=quickstart", "dir=TMP/f"], r"dir=TMP/f", files={"f": b""}),
@@ -914,7 +914,7 @@ SWEEP: dict[str, Bad] = {
     "date_that_is_none": sweep_file("# Why?\nseeds: [2026-99-99]\n", r"TMP/mine\.yaml: not a readable yaml"),
     "duplicate_key": sweep_file(MHA + "base: [model=100m]\n", r"TMP/mine\.yaml: .*duplicate key base"),
     "tag": sweep_file("# Why?\nbase: !!python/object/apply:os.system ['touch pwned']\n", r"not a readable yaml file"),
-    "aliases": sweep_file("# Why?\n" + laughs() + "base: *a11\n", r"yaml aliases are not allowed"),
+    "aliases": sweep_file("# Why?\n" + laughs() + "base: *a11\n", r".*aliases are not allowed"),
     "nested_lists": sweep_file("# Why?\nbase: " + "[" * 9000, r"TMP/mine\.yaml: .*too deeply|not a readable yaml"),
     "unknown_key": sweep_file("# Why?\ngird: {}\n", r"unknown key gird; did you mean grid\?"),
     "base_is_a_word": sweep_file("# Why?\nbase: experiment=tiny\n", r"base='experiment=tiny': .*valid list"),

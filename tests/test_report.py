@@ -21,7 +21,7 @@ from quack_lm.report import collected, figures, page, results, runs, table
 from quack_lm.report.comparison import differences_at, over_rates, speeds
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.file import StopRule
-from quack_lm.sweep.plan import Plan, write_plan
+from quack_lm.sweep.plan import SweepPlan, write_plan
 from quack_lm.training.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,7 +115,8 @@ def save(tmp_path: Path) -> Callable[..., Path]:
     def write(*cells: Cell) -> Path:
         command = "quack-lm sweep run sweep=demo"
         write_plan(
-            tmp_path, Plan(sweep="demo", question="Which one?\nHeld fixed: <all>.", command=command, cells=[*cells])
+            tmp_path,
+            SweepPlan(sweep="demo", question="Which one?\nHeld fixed: <all>.", command=command, cells=[*cells]),
         )
         return tmp_path
 
@@ -390,7 +391,7 @@ def test_the_report_works_from_the_collected_files_alone(tmp_path, save):
     write_run(good)
     write_run(diverged, status="diverged", last_step=10)
     (tmp_path / "b").mkdir()
-    plan = Plan(
+    plan = SweepPlan(
         sweep="demo", question="Which?", command="c", cells=cells, stop=StopRule(loss_above_best=2, for_steps=3)
     )
     write_plan(tmp_path / "a", plan)

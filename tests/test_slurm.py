@@ -633,7 +633,9 @@ def test_a_canceled_sweep_saves_and_goes_on_when_submitted_again_on_two_ranks(
     bystander = site.call("sbatch", "--parsable", "--wrap", "sleep 300")
     site.sweep("submit", *arguments)
     (cell,) = read_plan(directory(tmp_path)).cells
-    until(lambda: len(steps_of(cell.run_dir.path)) > 5, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
+    until(
+        lambda: len(steps_of(cell.run_dir.path)) > 5, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout
+    )
     assert cell.run_dir.status() == "running"
     (task,) = jobs.tasks_of(directory(tmp_path)).values()
     assert task.state == "RUNNING"
@@ -708,7 +710,9 @@ def test_runs_that_still_save_are_waited_for_by_cancel_and_named_by_submit(
     arguments = small_sweep("# Why?\nbase: [experiment=tiny]\ngrid: {stabilizer: [quack]}\n", *ENDLESS)
     assert site.sweep("submit", *arguments).returncode == 0
     (cell,) = read_plan(directory(tmp_path)).cells
-    until(lambda: len(steps_of(cell.run_dir.path)) > 5, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout)
+    until(
+        lambda: len(steps_of(cell.run_dir.path)) > 5, lambda: site.sweep("status", f"dir={directory(tmp_path)}").stdout
+    )
     (task,) = jobs.tasks_of(directory(tmp_path)).values()
     site.call("scancel", task.job)
     done = site.sweep("submit", *arguments)

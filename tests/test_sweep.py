@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from quack_lm.config import compose, fingerprint
+from quack_lm.cli.sweep import KEYS
+from quack_lm.config import compose, fingerprint, flatten, split_axes
+from quack_lm.errors import UserError
 from quack_lm.model import count_parameters
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.cost import Speed, count_flops, estimate
 from quack_lm.sweep.file import Point, StopRule, known_sweeps, load, override_value
-from quack_lm.sweep.label import titles
-from quack_lm.sweep.plan import Plan, make_cells, read_plan, write_plan
+from quack_lm.sweep.label import describe_differences, titles
+from quack_lm.sweep.multirun import unnamed_name, unnamed_sweep, with_axes
+from quack_lm.sweep.plan import SweepPlan, make_cells, read_plan, write_plan
 from quack_lm.sweep.rule import Watch, forget_other_rules, is_hopeless, record_stop
 from quack_lm.training.build import make_model
 from quack_lm.training.run_dir import RunDir
@@ -225,6 +228,88 @@ grid: {stabilizer.tau: [0.1, 1.0], optimizer.max_grad_norm: [null, 1.0]}
     ]
 
 
+def test_differences_are_split_into_the_stabilizers_settings_and_the_others():
+    base = ["experiment=tiny", "attention=mla", "stabilizer=quack"]
+    varied = [["stabilizer.tau=0.1"], ["stabilizer.tau=1.0"], ["stabilizer.tau=0.1"], ["stabilizer.tau=1.0"]]
+    varied[3].append("attention.v_dim=16")
+    differences = describe_differences([compose([*base, *own]) for own in varied])
+    assert differences == [("tau=0.1", ""), ("tau=1", ""), ("tau=0.1", ""), ("tau=1", "v_dim=16")]
+
+
+# ------------------------------------------------------------------------------------------------ from a command line
+
+LINE = ["experiment=tiny", "attention=mha,mla", "stabilizer=none,quack", "optimizer.lr=3e-3,3e-2", "seed=range(0,2)"]
+
+
+def line_cells(line, directory):
+    return make_cells(unnamed_sweep(line), directory, split_axes(line)[0])
+
+
+def test_a_line_with_several_values_is_the_same_runs_as_a_file(write, tmp_path):
+    text = """\
+# Why?
+base: [experiment=tiny]
+grid: {attention: [mha, mla], stabilizer: [none, quack], optimizer.lr: [0.003, 0.03]}
+seeds: [0, 1]
+"""
+    from_file = make_cells(load(write(text)), tmp_path)
+    from_line = line_cells(LINE, tmp_path)
+    assert [cell.run_dir for cell in from_line] == [cell.run_dir for cell in from_file]
+    assert from_line[0].fingerprint == fingerprint(compose(from_line[0].arguments()))
+
+
+def test_a_line_has_one_directory_whatever_the_order_of_its_keys():
+    assert unnamed_name(LINE) == unnamed_name(LINE[::-1])
+    assert unnamed_name(LINE) != unnamed_name([*LINE, "trainer.steps=9"])
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["trainer=tiny,paper"], [("trainer.steps", 400), ("trainer.steps", 5000)]),
+        (["seed=choice(3,5)"], [("seed", 3), ("seed", 5)]),
+        (["trainer.steps=range(5,8)", "seed=4"], [("trainer.steps", 5), ("trainer.steps", 6), ("trainer.steps", 7)]),
+        (["logger.tags=[a,b],[c]"], [("logger.group", None)]),  # tags are no part of what a run computes
+        (["data.dir='it,s','b'"], [("data.dir", "it,s"), ("data.dir", "b")]),
+        (["optimizer=glob(muon*)"], [("optimizer.momentum", 0.95), ("optimizer.momentum", 0.95)]),
+    ],
+)
+def test_several_values_follow_hydras_grammar(line, expected, tmp_path):
+    cells = line_cells(["experiment=tiny", *line], tmp_path)
+    assert [(key, flatten(cell.config)[key]) for cell, (key, _) in zip(cells, expected, strict=True)] == expected
+
+
+def test_a_line_adds_axes_to_a_file_and_to_its_extra_points(write, tmp_path):
+    text = "# Why?\nbase: [experiment=tiny, optimizer.lr=0.3]\ngrid: {attention: [mha]}\nextra: [[stabilizer=quack]]\n"
+    grown = with_axes(load(write(text)), split_axes(["optimizer.lr=0.1,0.2", "seed=1,2"])[1])
+    cells = make_cells(grown, tmp_path)
+    seen = [(c.name.split("-")[1], c.config["optimizer"]["lr"], c.config["seed"]) for c in cells]
+    assert seen == [(s, lr, seed) for s in ("none", "quack") for lr in (0.1, 0.2) for seed in (1, 2)]
+    assert "Varied on the command line: optimizer.lr = 0.1, 0.2; seed = 1, 2." in grown.question
+    with pytest.raises(UserError, match="attention=mha,mla: the sweep mine sets attention itself"):
+        with_axes(load(write(text)), split_axes(["attention=mha,mla"])[1])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["seed=3"], r"say which sweep: sweep=quickstart, or several values"),
+        (["seed=1,x"], r"seed=1,x: a seed is a whole number"),
+        (["seed=1,2", "seed=3"], r"seed=3: the sweep multirun-\w+ sets this key itself"),
+        (["seed=1,2", "seed=3,4"], r"seed=3,4: seed has several values already"),
+        (["run_dir=a,b"], r"run_dir=a: a sweep names the directories of its runs itself"),
+        (["optimizer.lr=interval(0,1)"], r"interval has no end of values"),
+        (["seed=range(0,20000)"], r"make 10001 runs, above 10000"),
+        (["optimizer=glob(x*)"], r"optimizer: these values are none at all"),
+        (["stabilizer=none,quak"], r"stabilizer=quak: did you mean quack\?"),
+        (["seed=0,1", "hydra.sweep.dir=x"], r"dir=\.\.\. is the directory of several runs"),
+    ],
+)
+def test_a_mistake_in_a_line_is_named(line, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        line_cells(["experiment=tiny", *line], tmp_path)
+
+
 def test_a_run_stopped_by_a_rule_that_is_gone_goes_on(write, tmp_path):
     cell = make_cells(load(write(TWO)), tmp_path)[0]
     cell.run_dir.path.mkdir()
@@ -268,7 +353,7 @@ def test_a_cell_is_identified_by_its_config_and_duplicates_are_one_run(write, tm
 
 def test_a_plan_survives_being_written_moved_and_read(write, tmp_path):
     cells = make_cells(load(write(GRID)), tmp_path / "old")
-    write_plan(tmp_path / "old", Plan(sweep="s", question="q", command="c", cells=cells))
+    write_plan(tmp_path / "old", SweepPlan(sweep="s", question="q", command="c", cells=cells))
     assert [path.name for path in (tmp_path / "old").iterdir()] == ["plan.json"]
     (tmp_path / "old").rename(tmp_path / "new")
     plan = read_plan(tmp_path / "new")
@@ -374,6 +459,34 @@ def test_a_sweep_trains_its_cells_and_a_second_call_reuses_them(start, tmp_path)
     copy = tmp_path / "other" / quack.name
     assert (copy / "metrics.jsonl").read_bytes() == quack.run_dir.metrics_file.read_bytes()
     assert not (copy / "checkpoints").exists()
+
+
+def test_train_m_makes_an_unnamed_sweep_that_the_same_line_continues(tmp_path, data):
+    fixed = [
+        *SMALL,
+        "experiment=tiny",
+        "trainer.steps=2",
+        f"data.dir={override_value(str(data))}",
+        "data.vocab_size=300",
+    ]
+    line = [*fixed, "logger.progress=false", "stabilizer=none,quack"]
+
+    def call(*arguments):
+        command = [sys.executable, "-m", "quack_lm", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    directory = f"runs/{unnamed_name(line)}"
+    out = call("train", "-m", *line)
+    assert f"2 runs in {directory}" in out
+    assert "2 runs: 2 completed" in out
+    assert f"quack-lm sweep status dir={directory}" in out
+    assert f"quack-lm report {directory}" in out
+    # As a sweep, in another order: the same runs in the same directory.
+    assert "2 runs, 0 unfinished" in call("sweep", "plan", *line[::-1])
+    assert "2 runs: 2 completed" in call("sweep", "status", f"dir={directory}")
 
 
 def test_a_crashed_cell_is_named_with_its_log_and_stops_nothing(start, tmp_path, data):
@@ -487,7 +600,9 @@ def test_help_and_mistakes_on_the_command_line():
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
 
-    assert "plan|run|resume|submit|status|cancel|collect" in call("--help").stdout
+    usage = call("--help").stdout
+    assert "plan|run|resume|submit|status|cancel|collect" in usage
+    assert all(f"{key}=" in usage for key in KEYS)
     for arguments, message in [
         (["rnu", "sweep=quickstart"], "unknown verb rnu"),
         (["run"], "say which sweep"),

@@ -23,7 +23,7 @@ class MLA(Attention):
     """Queries from one latent, keys and values from another, positions from a narrow rotary part.
 
     Args:
-        n_heads: number of heads.
+        n_heads: number of query heads.
         q_latent_dim: width of the query latent; null: d_model / 4, at least 32 (the paper: 512 at width 2048).
         kv_latent_dim: width of the latent of keys and values; null: d_model / 8, at least 16 (the paper: 256).
         nope_dim: query and key dimensions without a position; null: d_model / n_heads (the paper: 64).

@@ -6,6 +6,7 @@
     quack-lm report      tables, figures and a page from the runs of a sweep
     quack-lm preflight   check config, data, machine and ranks before a long run
     quack-lm submit      train, prepare or preflight as a job of a slurm cluster
+    quack-lm completion  turn on shell completion, for bash or zsh
 
 `quack-lm VERB --help` explains each; `quack-lm --version` prints the version. `python -m quack_lm VERB` is the same
 command, for torchrun and srun.
@@ -23,7 +24,7 @@ from typing import NoReturn
 from quack_lm import slurm
 from quack_lm.errors import UserError, exit_without_teardown, one_line
 
-VERBS = ("train", "prepare", "sweep", "report", "preflight", "submit")
+VERBS = ("train", "prepare", "sweep", "report", "preflight", "submit", "completion")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -1,34 +1,19 @@
-"""Train every run of a sweep file and compare them.
+"""Train every run of a sweep and compare them.
 
-    quack-lm sweep [plan|run|resume|submit|status|cancel|collect] sweep=NAME [scale=SCALE] [key=value ...]
+    quack-lm sweep run sweep=NAME [scale=SCALE] [key=value ...]               # a file of configs/sweep/
+    quack-lm sweep run experiment=tiny attention=mha,mla optimizer.lr=3e-3,3e-2 seed=range(0,3)    # without a file
 
-plan     compose and check every run, write plan.json, print the runs and what they cost; trains nothing
-run      plan, then train what is unfinished, jobs at a time, and print the comparison table (the default)
-resume   the same as run
-submit   plan, then queue what is unfinished and not queued yet as job arrays on a slurm cluster (slurm/sweep.sbatch)
-status   print how far each run of a sweep directory is, and what slurm does about it where jobs were submitted
-cancel   cancel the queued and running jobs of this sweep and wait until its runs have saved; submit continues them
-collect  write results.parquet, results.csv and curves.parquet: all that quack-lm report needs, in a few files, beside
-         the runs or in out=DIR
+Verbs: plan|run|resume|submit|status|cancel|collect
+{verbs}
 
-sweep    a file of configs/sweep/ by name, or a path that ends in .yaml
-scale    one of the file's scales, for example proxy or 1b, where it has some
-dir      where the runs go, runs/<sweep>-<scale> unless given; alone it is enough for status, cancel and collect
-reuse    another sweep's directory: the runs that this sweep shares with it and that have finished are copied from there
-jobs     for run: processes at a time, each on its own cores, or GPU; as many as fit unless given
-threads  for run: cores and torch threads of each process, 1 unless given
-nodes, gpus, tasks, cpus, time   for submit: what each run gets. Nodes (1); GPUs and ranks per node (a rank per GPU, or
-         1); cores per rank; the limit after which a run saves and queues again, as sbatch takes it: 4:00:00
-concurrency   for submit: runs at a time, 8 unless given
-mfu, tflops   for plan: the share of a device's peak that is reached, and that peak; without them hours are estimated
-         from the runs that have finished
-others   overrides for every run, for example trainer.steps=20 data.dir=data/other
+Keys of the sweep itself:
+{keys}
 
-Ctrl-C lets the runs save and end; the same command continues them. A run is known by the hash of its resolved config:
-completed and diverged runs are never repeated, also after the sweep file has grown. The exit code is 0 when every run
-completed, diverged or was stopped by the file's rule, 1 when some failed or still end, 2 for a mistake in the command
-or a file, or a cluster that does not answer. In a job, slurm/sweep.sbatch calls `task file=... index=...` to train one
-run of a file.
+Every other key=value is a setting of all runs, for example trainer.steps=20. Several values, a,b or choice(a,b) or
+range(0,5), are an axis of the grid. Ctrl-C lets the runs save and end; the same command continues them. A run is known
+by the hash of its resolved config: completed and diverged runs are never repeated, also after the sweep has grown. The
+exit code is 0 when every run completed, diverged or was stopped by the file's rule, 1 when some failed or still end, 2
+for a mistake in the command or a file, or a cluster that does not answer.
 """
 
 import json
@@ -36,153 +21,203 @@ import math
 import re
 import shlex
 import sys
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quack_lm.config import nearest, split_axes, unknown_flag
 from quack_lm.errors import UserError, printable
-from quack_lm.report import collected, runs, status
-from quack_lm.sweep import cluster, cost, file, local
+from quack_lm.sweep import cluster, cost, file, local, multirun
 from quack_lm.sweep.cell import reuse, shell_line
-from quack_lm.sweep.plan import PLAN_FILE, Plan, make_cells, read_plan, write_plan
+from quack_lm.sweep.plan import PLAN_FILE, SweepPlan, make_cells, read_plan, write_plan
 
-VERBS = ("plan", "run", "resume", "submit", "status", "cancel", "collect", "task")
-# Keys that one verb alone takes: elsewhere they would have no effect, silently.
-COUNTS: dict[str, tuple[str, ...]] = {"jobs": ("plan", "run", "resume"), "threads": ("plan", "run", "resume")}
-COUNTS |= dict.fromkeys(("nodes", "gpus", "tasks", "cpus", "concurrency"), ("submit",))
-TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}"
+VERBS = {
+    "plan": "compose and check every run, write plan.json, print the runs and what they cost; trains nothing",
+    "run": "plan, then train what is unfinished, and print the comparison table (the default)",
+    "resume": "the same as run",
+    "submit": "plan, then queue what is unfinished and not queued yet as job arrays on a slurm cluster",
+    "status": "print how far each run of a sweep directory is, and what slurm does about it where jobs were submitted",
+    "cancel": "cancel the jobs of this sweep and wait until its runs have saved; submit continues them",
+    "collect": "write results.parquet, results.csv and curves.parquet: all that quack-lm report needs, in a few files",
+    "task": "what slurm/sweep.sbatch calls: train one run of a file that submit wrote",
+}
 
 
-@dataclass
+def count(value: str) -> int:
+    """a whole number from 1 to 9999"""
+    if not value.isdecimal() or not 1 <= int(value[:9]) <= 9999:
+        raise ValueError
+    return int(value)
+
+
+def index(value: str) -> int:
+    """a whole number, SLURM_ARRAY_TASK_ID in a job array"""
+    if not value.isdecimal():
+        raise ValueError
+    return int(value)
+
+
+def positive(value: str) -> float:
+    """a number above 0"""
+    if not 0 < float(value) < math.inf:
+        raise ValueError
+    return float(value)
+
+
+def time_limit(value: str) -> str:
+    """a time limit as sbatch takes it, for example 4:00:00 or 1-12:00"""
+    if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", value):
+        raise ValueError
+    return value
+
+
+def sweep_directory(value: str) -> Path:
+    """a sweep directory, which has a plan.json"""
+    if not (Path(value) / PLAN_FILE).is_file():
+        raise ValueError
+    return Path(value)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the sweep itself; the docstring of `read` says what a value must be."""
+
+    read: Callable[[str], Any]
+    verbs: tuple[str, ...]
+    meaning: str
+
+
+TRAINS, PLANS = ("plan", "run", "resume"), ("plan", "run", "resume", "submit")
+KEYS = {
+    "sweep": Key(str, tuple(VERBS), "a file of configs/sweep/ by name, or a path that ends in .yaml"),
+    "scale": Key(str, tuple(VERBS), "one of the file's scales, for example proxy or 1b, where it has some"),
+    "dir": Key(Path, tuple(VERBS), "where the runs are; unless given, runs/<sweep>-<scale>, or runs/multirun-<hash>"),
+    "reuse": Key(sweep_directory, PLANS, "another sweep's directory: finished runs that both have are copied from it"),
+    "jobs": Key(count, TRAINS, "processes at a time, each on its own cores, or GPU; as many as fit unless given"),
+    "threads": Key(count, TRAINS, "cores and torch threads of each process, 1 unless given"),
+    "nodes": Key(count, ("submit",), "nodes of each run, 1 unless given"),
+    "gpus": Key(count, ("submit",), "GPUs of each node, each with a rank"),
+    "tasks": Key(count, ("submit",), "ranks of each node, where it has no GPUs, or another number of ranks"),
+    "cpus": Key(count, ("submit",), "cores of each rank"),
+    "time": Key(time_limit, ("submit",), "after which a run saves and queues again, as sbatch takes it: 4:00:00"),
+    "concurrency": Key(count, ("submit",), "runs at a time, 8 unless given"),
+    "mfu": Key(positive, ("plan",), "assumed share of the device's peak, with tflops=...; else finished runs tell"),
+    "tflops": Key(positive, ("plan",), "assumed peak of the device in TFLOP/s"),
+    "out": Key(Path, ("collect",), "where the files go, beside the runs unless given"),
+    "file": Key(Path, ("task",), "a file that submit wrote"),
+    "index": Key(index, ("task",), "the run in it"),
+}
+
+
+@dataclass(frozen=True)
 class Command:
-    """The command line, taken apart."""
+    """The command line, taken apart: the sweep's own keys, and the settings of its runs."""
 
+    verb: str
     arguments: list[str]
-    verb: str = "run"
-    sweep: str | None = None
-    scale: str | None = None
-    directory: Path | None = None
-    out: Path | None = None
+    own: dict[str, Any]
     reuse: list[Path] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
-    time: str | None = None
-    file: Path | None = None
-    index: int = 0
-    mfu: float | None = None
-    tflops: float | None = None
     overrides: list[str] = field(default_factory=list)
 
     @property
-    def jobs(self) -> int | None:
-        return self.counts.get("jobs")
-
-    @property
-    def threads(self) -> int:
-        return self.counts.get("threads", 1)
+    def directory(self) -> Path:
+        """Where the runs are."""
+        if "dir" in self.own:
+            return Path(self.own["dir"])
+        if sweep := self.own.get("sweep"):
+            name = Path(sweep).stem if sweep.endswith((".yaml", ".yml")) else sweep
+            return Path("runs") / (f"{name}-{self.own['scale']}" if "scale" in self.own else name)
+        if self.verb in PLANS and split_axes(self.overrides)[1]:
+            return Path("runs") / multirun.unnamed_name(self.overrides)
+        raise UserError(
+            "say which sweep: sweep=quickstart, or several values of a key such as seed=0,1; dir=... is enough for "
+            "status, cancel and collect; see --help"
+        )
 
     @property
     def resources(self) -> cluster.Resources:
-        given = {key: self.counts[key] for key in ("nodes", "gpus", "tasks", "cpus") if key in self.counts}
-        return cluster.Resources(time=self.time, **given)
+        names = ("nodes", "gpus", "tasks", "cpus", "time")
+        return cluster.Resources(**{name: self.own[name] for name in names if name in self.own})
 
 
 def parse(arguments: list[str]) -> Command:
-    command = Command(list(arguments))
-    if arguments and "=" not in arguments[0]:
-        command.verb, *arguments = arguments
-        if command.verb not in VERBS:
-            raise UserError(f"unknown verb {command.verb}; choices: {', '.join(VERBS)}")
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
+    verb, rest = "run", list(arguments)
+    if rest and "=" not in rest[0] and not rest[0].startswith("-"):
+        verb, *rest = rest
+        if verb not in VERBS:
+            raise UserError(f"unknown verb {verb}; {nearest(verb, list(VERBS))}")
+    command = Command(verb, list(arguments), own={})
+    for argument in rest:
+        if argument.startswith("-"):
+            raise UserError(unknown_flag(argument, []))
+        name, equals, value = argument.partition("=")
         if not equals:
             raise UserError(f"cannot read {argument}; after the verb come key=value pairs, see --help")
-        if key in ("sweep", "scale"):
-            setattr(command, key, value)
-        elif key == "dir":
-            command.directory = Path(value)
-        elif key == "out":
-            if command.verb != "collect":
-                raise UserError(f"{argument} has no meaning for {command.verb}, only for collect")
-            command.out = Path(value)
-        elif key == "reuse":
-            if not (Path(value) / PLAN_FILE).is_file():
-                raise UserError(f"reuse={value} is no sweep directory: it has no {PLAN_FILE}")
-            command.reuse.append(Path(value))
-        elif key in COUNTS:
-            if command.verb not in COUNTS[key]:
-                raise UserError(f"{argument} has no meaning for {command.verb}, only for {', '.join(COUNTS[key])}")
-            command.counts[key] = _whole(key, value)
-        elif key == "time" and command.verb == "submit":
-            if not re.fullmatch(TIME, value):
-                raise UserError(f"time={value} must be a time limit as sbatch takes it, for example 4:00:00 or 1-12:00")
-            command.time = value
-        elif key == "file" and command.verb == "task":
-            command.file = Path(value)
-        elif key == "index" and command.verb == "task":
-            command.index = _index(value)
-        elif key in ("mfu", "tflops"):
-            setattr(command, key, _positive(key, value))
-        else:
+        key = KEYS.get(name)
+        if key is None:
             command.overrides.append(argument)
-    if (command.mfu is None) != (command.tflops is None):
+            continue
+        if verb not in key.verbs:
+            raise UserError(f"{argument} has no meaning for {verb}, only for {', '.join(key.verbs)}")
+        try:
+            read = key.read(value)
+        except ValueError:
+            raise UserError(f"{argument} must be {key.read.__doc__}") from None
+        if name == "reuse":
+            command.reuse.append(read)
+        else:
+            command.own[name] = read
+    if ("mfu" in command.own) != ("tflops" in command.own):
         raise UserError("mfu=... and tflops=... go together, for example mfu=0.4 tflops=989")
-    if command.directory is None and command.sweep is not None:
-        is_path = command.sweep.endswith((".yaml", ".yml"))
-        name = Path(command.sweep).stem if is_path else command.sweep
-        command.directory = Path("runs") / (f"{name}-{command.scale}" if command.scale else name)
     return command
 
 
-def _whole(key: str, value: str) -> int:
-    if not value.isdecimal() or len(value) > 4 or int(value) == 0:
-        raise UserError(f"{key}={value} must be a whole number from 1 to 9999")
-    return int(value)
+def usage() -> str:
+    """The text of --help."""
+
+    def entry(name: str, meaning: str) -> str:
+        return textwrap.fill(meaning, 118, initial_indent=f"    {name:13}", subsequent_indent=" " * 17)
+
+    verbs = "\n".join(entry(verb, meaning) for verb, meaning in VERBS.items())
+    keys = "\n".join(
+        entry(f"{name}=", key.meaning + ("" if len(key.verbs) == len(VERBS) else f" (for {', '.join(key.verbs)})"))
+        for name, key in KEYS.items()
+    )
+    return (__doc__ or "").replace("{verbs}", verbs).replace("{keys}", keys)
 
 
-def _index(value: str) -> int:
-    if not value.isdecimal() or len(value) > 9:
-        raise UserError(f"index={value} must be a whole number, SLURM_ARRAY_TASK_ID in a job array")
-    return int(value)
-
-
-def _positive(key: str, value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise UserError(f"{key}={value} must be a number above 0")
-    return number
-
-
-def make_plan(command: Command, directory: Path) -> Plan:
+def make_plan(command: Command, directory: Path) -> SweepPlan:
     """Expand and check the sweep; writes nothing."""
-    if command.sweep is None:
-        raise UserError("sweep=... is missing: the name of a file in configs/sweep/, for example sweep=quickstart")
-    loaded = file.load(command.sweep, command.scale)
-    return Plan(
-        sweep=loaded.name,
-        question=loaded.question,
+    settings, axes = split_axes(command.overrides)
+    if "sweep" in command.own:
+        sweep = multirun.with_axes(file.load(command.own["sweep"], command.own.get("scale")), axes)
+    else:
+        sweep = multirun.unnamed_sweep(command.overrides)
+    return SweepPlan(
+        sweep=sweep.name,
+        question=sweep.question,
         command=shell_line(["quack-lm", "sweep", *command.arguments]),
-        cells=make_cells(loaded, directory, command.overrides),
-        stop=loaded.stop,
+        cells=make_cells(sweep, directory, settings),
+        stop=sweep.stop,
     )
 
 
-def print_plan(plan: Plan, command: Command) -> None:
+def print_plan(plan: SweepPlan, command: Command) -> None:
     print(*map(printable, plan.question.splitlines()), sep="\n", end="\n\n")
     for cell in plan.cells:
         print(f"{cell.run_dir.status():11} {cell.command()}")
     unfinished = sum(not cell.is_finished() for cell in plan.cells)
-    assumed = cost.Speed(mfu=command.mfu, tflops=command.tflops) if command.mfu and command.tflops else None
+    assumed = cost.Speed(mfu=command.own["mfu"], tflops=command.own["tflops"]) if "mfu" in command.own else None
     total = cost.estimate(plan.cells, cost.count_flops(plan.cells, _flops_per_token), assumed)
     print(f"\n{len(plan.cells)} runs, {unfinished} unfinished; {total.tokens:.3g} tokens, {total.flops:.3g} FLOPs")
     if total.hours is None or total.hours_left is None:
         print("hours: unknown before a run has finished; mfu=0.4 tflops=989 would assume a speed")
     else:
-        basis = f"MFU {command.mfu:g} of {command.tflops:g} TFLOP/s" if assumed else "the speed of the runs so far"
+        basis = f"MFU {assumed.mfu:g} of {assumed.tflops:g} TFLOP/s" if assumed else "the speed of the runs so far"
         # An assumed device is another machine's: how many runs fit on this one says nothing there.
-        jobs = command.jobs or (1 if assumed else local.default_jobs(command.threads))
+        jobs = command.own.get("jobs") or (1 if assumed else local.default_jobs(command.own.get("threads", 1)))
         left = f"{total.hours_left:.3g} left" + (
             f", {total.hours_left / jobs:.3g} with jobs={jobs}" if jobs > 1 else ""
         )
@@ -198,10 +233,10 @@ def _flops_per_token(config: dict[str, Any]) -> float:
     return flops_per_token(make_model(config), config["trainer"]["seq_len"])
 
 
-def submit(plan: Plan, command: Command, directory: Path) -> int:
+def submit(plan: SweepPlan, command: Command, directory: Path) -> int:
     _check_data(plan)
     take_over(plan, command)
-    done = cluster.submit(directory, plan, command.resources, concurrency=command.counts.get("concurrency", 8))
+    done = cluster.submit(directory, plan, command.resources, concurrency=command.own.get("concurrency", 8))
     for job in done.jobs:
         print(f"submitted job {job.job}: {job.n_cells} runs")
     now, ending = sum(job.n_cells for job in done.jobs), len(done.still_ending)
@@ -233,7 +268,7 @@ def _listed(jobs: list[int]) -> str:
     return ", ".join(f"job {job}" for job in jobs)
 
 
-def _check_data(plan: Plan) -> None:
+def _check_data(plan: SweepPlan) -> None:
     """That each data set of the sweep is there, before a queue is waited in; the jobs read its bytes."""
     from quack_lm.config import instantiate
     from quack_lm.training.build import open_data  # late: status and collect need no torch
@@ -242,8 +277,9 @@ def _check_data(plan: Plan) -> None:
         open_data(instantiate(json.loads(data)), size)
 
 
-def show_status(plan: Plan, directory: Path) -> None:
+def show_status(plan: SweepPlan, directory: Path) -> None:
     """What the run directories say, and slurm; the former also where the latter does not answer."""
+
     if not cluster.was_submitted(directory):
         print(status.status_table(plan.cells))
         return
@@ -255,14 +291,16 @@ def show_status(plan: Plan, directory: Path) -> None:
     print(status.status_table(plan.cells, tasks))
 
 
-def take_over(plan: Plan, command: Command) -> None:
+def take_over(plan: SweepPlan, command: Command) -> None:
     for other in command.reuse:
         print(f"{len(reuse(plan.cells, other))} runs reused from {other}")
 
 
-def train(plan: Plan, command: Command, directory: Path) -> int:
+def train(plan: SweepPlan, command: Command, directory: Path) -> int:
+    from quack_lm.report import collected, runs
+
     take_over(plan, command)
-    outcome = local.run(plan.cells, stop=plan.stop, jobs=command.jobs, threads=command.threads)
+    outcome = local.run(plan.cells, stop=plan.stop, jobs=command.own.get("jobs"), threads=command.own.get("threads", 1))
     print(runs.as_text(collected.load(directory)))
     if outcome.signal:
         print("stopped; the same command continues", file=sys.stderr)
@@ -273,30 +311,36 @@ def train(plan: Plan, command: Command, directory: Path) -> int:
 
 def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
-        print(__doc__)
+        print(usage())
         return 0
     command = parse(arguments)
     if command.verb == "task":
-        if command.file is None:
+        if "file" not in command.own:
             raise UserError("file=... is missing: a file that submit wrote, with index=... for the run in it")
-        cluster.run_task(command.file, command.index)
+        cluster.run_task(command.own["file"], command.own.get("index", 0))
     directory = command.directory
-    if directory is None:
-        raise UserError("say which sweep: sweep=quickstart, or dir=... for status, cancel and collect; see --help")
     if command.verb == "status":
         show_status(read_plan(directory), directory)
-    elif command.verb == "cancel":
+        return 0
+    if command.verb == "cancel":
         return cancel(directory)
-    elif command.verb == "collect":
-        for path in collected.write(directory, command.out):
+    if command.verb == "collect":
+        from quack_lm.report import collected
+
+        for path in collected.write(directory, command.own.get("out")):
             print(path)
-    else:
-        plan = make_plan(command, directory)
-        if command.verb == "submit":
-            return submit(plan, command, directory)
-        write_plan(directory, plan)
-        if command.verb == "plan":
-            print_plan(plan, command)
-        else:
-            return train(plan, command, directory)
-    return 0
+        return 0
+    plan = make_plan(command, directory)
+    if command.verb == "submit":
+        return submit(plan, command, directory)
+    write_plan(directory, plan)
+    if command.verb == "plan":
+        print_plan(plan, command)
+        return 0
+    if "sweep" in command.own:
+        return train(plan, command, directory)
+    print(f"{len(plan.cells)} runs in {directory}", flush=True)
+    code = train(plan, command, directory)
+    where = shlex.quote(str(directory))
+    print(f"quack-lm sweep status dir={where}\nquack-lm report {where}")
+    return code

@@ -13,7 +13,7 @@ and every key inside a group can be set alone. Flags:
     --check          print the resolved config and the parameter counts, check everything, and train nothing
     -c, --cfg job    print the resolved config
     -i, --info defaults   print the choice of each group
-    -m, --multirun   train every combination of keys with several values (a,b or range(0,5)): quack-lm sweep run
+    -m, --multirun   train every combination of keys with several values, a,b or range(0,5), as quack-lm sweep run does
     -h, --help [TOPIC]    this text, or help on a group, a choice or a key: --help optimizer, --help optimizer.lr
 
 The run directory gets config.yaml, environment.json, metrics.jsonl, summary.json and checkpoints/. Calling the same
@@ -40,14 +40,18 @@ def main(arguments: list[str]) -> int:
     if topic is not None:
         print(help_text(topic) if topic else usage())
         return 0
-    if {"-m", "--multirun"} & set(arguments):
-        from quack_lm.cli import sweep
-
-        return sweep.main(["run", *(argument for argument in arguments if argument not in ("-m", "--multirun"))])
+    is_multirun = bool({"-m", "--multirun"} & set(arguments))
+    arguments = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     if (shown := show(arguments)) is not None:
         print(shown)
         return 0
     file, is_check, overrides = read_flags(arguments)
+    if is_multirun:
+        from quack_lm.cli import sweep
+
+        if file:
+            raise UserError("-m makes its runs of groups and keys, not of a --config file; leave one of the two out")
+        return sweep.main(["plan" if is_check else "run", *overrides])
     config = compose(overrides, file=file)
 
     return train_config(config, is_check=is_check)

@@ -6,7 +6,7 @@
 Hydra and OmegaConf are imported here and nowhere else.
 """
 
-from quack_lm.config.command_line import help_topic, read_flags, take_flag
+from quack_lm.config.command_line import help_topic, read_flags, take_flag, unknown_flag
 from quack_lm.config.compose import Axis, chosen_groups, compose, split_axes
 from quack_lm.config.groups import CONFIG_DIR, PACKAGE, choices, groups, nearest
 from quack_lm.config.reference import help_text, reference_markdown
@@ -46,4 +46,5 @@ __all__ = [
     "refuse_password",
     "split_axes",
     "take_flag",
+    "unknown_flag",
 ]

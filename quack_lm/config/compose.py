@@ -190,8 +190,8 @@ def _answer_hydra(override: Override) -> None:
 def _resolve(value: Any, config: dict[Any, Any], trail: tuple[str, ...], key: str = "") -> Any:
     """The value with each reference `${a.b}` replaced by what it names.
 
-    A reference is a whole value, and nothing else can be written with `${`: a resolver could read the environment, and
-    its secrets.
+    A reference is the complete value, and nothing else can be written with `${`: a resolver could read the environment,
+    and its secrets.
     """
     if isinstance(value, dict):
         return {k: _resolve(v, config, trail, f"{key}.{k}" if key else str(k)) for k, v in value.items()}

@@ -113,11 +113,9 @@ def _run_rows() -> list[Row]:
 
 def _group_text(group: str) -> str:
     width = max(map(len, choices(group)))
-    lines = [f"{group}=..."] + [
-        f"    {name:{width}}  {opening_comment(group, name)}".rstrip() for name in choices(group)
-    ]
+    lines = [f"{group}={name:{width}}  {opening_comment(group, name)}".rstrip() for name in choices(group)]
     if group in SECTIONS:
-        lines += [""] + [_entry(row, f"{group}.", choices(group)) for row in rows(group)]
+        lines += ["", *(_entry(row, f"{group}.", choices(group)) for row in rows(group))]
     return "\n".join(lines)
 
 

@@ -131,7 +131,7 @@ class LocalCorpus(Corpus):
     Args:
         files: paths or globs; ** crosses directories.
         format: kind of the files: in text a document is a file, in jsonl and parquet a row.
-        text_field: column of jsonl and parquet files that has the text.
+        text_field: column that has the text.
     """
 
     choice = "local"

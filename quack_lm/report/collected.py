@@ -17,7 +17,7 @@ from quack_lm.config import flatten
 from quack_lm.errors import UserError
 from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results, numeric_fields
 from quack_lm.sweep.file import StopRule
-from quack_lm.sweep.plan import Plan, Record, reason
+from quack_lm.sweep.plan import Record, SweepPlan, reason
 from quack_lm.training.run_dir import checked_summary
 
 RESULTS_FILE, CURVES_FILE = "results.parquet", "curves.parquet"
@@ -92,7 +92,7 @@ def _read(directory: Path) -> Results:
             raise ValueError(f"run {cell.name}: invalid summary, environment or stop record")
         blowup = None if row[BLOWUP[0]] is None else Blowup(*(int(row[name]) for name in BLOWUP))
         entries.append((cell, row["status"], summary, curves.get(row["run"], []), environment, stopped, blowup))
-    plan = Plan(
+    plan = SweepPlan(
         sweep=about["sweep"],
         question=about["question"],
         command=about["command"],

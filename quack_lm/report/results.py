@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from quack_lm.config import choice
 from quack_lm.files import metrics_line
 from quack_lm.sweep.cell import Cell
-from quack_lm.sweep.label import labels, title
-from quack_lm.sweep.plan import Plan, read_plan
+from quack_lm.sweep.label import describe_differences, title
+from quack_lm.sweep.plan import SweepPlan, read_plan
 from quack_lm.training.run_dir import FINISHED
 from quack_lm.training.state import kind_of_end
 
@@ -154,7 +154,7 @@ class Results:
     """The runs of a sweep directory as they are now, ordered by attention, stabilizer, rate and seed."""
 
     directory: Path
-    plan: Plan
+    plan: SweepPlan
     results: list[Result]
 
     def attentions(self) -> list[str]:
@@ -221,8 +221,8 @@ def first_blowup(metrics: Iterable[dict[str, Any]], limit: float) -> Blowup | No
     return None
 
 
-def make_results(directory: Path, plan: Plan, entries: Sequence[Entry]) -> Results:
-    named = labels([cell.config for cell, *_ in entries])
+def make_results(directory: Path, plan: SweepPlan, entries: Sequence[Entry]) -> Results:
+    named = describe_differences([cell.config for cell, *_ in entries])
     results = [
         Result(
             cell=cell,

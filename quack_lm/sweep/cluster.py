@@ -26,7 +26,7 @@ from quack_lm.files import LOCK_WAIT_S, take_lock
 from quack_lm.slurm import Resources
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.local import TRAIN
-from quack_lm.sweep.plan import PLAN_FILE, Plan, read_plan, write_plan
+from quack_lm.sweep.plan import PLAN_FILE, SweepPlan, read_plan, write_plan
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
 
 FOLDER = "submitted"
@@ -58,7 +58,7 @@ class Submission:
 # ------------------------------------------------------------------------------------------------ submitting
 
 
-def submit(directory: Path, plan: Plan, resources: Resources, *, concurrency: int) -> Submission:
+def submit(directory: Path, plan: SweepPlan, resources: Resources, *, concurrency: int) -> Submission:
     """Queue every cell that is neither finished nor queued nor running, `concurrency` at a time.
 
     More cells than an array may have make several arrays, one after the other.
@@ -228,7 +228,7 @@ def run_task(file: Path, index: int) -> NoReturn:
     os.execv(sys.executable, [*TRAIN, *cell.arguments()])
 
 
-def _start_watch(cell: Cell, plan: Plan, directory: Path) -> None:
+def _start_watch(cell: Cell, plan: SweepPlan, directory: Path) -> None:
     """Fork a child that sends SIGTERM to this process, soon the trainer, when the sweep's stop rule applies."""
     assert plan.stop is not None
     trainer = os.getpid()

@@ -77,6 +77,11 @@ class Sweep:
     seeds: list[int] = field(default_factory=lambda: [0])
     stop: StopRule | None = None
 
+    def keys_of_points(self) -> set[str]:
+        """The keys that the grid and the extra points set."""
+        labeled = (overrides for axis in self.grid.values() for overrides in axis.values())
+        return {override.split("=")[0].strip() for own in (*labeled, *self.extra) for override in own}
+
     def points(self) -> list[Point]:
         """The grid without its exclusions, first axis slowest and seeds fastest, then the extra points."""
         points = []
@@ -97,7 +102,8 @@ def load(name: str, scale: str | None = None) -> Sweep:
     """Read `configs/sweep/<name>.yaml`, or the file itself when `name` ends in .yaml, at one of its scales."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIG_DIR / "sweep" / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"sweep={name}: there is no {path}; {nearest(name, known_sweeps())}")
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"sweep={name}: there is no {path}{where}; {nearest(name, known_sweeps())}")
     raw = read_yaml(path, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected keys at the top level, among {', '.join(_KEYS)}")
@@ -128,13 +134,13 @@ def override_value(value: Scalar) -> str:
 
 def _at_scale(raw: dict[str, Any], scale: str | None, path: Path) -> dict[str, Any]:
     """The file with one of its scales joined in: lists are appended to, seeds, stop and axes replaced."""
-    whole = {key: value for key, value in raw.items() if key != "scales"}
+    common = {key: value for key, value in raw.items() if key != "scales"}
     scales = raw.get("scales", {})
     if not isinstance(scales, dict) or not all(isinstance(part, list | dict) for part in scales.values()):
         raise UserError(f"{path}: scales must give each scale a list of overrides, or keys among {', '.join(_KEYS)}")
     names = [str(name) for name in scales]
     if not scales and scale is None:
-        return whole
+        return common
     if not scales:
         raise UserError(f"scale={scale}: {path} has no scales; leave it out")
     if scale is None:
@@ -143,10 +149,10 @@ def _at_scale(raw: dict[str, Any], scale: str | None, path: Path) -> dict[str, A
         raise UserError(f"scale={scale}: {nearest(scale, names)}")
     chosen = next(part for name, part in scales.items() if str(name) == scale)
     part = {"base": chosen} if isinstance(chosen, list) else chosen
-    for source, where in ((whole, ""), (part, f"scales.{scale}.")):
+    for source, where in ((common, ""), (part, f"scales.{scale}.")):
         _check_types(source, path, where)
-    joined = {key: [*whole.get(key, []), *part.get(key, [])] for key in ("base", "extra", "exclude")}
-    return {**whole, **part, **joined, "grid": whole.get("grid", {}) | part.get("grid", {})}
+    joined = {key: [*common.get(key, []), *part.get(key, [])] for key in ("base", "extra", "exclude")}
+    return {**common, **part, **joined, "grid": common.get("grid", {}) | part.get("grid", {})}
 
 
 def _check_types(raw: dict[str, Any], path: Path, where: str = "") -> None:
@@ -168,11 +174,8 @@ def _check(raw: dict[str, Any], question: str, name: str, path: Path) -> Sweep:
     seeds = raw.get("seeds", [0])
     if not seeds:
         raise UserError(f"{path}: seeds is empty; give at least one, for example [0]")
-    n_runs = (math.prod(map(len, grid.values())) + len(raw.get("extra", []))) * len(seeds)
-    if n_runs > MOST_RUNS:
-        raise UserError(f"{path}: grid, extra and seeds make {n_runs} runs, above {MOST_RUNS}: split the sweep")
     _check_exclusions(path, grid | {"seed": [str(seed) for seed in seeds]}, exclude)
-    return Sweep(
+    sweep = Sweep(
         name=name,
         question=question,
         base=raw.get("base", []),
@@ -182,6 +185,15 @@ def _check(raw: dict[str, Any], question: str, name: str, path: Path) -> Sweep:
         seeds=seeds,
         stop=_stop_rule(raw.get("stop"), path),
     )
+    check_size(sweep, str(path))
+    return sweep
+
+
+def check_size(sweep: Sweep, where: str) -> None:
+    """UserError where so many runs can only be a mistake."""
+    n_runs = (math.prod(map(len, sweep.grid.values())) + len(sweep.extra)) * len(sweep.seeds)
+    if n_runs > MOST_RUNS:
+        raise UserError(f"{where}: grid, extra and seeds make {n_runs} runs, above {MOST_RUNS}: split the sweep")
 
 
 def _stop_rule(raw: dict[str, Any] | None, path: Path) -> StopRule | None:

@@ -1,4 +1,4 @@
-"""How a sweep's runs are told apart in words: each is named by what it has and others have not."""
+"""Titles of a sweep's runs: each is named by the settings in which it differs from the others."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,51 +18,55 @@ SHOWN_ELSEWHERE = (
 )
 
 
-def labels(configs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(variation, condition) of each config, among the configs with the same choice in the section of a setting.
+def describe_differences(configs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(stabilizer settings, other settings) by which each config differs from the others.
+
+    Four configs with two values of tau and, in one of them, another width of MLA's values:
+
+        [("tau=0.1", ""), ("tau=1", ""), ("tau=0.1", ""), ("tau=1", "v_dim=16")]
 
     A stabilizer's settings are named wherever they differ; others only where they are not what most configs have.
+    Configs are compared with those that made the same choice in a section: tau of QuacK and of Fixed are two settings.
     """
     flat = [flatten(config) for config in configs]
     values: dict[tuple[str, Any], Counter[str]] = {}
     for config in flat:
         for key, value in config.items():
-            values.setdefault((key, _kind(config, key)), Counter())[_text(value)] += 1
-    found = []
+            values.setdefault((key, _section_choice(config, key)), Counter())[_text(value)] += 1
+    differences = []
     for config in flat:
-        variation: dict[str, None] = {}
-        condition: dict[str, None] = {}
+        stabilizer_settings: list[str] = []
+        other_settings: list[str] = []
         for key, value in config.items():
             section, _, name = key.rpartition(".")
-            among = values[key, _kind(config, key)]
+            among = values[key, _section_choice(config, key)]
             if len(among) == 1 or key in SHOWN_ELSEWHERE or section == "logger":
                 continue
             text = f"{section}={value.split('.')[-2]}" if name == "_target_" else f"{name}={_text(value)}"
             if section == "stabilizer":
-                variation[text] = None
+                stabilizer_settings.append(text)
             elif _text(value) != among.most_common(1)[0][0]:
-                condition[text] = None
-        found.append((" ".join(variation), " ".join(condition)))
-    return found
+                other_settings.append(text)
+        differences.append((" ".join(dict.fromkeys(stabilizer_settings)), " ".join(dict.fromkeys(other_settings))))
+    return differences
 
 
-def _kind(config: dict[str, Any], key: str) -> Any:
-    """The choice made in the section of a setting: with another one, the setting is another thing."""
+def _section_choice(config: dict[str, Any], key: str) -> Any:
     section, _, name = key.rpartition(".")
     return None if name == "_target_" else config.get(f"{section}._target_")
 
 
-def title(config: dict[str, Any], variation: str, condition: str) -> str:
+def title(config: dict[str, Any], stabilizer_settings: str, other_settings: str) -> str:
     """`mla quack tau=0.1 lr 0.3 seed 0`."""
-    names = (choice(config["attention"]), choice(config["stabilizer"]), variation)
+    names = (choice(config["attention"]), choice(config["stabilizer"]), stabilizer_settings)
     rate = f"lr {config['optimizer']['lr']:g}"
-    return " ".join(part for part in (*names, rate, condition, f"seed {config['seed']}") if part)
+    return " ".join(part for part in (*names, rate, other_settings, f"seed {config['seed']}") if part)
 
 
 def titles(cells: Sequence[Cell]) -> dict[str, str]:
     """The title of each cell by its name."""
     configs = [cell.config for cell in cells]
-    named = zip(cells, labels(configs), strict=True)
+    named = zip(cells, describe_differences(configs), strict=True)
     return {cell.name: title(cell.config, *label) for cell, label in named}
 
 

@@ -20,7 +20,7 @@ PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SweepPlan:
     """The cells of a sweep as its directory records them."""
 
     sweep: str
@@ -109,8 +109,8 @@ def make_cells(sweep: Sweep, directory: Path, overrides: Sequence[str] = ()) -> 
     return list(cells.values())
 
 
-def write_plan(directory: Path, plan: Plan, file: str = PLAN_FILE) -> None:
-    """Write plan.json, or another file of the sweep directory, whole or not at all."""
+def write_plan(directory: Path, plan: SweepPlan, file: str = PLAN_FILE) -> None:
+    """Write plan.json, or another file of the sweep directory, atomically."""
     cells = [
         {"name": c.name, "fingerprint": c.fingerprint, "overrides": c.overrides, "config": c.config} for c in plan.cells
     ]
@@ -122,7 +122,7 @@ def write_plan(directory: Path, plan: Plan, file: str = PLAN_FILE) -> None:
     write_json(directory / file, {**head, "stop": asdict(plan.stop) if plan.stop else None, "cells": cells})
 
 
-def read_plan(directory: Path, file: str = PLAN_FILE) -> Plan:
+def read_plan(directory: Path, file: str = PLAN_FILE) -> SweepPlan:
     """The plan of a sweep directory, wherever the directory lies now."""
     path = directory / file
     if not path.is_file():
@@ -131,7 +131,7 @@ def read_plan(directory: Path, file: str = PLAN_FILE) -> Plan:
         written = _Document.model_validate_json(path.read_bytes())
     except (OSError, pydantic.ValidationError) as error:
         raise UserError(f"{path} is damaged or foreign ({reason(error)}); make the plan again") from None
-    return Plan(
+    return SweepPlan(
         sweep=written.sweep,
         question=written.question,
         command=written.command,
@@ -152,11 +152,12 @@ def _cell(overrides: list[str], directory: Path, sweep: str) -> Cell:
 
 def _refuse_lost_settings(sweep: Sweep, points: list[Point], overrides: Sequence[str]) -> None:
     """A value that another one replaces in every cell would have no effect, silently."""
-    axes = set(itertools.chain.from_iterable(map(_key, point.overrides) for point in points))
-    axes |= {"seed"} if len(sweep.seeds) > 1 else set()
+    axes = sweep.keys_of_points() | ({"seed"} if len(sweep.seeds) > 1 else set())
     for override in overrides:
         if _key(override) in axes:
-            raise UserError(f"{override}: the sweep {sweep.name} sets this key itself, cell by cell; change its file")
+            raise UserError(
+                f"{override}: the sweep {sweep.name} sets this key itself, run by run; remove it here or there"
+            )
     for override in [*sweep.base, *overrides, *itertools.chain.from_iterable(point.overrides for point in points)]:
         if _key(override) == "run_dir":
             raise UserError(f"{override}: a sweep names the directories of its runs itself; remove it, and use dir=")
