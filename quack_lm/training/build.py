@@ -14,7 +14,7 @@ from typing import IO, TypeVar
 import torch
 import yaml
 
-from quack_lm import slurm
+from quack_lm import __version__, slurm
 from quack_lm.config import choice, fingerprint, identity
 from quack_lm.data.batches import EvalBatches, TrainBatches
 from quack_lm.errors import UserError
@@ -204,12 +204,16 @@ def _take_run_dir(plan: Plan) -> IO[str]:
 def _describe(plan: Plan, world: World, n_params: int) -> None:
     """Write what a result is worthless without: the resolved config and the environment."""
     write_atomically(plan.run_dir / "config.yaml", yaml.safe_dump(plan.config, sort_keys=False))
-    packages = ("quack-lm", "torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "wandb")
+    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy", "hydra-core", "wandb")
     environment = {
         "command": sys.argv,
         "git_revision": _git("rev-parse", "HEAD"),
         "git_is_dirty": bool(_git("status", "--porcelain")),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "versions": {
+            "quack_lm": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
         "device": torch.cuda.get_device_name()
         if world.device.type == "cuda"
         else platform.processor() or platform.machine(),
