@@ -45,7 +45,7 @@ ENDLESS = [*PLAIN, "trainer.steps=100000", "trainer.checkpoint_every=20"]
 
 
 def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens at, above those at which ranks meet."""
+    """The first of so many ports in a row that are free, above the rendezvous ports of ranks."""
     for first in range(30_000 + os.getpid() % 500 * count, 32_000, count):
         try:
             for port in range(first, first + count):
@@ -83,7 +83,7 @@ class Site:
         self.environment = {**os.environ, "SLURM_CONF": str(state / "slurm.conf")}
         # The nodes' names are made up, and all on this machine.
         self.environment |= {"MASTER_ADDR": "127.0.0.1", "QUACK_SITE": str(folder / "site.sh"), "OMP_NUM_THREADS": "1"}
-        # Looking at the settings takes seconds each time, and these tests are about what jobs do.
+        # The check takes seconds each time, and these tests are about jobs.
         self.environment["QUACK_PREFLIGHT"] = "no"
         self.write_site()
 
@@ -198,13 +198,13 @@ def test_a_job_of_two_ranks_on_two_nodes_trains_like_torchrun_would(
     seen = summary(tmp_path / "run")
     assert (seen["status"], seen["world_size"], seen["step"]) == ("completed", 2, 8)
     assert site.show(job)["NumNodes"] == "2"
-    # Only the first rank speaks.
+    # Only the first rank prints.
     assert site.log(job).count("completed at step 8") == 1
     run_here(overrides, tmp_path / "alone")
     assert summary(tmp_path / "alone")["val_loss"] == pytest.approx(seen["val_loss"], abs=2e-4)
 
 
-def test_a_mistake_in_the_settings_fails_the_job_with_one_line(site: Site, tmp_path: Path) -> None:
+def test_an_error_in_the_settings_fails_the_job_with_one_line(site: Site, tmp_path: Path) -> None:
     job = site.train(tmp_path / "run", ["data.dir=/nowhere"])
     assert site.wait_for_end(job) == "FAILED"
     assert site.show(job)["ExitCode"] == "2:0"
@@ -215,7 +215,9 @@ def test_a_mistake_in_the_settings_fails_the_job_with_one_line(site: Site, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_is_told_before_anything_is_queued(site: Site, tmp_path: Path, tiny_data: list[str]) -> None:
+def test_an_error_in_the_settings_is_reported_before_anything_is_queued(
+    site: Site, tmp_path: Path, tiny_data: list[str]
+) -> None:
     del site.environment["QUACK_PREFLIGHT"]
     submit = [*SUBMIT, "--hold"]
     train = ["train", *SMALL, f"run_dir={tmp_path / 'run'}"]
@@ -290,17 +292,19 @@ def test_the_flags_of_sbatch_are_read_by_its_own_rules(words: str, ranks: int | 
     assert slurm.count_ranks(flags) == ranks
 
 
-def test_a_mistake_that_one_rank_finds_is_one_though_slurm_kills_the_others(site: Site, tmp_path: Path) -> None:
+def test_a_user_error_of_one_rank_is_the_jobs_exit_code_though_slurm_kills_the_others(
+    site: Site, tmp_path: Path
+) -> None:
     # Slurm ends the second rank, and srun's exit code shows only that.
     (site.folder / "rank.py").write_text(
         "import os, time\nfrom quack_lm.cli import exit_on_user_error\nfrom quack_lm.errors import UserError\n"
         "with exit_on_user_error():\n"
-        "    if os.environ['SLURM_PROCID'] == '0':\n        raise UserError('a mistake')\n"
+        "    if os.environ['SLURM_PROCID'] == '0':\n        raise UserError('wrong key')\n"
         "    time.sleep(60)\n"
     )
     job = site.ranks("run_ranks rank.py", flags=["--nodes=2", "--ntasks-per-node=1"])
     assert (site.wait_for_end(job), site.show(job)["ExitCode"]) == ("FAILED", "2:0"), site.log(job)
-    assert "error: a mistake\n" in site.log(job)
+    assert "error: wrong key\n" in site.log(job)
     assert "task 1: Terminated" in site.log(job)
     assert not list(site.folder.glob(".quack_job*"))
 
@@ -322,7 +326,7 @@ def test_slurm_signals_the_program_itself(site: Site) -> None:
     assert "child of slurmstepd" in site.log(job)
 
 
-def test_what_an_earlier_start_of_a_job_said_does_not_count(site: Site) -> None:
+def test_the_reason_that_an_earlier_start_of_a_job_left_does_not_count(site: Site) -> None:
     job = site.ranks("touch .quack_job_$SLURM_JOB_ID.user_error", "run_ranks -c 'print(\"fine\")'")
     assert site.wait_for_end(job) == "COMPLETED", site.log(job)
     assert "fine" in site.log(job)
@@ -360,7 +364,7 @@ def test_a_preempted_run_saves_and_is_requeued_once_to_the_same_end(
     stopped = summary(run_dir)
     assert (stopped["status"], stopped["reason"]) == ("interrupted", "asked to stop by SIGTERM")
     assert site.wait_for_end(job) == "COMPLETED"
-    # Slurm requeued it, and nobody else.
+    # Slurm requeued it, and not the job script.
     assert site.show(job)["Restarts"] == "1"
     assert "requeueing" not in site.log(job)
     assert site.log(job).count("start 1") == site.log(job).count("start 2") == 1
@@ -806,10 +810,10 @@ def trainer_of(cell: Cell) -> int:
         with contextlib.suppress(OSError):
             if (path / "fd/1").samefile(log):
                 return int(path.name)
-    raise AssertionError(f"nobody writes {log}")
+    raise AssertionError(f"no process writes {log}")
 
 
-def test_mistakes_are_found_before_anything_is_written_or_queued(
+def test_errors_of_a_sweep_are_found_before_anything_is_written_or_queued(
     site: Site, tmp_path: Path, small_sweep: Callable[..., list[str]]
 ) -> None:
     before = site.call("squeue", "-h", "-a")
@@ -913,7 +917,7 @@ def test_gpus_that_slurm_gave_and_torch_does_not_see_are_no_reason_to_train_on_t
     check_run(config)
 
 
-def test_the_ranks_meet_where_they_are_told_or_at_the_first_node_and_a_port_of_the_job() -> None:
+def test_the_rendezvous_is_the_given_address_or_the_first_node_and_a_port_of_the_job() -> None:
     job = {"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "1"}
     assert slurm.rendezvous({**job, "MASTER_ADDR": "here"}) == ("here", 10_000 + 123457 % 20_000)
     assert slurm.rendezvous({**job, "MASTER_ADDR": "here", "MASTER_PORT": "77"}) == ("here", 77)

@@ -539,7 +539,7 @@ def test_a_run_that_is_killed_starts_again_from_its_checkpoint(start, tmp_path):
     os.kill(child_of(process.pid), signal.SIGKILL)
     code, out, err = finish(process)
     assert code == 0, err
-    assert "ended in the middle (killed by signal 9), goes on from step_000" in err
+    assert ": killed by signal 9, restarts from step_000" in err
     assert "1 completed" in out
     steps = [line["step"] for line in metrics(cell)]
     assert steps == sorted(set(steps))

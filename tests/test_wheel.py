@@ -40,6 +40,7 @@ def test_the_wheel_prepares_trains_sweeps_and_reports_in_the_callers_directory(
     package = Path(call(tmp_path, environment / "bin/python", "-c", where).strip()).parent
     assert package.is_relative_to(environment)
     quack_lm = environment / "bin/quack-lm"
+    assert call(tmp_path, quack_lm, "--version").startswith("quack-lm ")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/stdlib").symlink_to(Path(tiny_data[-1].partition("=")[2]))
     (tmp_path / "two.yaml").write_text(TWO_RUNS)
@@ -54,3 +55,15 @@ def test_the_wheel_prepares_trains_sweeps_and_reports_in_the_callers_directory(
     assert str(package / "batch/site.sh") in call(tmp_path, quack_lm, "submit", "--help")
     for script in ("job.sh", "site.sh", "train.sbatch", "prepare.sbatch", "preflight.sbatch", "sweep.sbatch"):
         assert (package / "batch" / script).is_file()
+
+
+def test_a_python_without_the_packages_says_how_to_get_them(tmp_path: Path) -> None:
+    # -S: without the site-packages of this environment, where quack_lm and its dependencies are.
+    command = [sys.executable, "-S", ROOT / "scripts/train.py", "experiment=tiny"]
+    for path, missing in (("", "No module named 'quack_lm'"), (str(ROOT), "error: No module named 'yaml'")):
+        variables = os.environ | {"PYTHONPATH": path}
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+        assert done.returncode in (1, 2)
+        assert (done.stdout, done.stderr.count("\n")) == ("", 1), done.stderr
+        assert missing in done.stderr
+        assert "source .venv/bin/activate" in done.stderr

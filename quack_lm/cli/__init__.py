@@ -18,10 +18,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from typing import NoReturn
 
-from quack_lm import slurm
+from quack_lm import __version__, slurm
 from quack_lm.errors import UserError, exit_without_teardown, one_line
 
 VERBS = ("train", "prepare", "sweep", "report", "preflight", "submit", "completion")
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             print(__doc__)
             sys.exit(0)
         if verb == "--version":
-            print(f"quack-lm {metadata.version('quack-lm')}")
+            print(f"quack-lm {__version__}")
             sys.exit(0)
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb}; choose one of: {', '.join(VERBS)}")

@@ -1,4 +1,4 @@
-"""Training cells on this machine, each as a process of its own on cores, or a GPU, of its own."""
+"""Training cells on this machine, each in its own process on its own cores or GPU."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.label import titles
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
 
-# Another process of this Python, whatever the directory; `quack-lm` itself may not be on its path.
+# This interpreter, because `quack-lm` may not be on PATH.
 TRAIN = [sys.executable, "-m", "quack_lm", "train"]
 
 POLL_S = 0.5
@@ -41,7 +41,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one run may be at a time."""
+    """The cores and the GPU that one run at a time may use."""
 
     cores: frozenset[int]
     gpu: str | None
@@ -49,7 +49,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Running:
-    """A cell's process, its place, and the checkpoint that it began from."""
+    """A cell's process, its slot, and the checkpoint that it started from."""
 
     cell: Cell
     process: subprocess.Popen[bytes]
@@ -64,10 +64,10 @@ def default_jobs(threads: int) -> int:
 
 
 def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None = None, threads: int = 1) -> Outcome:
-    """Train every unfinished cell, `jobs` at a time, each on `threads` cores, or a GPU, of its own.
+    """Train every unfinished cell, `jobs` at a time, each on its own `threads` cores or GPU.
 
-    A failed cell is named with the end of its log and stops nothing; one that was killed, by its watchdog or from
-    outside, starts again for as long as it gets further each time; a hopeless one is ended by the rule. SIGINT and
+    A failed cell is printed with the end of its log, and the others go on. A killed one, by its watchdog or from
+    outside, is restarted as long as each start reaches a new checkpoint. The stop rule ends hopeless runs. SIGINT and
     SIGTERM are passed on once; the runs save and end, and the next call continues them. A second signal kills.
     """
     forget_other_rules(cells, stop)
@@ -106,7 +106,7 @@ def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None
 
 @contextmanager
 def _none_left_behind(running: Sequence[Running]) -> Iterator[None]:
-    """Whatever ends the sweep itself also asks its runs to save and end."""
+    """If the sweep itself fails, send SIGTERM to its runs, so that they save and end."""
     try:
         yield
     except BaseException:
@@ -119,8 +119,8 @@ def _start_what_fits(pending: list[Cell], free: list[Slot], running: list[Runnin
     """Move cells from pending to running while slots are free; one that another process trains stays pending."""
     for cell in list(pending):
         if not free:
-            return  # the files of hundreds of cells need not be read at every poll
-        if cell.is_finished():  # meanwhile, by another call
+            return  # before reading the files of hundreds of cells at every poll
+        if cell.is_finished():  # by another process since the last poll
             pending.remove(cell)
         elif process := _start(cell, free[-1], threads):
             running.append(Running(cell, process, free.pop(), cell.run_dir.newest_checkpoint()))
@@ -128,9 +128,9 @@ def _start_what_fits(pending: list[Cell], free: list[Slot], running: list[Runnin
 
 
 def _start(cell: Cell, slot: Slot, threads: int) -> subprocess.Popen[bytes] | None:
-    """Start a cell's process, or None while another process, perhaps left by a killed sweep, still trains it.
+    """Start a cell's process; None while another process, perhaps left by a killed sweep, still trains it.
 
-    The log is the lock: the child inherits it as its output, so the lock lives as long as the child does.
+    The log file is locked: the child inherits it as its output, so the lock lasts as long as the child.
     """
     cell.run_dir.path.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -146,18 +146,18 @@ def _start(cell: Cell, slot: Slot, threads: int) -> subprocess.Popen[bytes] | No
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                # Its own session: a Ctrl-C reaches it once, from us, and not a second time from the terminal.
+                # Its own session: a Ctrl-C reaches it once, from this process, not again from the terminal.
                 start_new_session=True,
             )
 
 
 def _is_worth_another_start(entry: Running) -> bool:
-    """Whether a run was killed, by its watchdog for instance, and has got further than where it began this time."""
+    """Whether a run was killed, by its watchdog for instance, after it had saved a newer checkpoint."""
     return entry.cell.run_dir.status() == "killed" and entry.cell.run_dir.newest_checkpoint() > entry.began_from
 
 
 def _stop_hopeless(watch: Watch, running: Sequence[Running]) -> list[Running]:
-    """Tell hopeless runs to save and end; the record comes first, so that the end is never taken for a failure."""
+    """Send SIGTERM to hopeless runs; the record is written first, so that the end is never taken for a failure."""
     hopeless = watch.hopeless([entry.cell for entry in running if not entry.is_stopped_by_rule])
     for entry in running:
         if entry.cell in hopeless:
@@ -177,7 +177,7 @@ def _ending(entry: Running, is_stopping: bool) -> str:
     tail = "".join(f"\n    {line}" for line in cell.run_dir.last_log_lines(LOG_LINES_SHOWN))
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     if _is_worth_another_start(entry):
-        return f"{cell.name}: ended in the middle ({how}), goes on from {cell.run_dir.newest_checkpoint()}:{tail}"
+        return f"{cell.name}: {how}, restarts from {cell.run_dir.newest_checkpoint()}:{tail}"
     return f"{cell.name}: FAILED ({how}), the end of {cell.run_dir.log_file}:{tail}"
 
 
@@ -205,16 +205,16 @@ def _advance(bar: "tqdm[Any]", cells: Sequence[Cell], running: Sequence[Running]
 
 
 def _steps_settled(cells: Sequence[Cell]) -> int:
-    """Steps that need no more work: all of them for a finished run, even if it ended early."""
+    """Steps that are done: all of them for a finished run, even if it ended early."""
     return sum(cell.total_steps if cell.is_finished() else cell.steps_done() for cell in cells)
 
 
-# ------------------------------------------------------------------------------------------------ processes and places
+# ------------------------------------------------------------------------------------------------ processes and slots
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them."""
+    """Collect SIGINT and SIGTERM instead of ending."""
     received: list[int] = []
     caught = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda number, _: received.append(number)) for number in caught]
@@ -227,7 +227,7 @@ def _signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _pinned(cores: frozenset[int]) -> Iterator[None]:
-    """A process started inside inherits these cores; not every system can pin."""
+    """A process started inside is pinned to these cores, on systems that support it."""
     own = _own_cores()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
@@ -247,16 +247,16 @@ def _gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-    import torch  # late: its import takes seconds, and a machine that says what is visible need not wait
+    import torch  # late: its import takes seconds
 
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _slots(jobs: int, threads: int) -> list[Slot]:
-    """A place per job: cores and GPUs are disjoint unless more are asked for than there are."""
+    """A slot per job: cores and GPUs are disjoint unless there are more jobs than cores or GPUs."""
     gpus = itertools.cycle(_gpus() or [None])
     own = sorted(_own_cores())
-    # With GPUs the cores are shared out whole: loading data and compiling want more than one.
+    # With GPUs, all cores are divided among the jobs: data loading and compilation use more than one.
     share = max(threads, len(own) // jobs) if _gpus() else threads
     cores = itertools.cycle(own)
     return [Slot(frozenset(itertools.islice(cores, share)), next(gpus)) for _ in range(jobs)]
