@@ -279,16 +279,17 @@ def _check_data(plan: SweepPlan) -> None:
 
 def show_status(plan: SweepPlan, directory: Path) -> None:
     """What the run directories say, and slurm; the former also where the latter does not answer."""
+    from quack_lm.report.status import status_table  # late, as everywhere here: only these verbs need its libraries
 
     if not cluster.was_submitted(directory):
-        print(status.status_table(plan.cells))
+        print(status_table(plan.cells))
         return
     try:
         tasks = cluster.tasks_of(directory)
     except UserError:
-        print(status.status_table(plan.cells))
+        print(status_table(plan.cells))
         raise
-    print(status.status_table(plan.cells, tasks))
+    print(status_table(plan.cells, tasks))
 
 
 def take_over(plan: SweepPlan, command: Command) -> None:

@@ -179,7 +179,7 @@ def _agree_at_the_lowest(results: Results) -> Iterable[Finding]:
         if pairs:
             widest = max(pairs, key=lambda pair: abs(pair.mean))
             verdict = _all_of([_agrees(pair) for pair in pairs if not pair.is_draw])
-            numbers = f"widest {_numbers(widest)} (agreement: {AGREEMENT})"
+            numbers = f"largest difference {_numbers(widest)} (agreement: {AGREEMENT})"
             yield Finding(place=str(place), numbers=numbers, verdict=verdict)
 
 

@@ -78,10 +78,12 @@ class Difference:
 
     @property
     def mean(self) -> float:
+        """Over the seeds."""
         return fmean(self.by_seed.values())
 
     @property
     def interval(self) -> tuple[float, float] | None:
+        """The 95% bootstrap interval of the mean; None with too few seeds."""
         return bootstrap_interval(list(self.by_seed.values()))
 
     @property

@@ -33,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One pair of axes."""
+    """One pair of axes and the lines drawn on them."""
 
     title: str
     lines: list[Line]
@@ -41,7 +41,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """One figure."""
+    """One figure: panels that share their axes."""
 
     name: str  # of its files, without extension
     title: str

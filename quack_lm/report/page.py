@@ -56,6 +56,7 @@ class Picture:
 
 
 def as_html(results: Results, pictures: Sequence[Picture], report_command: str, lead: Sequence[Section] = ()) -> str:
+    """The page with everything in it, figures included; nothing is fetched when it opens."""
     title = f"Sweep {results.plan.sweep}"
     facts = "".join(f"<dt>{_e(k)}</dt><dd>{_e(v)}</dd>\n" for k, v in provenance(results, report_command).items())
     return f"""<!doctype html>
@@ -85,6 +86,7 @@ def as_html(results: Results, pictures: Sequence[Picture], report_command: str, 
 def as_markdown(
     results: Results, pictures: Sequence[Picture], report_command: str, lead: Sequence[Section] = ()
 ) -> str:
+    """The same page in Markdown; it refers to the files figures/NAME.png."""
     question = "\n".join(f"> {markdown(line)}" for line in results.plan.question.splitlines())
     facts = "\n".join(
         f"- {markdown(key)}: {markdown(value)}" for key, value in provenance(results, report_command).items()

@@ -158,12 +158,15 @@ class Results:
     results: list[Result]
 
     def attentions(self) -> list[str]:
+        """Their names, in the order of the sweep file."""
         return list(dict.fromkeys(result.attention for result in self.results))
 
     def rates(self) -> list[float]:
+        """The learning rates, increasing."""
         return sorted({result.lr for result in self.results})
 
     def stabilizers(self) -> list[str]:
+        """Their names, in the order of the sweep file."""
         return list(dict.fromkeys(result.stabilizer for result in self.results))
 
     def places(self) -> list[Place]:
@@ -172,6 +175,7 @@ class Results:
         return sorted({r.place for r in self.results}, key=lambda p: (order[p.attention, p.condition], p.lr))
 
     def at(self, place: Place) -> list[Result]:
+        """The runs at a place, of all stabilizers and seeds."""
         return [result for result in self.results if result.place == place]
 
     def not_in_plan(self) -> list[str]:
@@ -222,6 +226,7 @@ def first_blowup(metrics: Iterable[dict[str, Any]], limit: float) -> Blowup | No
 
 
 def make_results(directory: Path, plan: SweepPlan, entries: Sequence[Entry]) -> Results:
+    """The results in order, from what was read of each cell; `Entry` says what that is."""
     named = describe_differences([cell.config for cell, *_ in entries])
     results = [
         Result(

@@ -26,6 +26,7 @@ def as_text(results: Results) -> str:
 
 
 def row(result: Result) -> tuple[str, ...]:
+    """The texts of HEADER's columns for one run."""
     return (
         f"{result.attention} {result.condition}".rstrip(),
         result.label,

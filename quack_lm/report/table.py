@@ -70,6 +70,7 @@ def markdown_code(text: str) -> str:
 
 
 def loss(value: float | None) -> str:
+    """`3.782`, or NO_NUMBER for None, as below."""
     return NO_NUMBER if value is None else f"{value:.3f}"
 
 
