@@ -376,8 +376,11 @@ readings: list[int] = []
 @pytest.mark.parametrize(
     ("error", "at", "is_kept"),
     [
-        *(("RuntimeError", 1, False), ("RuntimeError", 2, False), ("SystemExit", 2, False)),
-        *(("KeyboardInterrupt", 1, False), ("KeyboardInterrupt", 2, True)),
+        ("RuntimeError", 1, False),
+        ("RuntimeError", 2, False),
+        ("SystemExit", 2, False),
+        ("KeyboardInterrupt", 1, False),
+        ("KeyboardInterrupt", 2, True),
     ],
 )
 def test_what_breaks_before_its_first_commit_leaves_nothing_unless_a_user_stopped_it(

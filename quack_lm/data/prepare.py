@@ -43,9 +43,9 @@ from quack_lm.data.tokenizer import (
     BAR_DELAY_S,
     dtype_name,
     encode_batches,
+    locate_tokenizer,
     make_encoder,
     make_tokenizer,
-    refuse_missing_directory,
 )
 from quack_lm.errors import UserError
 from quack_lm.files import (
@@ -217,12 +217,12 @@ def is_prepared(corpus: Corpus) -> bool:
         return True
     corpus.input_files()
     if corpus.tokenizer:
-        refuse_missing_directory(corpus)
+        locate_tokenizer(corpus)
     place = nearest_existing_parent(target.parent)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"data.dir={target}: {place} is not a directory that can be written to")
     if _partial(target).is_dir():
-        _refuse_foreign(_partial(target), OUR_FILES.fullmatch)
+        _refuse_other_files(_partial(target), OUR_FILES.fullmatch)
     return False
 
 
@@ -230,7 +230,7 @@ def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: fl
     partial = _partial(target)
     is_new = not partial.exists()
     partial.mkdir(exist_ok=True)
-    _refuse_foreign(partial, OUR_FILES.fullmatch)
+    _refuse_other_files(partial, OUR_FILES.fullmatch)
     try:
         if not _is_finished(corpus, partial):
             committed = _resume(corpus, partial) or _start_over(corpus, partial, progress=progress)
@@ -278,7 +278,7 @@ def _is_complete(corpus: Corpus, target: Path) -> bool:
         raise UserError(f"data.dir={target} holds no data set but something else: choose another data.dir")
     manifest = TokenData.open(target, verify_checksums=False).manifest
     shards = {shard.file for split in SPLITS for shard in manifest.split(split).shards}
-    _refuse_foreign(target, lambda name: name in shards | {MANIFEST, TOKENIZER})
+    _refuse_other_files(target, lambda name: name in shards | {MANIFEST, TOKENIZER})
     settings = json.loads(json.dumps(corpus.settings()))
     for key in sorted(settings.keys() | manifest.source.keys()):
         then, now = manifest.source.get(key), settings.get(key)
@@ -290,7 +290,7 @@ def _is_complete(corpus: Corpus, target: Path) -> bool:
     return True
 
 
-def _refuse_foreign(directory: Path, is_ours: Callable[[str], Any]) -> None:
+def _refuse_other_files(directory: Path, is_ours: Callable[[str], Any]) -> None:
     for path in sorted(directory.iterdir()):
         if not is_ours(path.name):
             raise UserError(f"data.dir: {path} is not part of a data set: move it away, or choose another data.dir")

@@ -52,7 +52,7 @@ def make_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
     return tokenizer
 
 
-def refuse_missing_directory(corpus: Corpus) -> str:
+def locate_tokenizer(corpus: Corpus) -> str:
     """The directory of the tokenizer, or its name on the hub; UserError for a directory that does not exist."""
     name = os.path.expanduser(str(corpus.tokenizer))
     if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") > 1):
@@ -63,7 +63,7 @@ def refuse_missing_directory(corpus: Corpus) -> str:
 def _load_tokenizer(corpus: Corpus) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    name, what = refuse_missing_directory(corpus), f"data.tokenizer={corpus.tokenizer}"
+    name, what = locate_tokenizer(corpus), f"data.tokenizer={corpus.tokenizer}"
     if os.path.isdir(name):
         with input_errors(lambda: what, problem="not a transformers tokenizer directory"):
             for path in Path(name).iterdir():
@@ -155,7 +155,7 @@ class Encoder:
 
 
 def make_encoder(corpus: Corpus, directory: Path) -> Encoder:
-    """From the copy of the tokenizer inside the data set, so that an interrupted preparation goes on with the same."""
+    """An encoder with the copy of the tokenizer inside the data set, which an interrupted preparation continues with."""
     from transformers import AutoTokenizer
 
     with input_errors(lambda: f"data.dir: {directory / TOKENIZER}", problem=f"remove {directory} to start again"):
@@ -201,7 +201,7 @@ def _encode_in_worker(texts: list[str]) -> dict[SplitName, tuple[npt.NDArray[Any
 def encode_batches(
     encoder: Encoder, batches: Iterable[tuple[T, list[str]]], workers: int
 ) -> Generator[tuple[T, dict[SplitName, tuple[npt.NDArray[Any], int]]], None, None]:
-    """Each batch's encoding beside what came with it, in order, with a bounded number of batches in flight."""
+    """Each batch's position and encoding, in order, with a bounded number of batches in flight."""
     if workers < 2:
         for position, texts in batches:
             yield position, encoder(texts)
