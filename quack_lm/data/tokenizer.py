@@ -155,7 +155,7 @@ class Encoder:
 
 
 def make_encoder(corpus: Corpus, directory: Path) -> Encoder:
-    """An encoder with the copy of the tokenizer inside the data set, which an interrupted preparation continues with."""
+    """An encoder with the tokenizer that the data set has a copy of: an interrupted preparation continues with it."""
     from transformers import AutoTokenizer
 
     with input_errors(lambda: f"data.dir: {directory / TOKENIZER}", problem=f"remove {directory} to start again"):
