@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written, and that are files at all."""
+"""Reading files of unknown origin, replacing files atomically, locks and digests."""
 
 import errno
 import fcntl
@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,30 +21,19 @@ HASHING_THREADS = 8
 
 
 def open_regular(path: Path, mode: str = "r", *, errors: str | None = None) -> IO[Any]:
-    """`open`, with an OSError where it would wait for ever: for a pipe, a device, a socket, or a link to one."""
-    return open(path, mode, opener=_open_regular, encoding=None if "b" in mode else "utf-8", errors=errors)
-
-
-def _open_regular(path: str, flags: int) -> int:
-    try:
-        descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe makes already its opener wait
-    except OSError as error:
-        if error.errno != errno.ENXIO:  # what a pipe without a reader gives, and a socket
-            raise
-    else:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # a directory is refused by `open` itself
-            return descriptor
-        os.close(descriptor)
-    # Where only the `strerror` is shown, it still has to name the file.
-    raise OSError(errno.ENXIO, f"{path} is no ordinary file: remove it")
+    """`open` for a file that somebody else may have made: an OSError where it would wait forever, for a pipe, a device
+    or a socket, or a link to one."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a directory is refused by `open` itself
+        # Where only the `strerror` is shown, it still has to name the file.
+        raise OSError(errno.ENXIO, f"{path} is no ordinary file: remove it")
+    return open(path, mode, encoding=None if "b" in mode else "utf-8", errors=errors)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that a reader, or a crash, sees the old or the new text and nothing between."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open_regular(temporary, "w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

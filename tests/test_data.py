@@ -38,7 +38,8 @@ def write_data_set(tmp_path: Path) -> Path:
         shards = []
         for number, length in enumerate(lengths):
             path = tmp_path / f"{split}_{number:05d}.bin"
-            np.arange(10 * number, 10 * number + length, dtype="<u2").tofile(path)
+            first = {"train": 10 * number, "val": 20, "probe": 30}[split]
+            np.arange(first, first + length, dtype="<u2").tofile(path)
             shards.append({"file": path.name, "tokens": length, "sha256": sha256(path)})
         splits[split] = {"tokens": sum(lengths), "documents": 2, "shards": shards}
     manifest = {
@@ -248,14 +249,6 @@ def test_a_manifest_with_a_wrong_entry_is_refused(data_set: Path, path: tuple[An
         TokenData.open(data_set)
 
 
-def test_a_truncated_manifest_is_refused_at_every_length(data_set: Path) -> None:
-    content = (data_set / "manifest.json").read_bytes()
-    for length in range(0, len(content), 97):
-        (data_set / "manifest.json").write_bytes(content[:length])
-        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-            TokenData.open(data_set)
-
-
 def test_a_manifest_lacking_any_key_is_refused(data_set: Path) -> None:
     manifest = json.loads((data_set / "manifest.json").read_text())
     for key in manifest:
@@ -295,12 +288,6 @@ def opens_or_is_refused(directory: Path, manifest: bytes) -> bool:
     return True
 
 
-@given(document=json_values)
-@settings(max_examples=80)
-def test_any_document_as_a_manifest_is_refused(scratch: Path, document: Any) -> None:
-    assert not opens_or_is_refused(scratch, json.dumps(document).encode())
-
-
 @given(data=st.data())
 @settings(max_examples=150)
 def test_a_manifest_with_anything_anywhere_is_read_or_refused(scratch: Path, data: st.DataObject) -> None:
@@ -321,7 +308,7 @@ def test_a_manifest_with_anything_anywhere_is_read_or_refused(scratch: Path, dat
         not accepted
         or manifest == original
         or place[0] in ("source", "unigram_entropy", "vocab_size", "eot_id", "dtype")
-        or place[-1] in (*("name", "documents"),)
+        or place[-1] in ("name", "documents")
     )
 
 

@@ -1,4 +1,8 @@
-"""What comes from a stranger runs no code, no text of a user reaches a shell, and no secret is written down."""
+"""The proof of SECURITY.md: an untrusted file is read or refused, and can do nothing else.
+
+A section for each kind of file that somebody else may have made, then shells and secrets. That a data set reads no file
+outside of its directory, and that pipes, devices and damaged files are refused, is in test_refusals.py.
+"""
 
 import ast
 import contextlib
@@ -27,10 +31,8 @@ from quack_lm.training.loop import train
 
 ROOT = CONFIG_DIR.parent
 SOURCES = sorted([*(ROOT / "quack_lm").rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
-SMALL = [
-    *("model.n_layers=1", "trainer.val_sequences=2", "trainer.probe_sequences=2", "trainer.device=cpu"),
-    *("optimizer.warmup_steps=0", "logger.progress=false"),
-]
+SMALL = ["model.n_layers=1", "trainer.val_sequences=2", "trainer.probe_sequences=2", "trainer.device=cpu"]
+SMALL += ["optimizer.warmup_steps=0", "logger.progress=false"]
 # Names that a person or a program could choose for runs, groups, directories and settings.
 HOSTILE = [
     "two words",
@@ -67,7 +69,24 @@ def test_the_proof_that_code_ran_works(tmp_path: Path) -> None:
     assert (tmp_path / "pwned").exists()
 
 
-# ------------------------------------------------------------------------------------------------ code from strangers
+# ------------------------------------------------------------------------------------------------ configs and sweeps
+
+
+@pytest.mark.parametrize("tag", ["python/object/apply:os.mkdir", "python/object/new:os.mkdir"])
+@pytest.mark.parametrize("place", ["config", "sweep", "run_dir"])
+def test_tags_in_yaml_never_run(tag: str, place: str, tiny_data: list[str], tmp_path, monkeypatch, capsys) -> None:
+    text = f"# Why?\nseed: !!{tag} ['{tmp_path}/pwned']\n"
+    write_files(tmp_path, {"file.yaml": text.encode(), "run/config.yaml": text.encode()})
+    script, arguments = {
+        "config": ("train", [f"--config={tmp_path}/file.yaml"]),
+        "sweep": ("sweep", ["plan", f"sweep={tmp_path}/file.yaml", f"dir={tmp_path}/runs"]),
+        "run_dir": ("train", ["experiment=tiny", *tiny_data, f"run_dir={tmp_path}/run"]),
+    }[place]
+    assert call_here(script, arguments, monkeypatch, capsys)[0] == 2
+    assert not (tmp_path / "pwned").exists()
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +109,9 @@ def test_pickles_laid_into_a_checkpoint_are_never_read(run: tuple[Path, list[str
     with contextlib.suppress(UserError):  # a checkpoint with more files than it should have may be refused
         assert train(build_run(check_run(config))).name == "completed"
     assert not (tmp_path / "pwned").exists()
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers
 
 
 @pytest.mark.parametrize("place", ["data.tokenizer", "an interrupted preparation"])
@@ -115,6 +137,17 @@ def test_code_in_a_tokenizers_directory_never_runs(
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tokenizers_and_data_sets_are_loaded_without_their_code(path: Path) -> None:
+    for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+        trusts = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "trust_remote_code"]
+        is_loader = isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained"
+        assert trusts == (["False"] if is_loader else [])
+
+
+# ------------------------------------------------------------------------------------------------ data sets and results
+
+
 def parquet_with_pickles(path: Path, proof: Path, columns: dict[str, list[Any]]) -> None:
     """Columns of the extension type that old versions of pyarrow unpickled (CVE-2023-47248)."""
     payload = pickle.dumps(Pwned(proof))
@@ -134,85 +167,7 @@ def test_pickles_in_parquet_never_run(tmp_path: Path, monkeypatch, capsys) -> No
     assert not proof.exists()
 
 
-@pytest.mark.parametrize("tag", ["python/object/apply:os.mkdir", "python/object/new:os.mkdir"])
-@pytest.mark.parametrize("place", ["config", "sweep", "run_dir"])
-def test_tags_in_yaml_never_run(tag: str, place: str, tiny_data: list[str], tmp_path, monkeypatch, capsys) -> None:
-    text = f"# Why?\nseed: !!{tag} ['{tmp_path}/pwned']\n"
-    write_files(tmp_path, {"file.yaml": text.encode(), "run/config.yaml": text.encode()})
-    script, arguments = {
-        "config": ("train", [f"--config={tmp_path}/file.yaml"]),
-        "sweep": ("sweep", ["plan", f"sweep={tmp_path}/file.yaml", f"dir={tmp_path}/runs"]),
-        "run_dir": ("train", ["experiment=tiny", *tiny_data, f"run_dir={tmp_path}/run"]),
-    }[place]
-    assert call_here(script, arguments, monkeypatch, capsys)[0] == 2
-    assert not (tmp_path / "pwned").exists()
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_tokenizers_and_data_sets_are_loaded_without_their_code(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        for keyword in node.keywords if isinstance(node, ast.Call) else []:
-            assert keyword.arg != "trust_remote_code" or ast.unparse(keyword.value) == "False"
-        if isinstance(node, ast.Attribute) and node.attr == "from_pretrained":
-            call = next(
-                c
-                for c in ast.walk(ast.parse(path.read_text()))
-                if isinstance(c, ast.Call) and ast.unparse(c.func) == ast.unparse(node)
-            )
-            assert "trust_remote_code" in {keyword.arg for keyword in call.keywords}
-
-
-# ------------------------------------------------------------------------------------------------ shells
-
-PROCESS_CALLS = (
-    "subprocess.run",
-    "subprocess.Popen",
-    "subprocess.call",
-    "subprocess.check_call",
-    "subprocess.check_output",
-)
-SHELL_CALLS = (
-    "os.popen",
-    "os.system",
-    "subprocess.getoutput",
-    "subprocess.getstatusoutput",
-    "asyncio.create_subprocess_shell",
-)
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_process_is_started_from_a_list_and_without_a_shell(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        assert not any(keyword.arg == "shell" for keyword in call.keywords)
-        name = ast.unparse(call.func)
-        assert name not in SHELL_CALLS
-        if name in PROCESS_CALLS:
-            assert isinstance(call.args[0], ast.List | ast.Name), "a list, or a variable that has one"
-            assert not isinstance(call.args[0], ast.JoinedStr | ast.Constant)
-
-
-def printed_by_bash(lines: list[str], directory: Path) -> list[list[str]]:
-    """The arguments that a real shell gives to `python` for each line."""
-    script = "python() { printf '%s\\0' \"$@\"; printf '\\1\\0'; }\n" + "\n".join(lines)
-    done = subprocess.run(
-        ["bash", "-c", script], capture_output=True, check=True, cwd=directory, env=os.environ | {"LC_ALL": "C.UTF-8"}
-    )
-    assert done.stderr == b""
-    calls: list[list[str]] = [[]]
-    for text in done.stdout.decode().split("\0")[:-1]:
-        if text == "\1":
-            calls.append([])
-        else:
-            calls[-1].append(text)
-    return calls[:-1]
-
-
-def test_a_line_to_paste_gives_a_shell_the_same_arguments(tmp_path: Path) -> None:
-    lines = [shell_line(["python", text, "x" + text]) for text in HOSTILE]
-    assert all(len(line.splitlines()) == 1 for line in lines)
-    assert printed_by_bash(lines, tmp_path) == [[text, "x" + text] for text in HOSTILE]
-    assert snapshot(tmp_path) == {}
+# ------------------------------------------------------------------------------------------------ reports
 
 
 @pytest.fixture
@@ -226,26 +181,6 @@ def hostile_sweep(tmp_path: Path) -> Path:
     path = tmp_path / "$(touch pwned) `touch pwned` <script>'.yaml"
     path.write_text(text)
     return path
-
-
-def test_hostile_names_reach_every_run_as_they_are_and_no_shell(
-    hostile_sweep: Path, tmp_path, monkeypatch, capsys
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    arguments = [
-        "plan",
-        f"sweep={hostile_sweep}",
-        f"dir={tmp_path}/a b'\n$(touch pwned)",
-        "logger.name='$(touch pwned)'",
-    ]
-    code, stdout, stderr = call_here("sweep", arguments, monkeypatch, capsys)
-    assert (code, stderr) == (0, "")
-    lines = [line.partition("python ")[2] for line in stdout.splitlines() if "scripts/train.py" in line]
-    calls = printed_by_bash(["python " + line for line in lines], tmp_path)
-    assert [compose(overrides)["data"]["dir"] for _, *overrides in calls] == HOSTILE
-    assert {compose(overrides)["logger"]["group"] for _, *overrides in calls} == {hostile_sweep.stem}
-    assert {str(Path(compose(overrides)["run_dir"]).parent) for _, *overrides in calls} == {arguments[2][4:]}
-    assert not list(tmp_path.rglob("pwned"))
 
 
 class Tags(HTMLParser):
@@ -288,6 +223,78 @@ def test_a_report_on_hostile_names_has_no_element_of_theirs_and_fetches_nothing(
     assert "script>" in prose
     assert "<script" not in prose
     assert "](http" not in prose
+    assert not list(tmp_path.rglob("pwned"))
+
+
+# ------------------------------------------------------------------------------------------------ shells
+
+PROCESS_CALLS = (
+    "subprocess.run",
+    "subprocess.Popen",
+    "subprocess.call",
+    "subprocess.check_call",
+    "subprocess.check_output",
+)
+SHELL_CALLS = (
+    "os.popen",
+    "os.system",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "asyncio.create_subprocess_shell",
+)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_process_is_started_from_a_list_and_without_a_shell(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        assert not any(keyword.arg == "shell" for keyword in call.keywords)
+        name = ast.unparse(call.func)
+        assert name not in SHELL_CALLS
+        if name in PROCESS_CALLS:
+            assert isinstance(call.args[0], ast.List | ast.Name), "a list, or a variable that has one"
+
+
+def printed_by_bash(lines: list[str], directory: Path) -> list[list[str]]:
+    """The arguments that a real shell gives to `python` for each line."""
+    script = "python() { printf '%s\\0' \"$@\"; printf '\\1\\0'; }\n" + "\n".join(lines)
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, check=True, cwd=directory, env=os.environ | {"LC_ALL": "C.UTF-8"}
+    )
+    assert done.stderr == b""
+    calls: list[list[str]] = [[]]
+    for text in done.stdout.decode().split("\0")[:-1]:
+        if text == "\1":
+            calls.append([])
+        else:
+            calls[-1].append(text)
+    return calls[:-1]
+
+
+def test_a_line_to_paste_gives_a_shell_the_same_arguments(tmp_path: Path) -> None:
+    lines = [shell_line(["python", text, "x" + text]) for text in HOSTILE]
+    assert all(len(line.splitlines()) == 1 for line in lines)
+    assert printed_by_bash(lines, tmp_path) == [[text, "x" + text] for text in HOSTILE]
+    assert snapshot(tmp_path) == {}
+
+
+def test_hostile_names_reach_every_run_as_they_are_and_no_shell(
+    hostile_sweep: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "plan",
+        f"sweep={hostile_sweep}",
+        f"dir={tmp_path}/a b'\n$(touch pwned)",
+        "logger.name='$(touch pwned)'",
+    ]
+    code, stdout, stderr = call_here("sweep", arguments, monkeypatch, capsys)
+    assert (code, stderr) == (0, "")
+    lines = [line.partition("quack-lm ")[2] for line in stdout.splitlines() if "quack-lm train" in line]
+    calls = printed_by_bash(["python " + line for line in lines], tmp_path)
+    assert [compose(overrides)["data"]["dir"] for _, *overrides in calls] == HOSTILE
+    assert {compose(overrides)["logger"]["group"] for _, *overrides in calls} == {hostile_sweep.stem}
+    assert {str(Path(compose(overrides)["run_dir"]).parent) for _, *overrides in calls} == {arguments[2][4:]}
     assert not list(tmp_path.rglob("pwned"))
 
 

@@ -36,7 +36,7 @@ NOT_IDENTITY = ("dir", "workers", "mask_documents", "verify_checksums")
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(ABC):
-    """What every source of text has in common: its tokens, its splits, and how training reads it.
+    """The settings that every source of text has: its tokenizer, its splits, and how training reads it.
 
     Args:
         dir: directory of the token shards.
@@ -55,7 +55,7 @@ class Corpus(ABC):
     choice: ClassVar[str]  # the `data=` that makes one
 
     dir: str
-    # Beyond what any text needs: the library that trains a tokenizer makes room for all of it at once.
+    # The library that trains a tokenizer allocates all of it at once.
     vocab_size: Annotated[int, Field(gt=0, le=10_000_000)]
     tokenizer: str | None
     val_fraction: Fraction
@@ -126,7 +126,7 @@ class StdlibCorpus(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalCorpus(Corpus):
-    """Files of one's own: text (a document is a file), or jsonl or parquet (a document is a row).
+    """The user's files: text (a document is a file), or jsonl or parquet (a document is a row).
 
     Args:
         files: paths or globs; ** crosses directories.
@@ -182,7 +182,7 @@ class HubCorpus(Corpus):
             if len(formats) > 1:
                 raise UserError("data.files: parquet and jsonl files cannot be mixed")
             return _stream_tables(formats.pop(), paths, self.text_field)
-        with readable(self.source):
+        with input_errors(self.source):
             return _select_text(self._hub_stream(), self.text_field)
 
     def source(self, file: int | None = None) -> str:
@@ -205,36 +205,19 @@ class HubCorpus(Corpus):
 
 
 def _resolve_files(patterns: list[str]) -> list[Path]:
-    paths: set[str] = set()
+    paths: dict[str, str] = {}
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
-        found = [pattern] if os.path.isfile(pattern) else _expand(pattern)
+        found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         files = [os.path.abspath(path) for path in found if os.path.isfile(path)]
         if not files:
             raise UserError(
                 f"data.files: {pattern} matches no file{relative_note(pattern)}; give existing paths or globs"
             )
-        paths.update(files)
-    return [Path(path) for path in sorted(paths)]
-
-
-def _expand(pattern: str) -> Iterator[str]:
-    """`glob.glob` with recursion, but below a `**` each directory is entered once: links may lead in circles."""
-    parts = Path(glob.escape(os.getcwd()), pattern).parts
-    if "**" not in parts:
-        yield from glob.glob(pattern)
-        return
-    stars = parts.index("**")
-    rest = parts[stars + 1 :] or ("*",)
-    seen: set[str] = set()
-    for top in sorted(glob.glob(os.path.join(*parts[:stars]))):
-        for directory, folders, _ in os.walk(top, followlinks=True):
-            real = os.path.realpath(directory)
-            # As for glob, what begins with a dot is hidden.
-            folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-            if real not in seen:
-                seen.add(real)
-                yield from _expand(os.path.join(glob.escape(directory), *rest))
+        # Links may lead to a directory many times: each file is read once, under the first of its names.
+        for path in sorted(files):
+            paths.setdefault(os.path.realpath(path), path)
+    return [Path(path) for path in sorted(paths.values())]
 
 
 def _stream_files(documents: Callable[[list[str]], Iterator[dict[str, str]]], paths: list[Path]) -> "IterableDataset":
@@ -268,11 +251,11 @@ def _table_format(path: Path) -> str:
 def _stream_tables(format: str, paths: list[Path], text_field: str) -> "IterableDataset":
     import datasets
 
-    # What it raises over broken files is told in one line; it would log a second.
+    # Of what it raises over broken files, `input_errors` makes one line; it would log more.
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     builder = {"jsonl": "json", "parquet": "parquet"}[format]
-    with readable(lambda: f"data.files: {paths[0]} ({format})"):
-        # It takes each path for a pattern, and could find another file by it.
+    with input_errors(lambda: f"data.files: {paths[0]} ({format})"):
+        # It reads each path as a pattern, which could match another file.
         patterns = [glob.escape(str(path)) for path in paths]
         stream = datasets.load_dataset(builder, data_files=patterns, split="train", streaming=True)
         return _select_text(stream, text_field)
@@ -288,17 +271,17 @@ def _select_text(stream: "IterableDataset", text_field: str) -> "IterableDataset
 
 
 @contextlib.contextmanager
-def readable(source: Callable[[], str], *, trouble: str = "cannot read it") -> Iterator[None]:
-    """Turn what libraries raise over unreadable input into one line that names the input."""
+def input_errors(source: Callable[[], str], *, problem: str = "cannot read it") -> Iterator[None]:
+    """Turn whatever libraries raise over unreadable input into a UserError that names the input."""
     try:
         yield
     except UserError:
         raise
     # Broken archives raise EOFError or what their module defines, and so on.
     except Exception as error:
-        nothing = "no documents in it" if isinstance(error, StopIteration) else type(error).__name__
-        lines = str(error).strip().splitlines() or [nothing]
-        raise UserError(f"{source()}: {trouble}: {lines[0]}") from error
+        silent = "no documents in it" if isinstance(error, StopIteration) else type(error).__name__
+        lines = str(error).strip().splitlines() or [silent]
+        raise UserError(f"{source()}: {problem}: {lines[0]}") from error
 
 
 def require_hub(what: str) -> None:
@@ -319,7 +302,7 @@ def require_hub(what: str) -> None:
 
 def read_texts(corpus: Corpus, stream: "IterableDataset") -> Iterator[str]:
     """The text of each row; "" where a row has none."""
-    with readable(lambda: corpus.source(_file_at(stream))):
+    with input_errors(lambda: corpus.source(_file_at(stream))):
         for row in stream:
             text = row["text"]
             if text is not None and not isinstance(text, str):

@@ -19,13 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from quack_lm.data.batches import Sequences
 from quack_lm.errors import UserError
-from quack_lm.files import file_sha256, file_sha256s, open_regular, relative_note
+from quack_lm.files import file_sha256, file_sha256s, relative_note
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
-# A manifest may come from somebody else: its names stay inside the directory.
+# A manifest is untrusted: its names stay inside the directory.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-][A-Za-z0-9_.\-]*$")]
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -60,18 +60,11 @@ class Split(_Strict):
 
 
 class Splits(_Strict):
-    """Disjoint by document."""
+    """The three splits; no document is in two of them."""
 
     train: Split
     val: Split
     probe: Split
-
-    @model_validator(mode="after")
-    def _files_are_distinct(self) -> Self:
-        names = [shard.file for split in (self.train, self.val, self.probe) for shard in split.shards]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"{min(twice)} is listed twice")
-        return self
 
 
 class TokenizerFiles(_Strict):
@@ -103,7 +96,7 @@ class Manifest(_Strict):
 
     @property
     def token_dtype(self) -> np.dtype[Any]:
-        """How ids lie in the shards, on any machine."""
+        """The dtype of the ids in the shards, little-endian on any machine."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     def split(self, name: SplitName) -> Split:
@@ -140,7 +133,7 @@ class TokenData:
 
     @property
     def n_bytes(self) -> int:
-        """Of all shards."""
+        """The size of all shards together."""
         return sum(self.manifest.split(name).tokens for name in SPLITS) * self.manifest.token_dtype.itemsize
 
     def sequences(self, split: SplitName, seq_len: int) -> Sequences:
@@ -163,8 +156,7 @@ def read_manifest(directory: Path, *, choice: str = "...") -> tuple[Manifest, st
     path = directory / MANIFEST
     try:
         _refuse_link_out(directory, path)
-        with open_regular(path, "rb") as file:
-            raw = file.read()
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
             f"data.dir: no prepared data in {directory}{relative_note(directory)}, {MANIFEST} is missing; create it "
@@ -221,7 +213,7 @@ def _all_shards(manifest: Manifest) -> list[Shard]:
 
 
 def _refuse_link_out(directory: Path, path: Path) -> None:
-    """A data set from a stranger reads no file but its own; the directory itself may be reached through a link."""
+    """An untrusted data set reads no file but its own; the directory itself may be reached through a link."""
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
         raise _damaged(directory, path, "it is a link to a file outside of the data set")
     if path.exists() and not path.is_file() and not path.is_dir():

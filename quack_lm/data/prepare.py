@@ -1,15 +1,13 @@
-"""From the documents of a corpus to the token shards that `quack_lm.data` reads.
+"""From the documents of a corpus to the token shards that training reads.
 
-A preparation writes into `<dir>.partial`, commits its progress now and then, and renames it to `<dir>` at the end: a
-directory of that name is complete, whatever happened before.
+A preparation writes into `<dir>.partial`, commits its progress every so often, and renames it to `<dir>` at the end: a
+directory of that name is complete.
 """
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import re
@@ -45,9 +43,9 @@ from quack_lm.data.tokenizer import (
     BAR_DELAY_S,
     dtype_name,
     encode_batches,
+    locate_tokenizer,
     make_encoder,
     make_tokenizer,
-    refuse_missing_directory,
 )
 from quack_lm.errors import UserError
 from quack_lm.files import (
@@ -55,7 +53,6 @@ from quack_lm.files import (
     file_sha256,
     file_sha256s,
     nearest_existing_parent,
-    open_regular,
     sync_directory,
     take_lock,
     write_atomically,
@@ -88,7 +85,7 @@ class SplitWriter:
         self._cut_back()
 
     def write(self, tokens: npt.NDArray[Any], documents: int) -> None:
-        """Append the tokens of some whole documents."""
+        """Append tokens, those of so many documents."""
         self.documents += documents
         while len(tokens):
             index, filled = divmod(self.tokens, self._shard_tokens)
@@ -102,13 +99,13 @@ class SplitWriter:
                 self.close()
 
     def sync(self) -> None:
-        """Make what was written survive a power cut."""
+        """Flush what was written to the disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Finish the file that is open."""
+        """Flush and close the open shard."""
         self.sync()
         if self._file is not None:
             self._file.close()
@@ -126,7 +123,10 @@ class SplitWriter:
             if path not in committed:
                 path.unlink()
         for path, tokens in committed.items():
-            os.truncate(path, tokens * self._dtype.itemsize)
+            n_bytes = tokens * self._dtype.itemsize
+            if not path.is_file() or path.stat().st_size < n_bytes:
+                raise UserError(f"{path} has lost committed tokens; remove {self._directory} to start again")
+            os.truncate(path, n_bytes)
 
 
 def _shard_name(split: SplitName, index: int) -> str:
@@ -142,7 +142,11 @@ def _shard_sizes(split: SplitName, tokens: int, shard_tokens: int) -> list[tuple
 
 @dataclass(frozen=True)
 class PrepareState:
-    """The last commit of a preparation: what was read, and what of it is safely written."""
+    """The last commit of a preparation: what was read, and what of it is on the disk.
+
+    `identity` says what has to be unchanged for an interrupted preparation to continue; `stream` is the position in the
+    documents; `written` has the tokens and documents of each split.
+    """
 
     identity: dict[str, Any]
     documents: int
@@ -151,21 +155,19 @@ class PrepareState:
 
     @classmethod
     def start(cls, identity: dict[str, Any]) -> "PrepareState":
-        """Nothing read yet."""
+        """The state before the first document."""
         return cls(identity, 0, None, {split: {"tokens": 0, "documents": 0} for split in SPLITS})
 
     @classmethod
     def read(cls, path: Path) -> "PrepareState | None":
-        """What a file says, None if there is none or it is not ours."""
+        """The state in a file; None where there is none, or it was not written by a preparation."""
         try:
-            with open_regular(path) as file:
-                return cls(**json.load(file))
-        except (OSError, ValueError, TypeError, RecursionError):
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
             return None
 
 
 def _identity(corpus: Corpus) -> dict[str, Any]:
-    """What must be unchanged for an interrupted preparation to go on."""
     files = corpus.input_files()
     if corpus.tokenizer and os.path.isdir(corpus.tokenizer):
         files += sorted(path for path in Path(corpus.tokenizer).iterdir() if path.is_file())
@@ -180,51 +182,47 @@ def _identity(corpus: Corpus) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ preparation
 
 PROGRESS = "progress.json"
-# What can be wrong with a place to write in, beside a full or failing disk.
-USERS_ERRNOS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EEXIST, errno.ENXIO),
-}
 OUR_FILES = re.compile(r"(train|val|probe)_\d{5,}\.bin|(progress|manifest)\.json(\.tmp)?|tokenizer")
 
 
 def prepare(corpus: Corpus, *, progress: bool = True, commit_every_s: float = 30.0) -> Path:
-    """Make the data set of a corpus, or go on with an interrupted one; returns its directory."""
+    """Make the data set of a corpus, or continue an interrupted preparation; returns its directory.
+
+    UserError where the corpus cannot be read, its settings do not fit, or its directory cannot be written to.
+    """
     target = Path(corpus.dir).absolute()
     try:
         if is_prepared(corpus):
             print(f"{target} is prepared already, with the same settings")
             return target
         with _made_parents(target), _lock(target):
-            # Another process may have finished between the two looks.
+            # Another process may have finished it in the meantime.
             if not _is_complete(corpus, target):
                 _prepare(corpus, target, progress=progress, commit_every_s=commit_every_s)
     except OSError as error:
-        if error.errno in USERS_ERRNOS:
-            raise UserError(
-                f"data.dir={corpus.dir}: cannot write {error.filename or target}: {error.strerror}; mend that, or "
-                "choose another data.dir"
-            ) from error
-        raise
+        raise UserError(
+            f"data.dir={corpus.dir}: {error.filename or target}: {error.strerror or error}; fix that and run the same "
+            "command again, or choose another data.dir"
+        ) from error
     return target
 
 
 def is_prepared(corpus: Corpus) -> bool:
-    """Whether the data set is there; makes nothing.
+    """Whether the data set exists; creates nothing.
 
-    Raises UserError where its directory holds something else or cannot be made, or what the corpus names is not there.
+    UserError where its directory holds something else or cannot be made, or an input of the corpus does not exist.
     """
     target = Path(corpus.dir).absolute()
     if _is_complete(corpus, target):
         return True
     corpus.input_files()
     if corpus.tokenizer:
-        refuse_missing_directory(corpus)
+        locate_tokenizer(corpus)
     place = nearest_existing_parent(target.parent)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"data.dir={target}: {place} is not a directory that can be written to")
     if _partial(target).is_dir():
-        _refuse_foreign(_partial(target), OUR_FILES.fullmatch)
+        _refuse_other_files(_partial(target), OUR_FILES.fullmatch)
     return False
 
 
@@ -232,7 +230,7 @@ def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: fl
     partial = _partial(target)
     is_new = not partial.exists()
     partial.mkdir(exist_ok=True)
-    _refuse_foreign(partial, OUR_FILES.fullmatch)
+    _refuse_other_files(partial, OUR_FILES.fullmatch)
     try:
         if not _is_finished(corpus, partial):
             committed = _resume(corpus, partial) or _start_over(corpus, partial, progress=progress)
@@ -252,20 +250,17 @@ def _partial(target: Path) -> Path:
 
 
 def _is_worth_keeping(partial: Path, error: BaseException) -> bool:
-    """Hours of work are: the hub may be back tomorrow. Of a corpus that is refused or breaks at once, nothing is."""
+    """Committed documents are, for the hub may be back tomorrow; of a corpus that is refused at once, nothing is."""
     committed = PrepareState.read(partial / PROGRESS)
-    # Whoever interrupts means to go on, be it with the tokenizer alone.
+    # A user who interrupts will continue, if only with the tokenizer.
     return committed is not None and (committed.documents > 0 or isinstance(error, KeyboardInterrupt))
 
 
 @contextlib.contextmanager
 def _made_parents(target: Path) -> Iterator[None]:
-    """Make the directories above; those that a failure leaves empty go again."""
+    """Create the directories above; after a failure, those that are empty are removed again."""
     missing = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.dir={target}: {target.parent} cannot be made: {error.strerror}") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
@@ -276,14 +271,14 @@ def _made_parents(target: Path) -> Iterator[None]:
 
 
 def _is_complete(corpus: Corpus, target: Path) -> bool:
-    """Whether the data set is there; raises UserError if something else is."""
+    """Whether the data set exists; UserError where its directory holds something else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     if not (target / MANIFEST).is_file():
         raise UserError(f"data.dir={target} holds no data set but something else: choose another data.dir")
     manifest = TokenData.open(target, verify_checksums=False).manifest
     shards = {shard.file for split in SPLITS for shard in manifest.split(split).shards}
-    _refuse_foreign(target, lambda name: name in shards | {MANIFEST, TOKENIZER})
+    _refuse_other_files(target, lambda name: name in shards | {MANIFEST, TOKENIZER})
     settings = json.loads(json.dumps(corpus.settings()))
     for key in sorted(settings.keys() | manifest.source.keys()):
         then, now = manifest.source.get(key), settings.get(key)
@@ -295,7 +290,7 @@ def _is_complete(corpus: Corpus, target: Path) -> bool:
     return True
 
 
-def _refuse_foreign(directory: Path, is_ours: Callable[[str], Any]) -> None:
+def _refuse_other_files(directory: Path, is_ours: Callable[[str], Any]) -> None:
     for path in sorted(directory.iterdir()):
         if not is_ours(path.name):
             raise UserError(f"data.dir: {path} is not part of a data set: move it away, or choose another data.dir")
@@ -305,32 +300,18 @@ def _is_finished(corpus: Corpus, partial: Path) -> bool:
     """Whether an earlier preparation was interrupted after its manifest and before its rename."""
     if not (partial / MANIFEST).exists():
         return False
-    with contextlib.suppress(UserError):
-        return _is_complete_but_for_progress(corpus, partial)
-    return False
-
-
-def _is_complete_but_for_progress(corpus: Corpus, partial: Path) -> bool:
-    manifest, _ = read_manifest(partial)
-    return manifest.source == json.loads(json.dumps(corpus.settings()))
+    try:
+        return read_manifest(partial)[0].source == json.loads(json.dumps(corpus.settings()))
+    except UserError:
+        return False
 
 
 def _resume(corpus: Corpus, partial: Path) -> PrepareState | None:
     committed = PrepareState.read(partial / PROGRESS)
-    if committed is None or committed.identity != _identity(corpus) or not _has_committed(corpus, partial, committed):
+    if committed is None or committed.identity != _identity(corpus):
         return None
-    print(f"going on with {partial} after {committed.documents} documents")
+    print(f"continuing {partial} after {committed.documents} documents")
     return committed
-
-
-def _has_committed(corpus: Corpus, partial: Path, committed: PrepareState) -> bool:
-    """Whether the files hold at least what was committed; not so after somebody meddled with them."""
-    for split in SPLITS:
-        for name, tokens in _shard_sizes(split, committed.written[split]["tokens"], corpus.shard_tokens):
-            path = partial / name
-            if not path.is_file() or path.stat().st_size < tokens * np.dtype(dtype_name(corpus)).itemsize:
-                return False
-    return (partial / TOKENIZER).is_dir()
 
 
 def _start_over(corpus: Corpus, partial: Path, *, progress: bool) -> PrepareState:
@@ -347,7 +328,7 @@ def _start_over(corpus: Corpus, partial: Path, *, progress: bool) -> PrepareStat
 
 
 def _remove_ours(partial: Path) -> None:
-    # Progress goes first: without it nothing that is left can be taken for committed.
+    # The progress first: without it nothing that is left counts as committed.
     for path in sorted(partial.iterdir(), key=lambda path: path.name != PROGRESS):
         if path.is_dir():
             shutil.rmtree(path)
@@ -421,7 +402,7 @@ def _refuse_empty_splits(corpus: Corpus, writers: dict[SplitName, SplitWriter]) 
     total = sum(writer.documents for writer in writers.values())
     if not total:
         raise UserError(f"data.dir={corpus.dir}: the corpus has no documents")
-    mend = {
+    suggestions = {
         "train": f"lower data.val_fraction={corpus.val_fraction} or data.probe_fraction={corpus.probe_fraction}",
         "val": f"raise data.val_fraction={corpus.val_fraction}",
         "probe": f"raise data.probe_fraction={corpus.probe_fraction}",
@@ -429,7 +410,7 @@ def _refuse_empty_splits(corpus: Corpus, writers: dict[SplitName, SplitWriter]) 
     for split, writer in writers.items():
         if not writer.documents:
             raise UserError(
-                f"none of the {total} documents fell into the {split} split: {mend[split]} or add documents"
+                f"none of the {total} documents fell into the {split} split: {suggestions[split]}, or add documents"
             )
 
 
@@ -472,26 +453,19 @@ def _count_tokens(path: Path, corpus: Corpus) -> npt.NDArray[np.int64]:
 
 
 def _entropy(counts: npt.NDArray[np.int64]) -> float:
-    """Of the distribution with these counts, in nats."""
+    """The entropy of the distribution with these counts, in nats."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 
 
 @contextlib.contextmanager
 def _lock(target: Path) -> Iterator[None]:
-    """Hold `<dir>.lock`; the system lets go of it when this process ends, however it ends."""
+    """Hold `<dir>.lock`; the system releases it when this process ends, however it ends."""
     path = target.with_name(target.name + ".lock")
-    for _ in itertools.count():
-        file = open_regular(path, "a")
+    with path.open("a") as file:
         if not take_lock(file):
-            file.close()
-            raise UserError(f"data.dir={target}: another preparation of it is running: wait for it")
-        # Its last holder may have removed the file that we opened before we locked it.
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            break
-        file.close()
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
+            raise UserError(f"data.dir={target}: another preparation of it is running; wait for it")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from quack_lm.data.corpus import Corpus, read_texts, readable, require_hub
+from quack_lm.data.corpus import Corpus, input_errors, read_texts, require_hub
 from quack_lm.data.manifest import SPLITS, TOKENIZER, SplitName
 from quack_lm.errors import UserError
 from quack_lm.files import open_regular, relative_note
@@ -25,7 +25,7 @@ from quack_lm.files import open_regular, relative_note
 T = TypeVar("T")
 Tokenizer = Any  # a transformers tokenizer, or the `tokenizers.Tokenizer` inside it
 
-BAR_DELAY_S = 2.0  # what is refused at once is refused in one line
+BAR_DELAY_S = 2.0  # no bar above the error message of what is refused at once
 BYTES = 256  # the least vocabulary of a byte-level tokenizer, less its special tokens
 
 
@@ -33,11 +33,10 @@ BYTES = 256  # the least vocabulary of a byte-level tokenizer, less its special 
 
 
 def make_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
+    """The tokenizer of a corpus, loaded or trained; UserError where it does not fit the corpus' settings."""
     tokenizer = _train_tokenizer(corpus, progress=progress) if corpus.tokenizer is None else _load_tokenizer(corpus)
     vocabulary = tokenizer.get_vocab()
-    if not vocabulary:
-        raise UserError(f"data.tokenizer={corpus.tokenizer}: its vocabulary is empty; choose another tokenizer")
-    size = max(vocabulary.values()) + 1
+    size = max(vocabulary.values(), default=-1) + 1
     if size != corpus.vocab_size:
         trained = " (the corpus is too small for more)" if corpus.tokenizer is None else ""
         raise UserError(
@@ -53,8 +52,8 @@ def make_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
     return tokenizer
 
 
-def refuse_missing_directory(corpus: Corpus) -> str:
-    """Where the corpus says its tokenizer is: a directory that is there, or else a name on the hub; UserError."""
+def locate_tokenizer(corpus: Corpus) -> str:
+    """The directory of the tokenizer, or its name on the hub; UserError for a directory that does not exist."""
     name = os.path.expanduser(str(corpus.tokenizer))
     if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") > 1):
         raise UserError(f"data.tokenizer={corpus.tokenizer}: no such directory{relative_note(name)}")
@@ -64,18 +63,18 @@ def refuse_missing_directory(corpus: Corpus) -> str:
 def _load_tokenizer(corpus: Corpus) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    name, what = refuse_missing_directory(corpus), f"data.tokenizer={corpus.tokenizer}"
+    name, what = locate_tokenizer(corpus), f"data.tokenizer={corpus.tokenizer}"
     if os.path.isdir(name):
-        with readable(lambda: what, trouble="not a transformers tokenizer directory"):
+        with input_errors(lambda: what, problem="not a transformers tokenizer directory"):
             for path in Path(name).iterdir():
                 if not path.is_dir():
                     open_regular(path).close()  # the library would wait for a pipe
             return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    # What is in the cache needs no hub; where reading it fails, the hub may have it whole.
+    # What is in the cache needs no hub; where it is incomplete, the hub may have it.
     with contextlib.suppress(Exception):
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     require_hub(what)
-    with readable(lambda: what):
+    with input_errors(lambda: what):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
@@ -138,8 +137,8 @@ class Encoder:
         return {split: (np.array(ids[split], dtype=self.dtype), documents[split]) for split in SPLITS}
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        # What a foreign tokenizer lacks may show only at a text that needs it.
-        with readable(lambda: f"data.tokenizer={self.corpus.tokenizer}", trouble="it cannot encode a document"):
+        # What a tokenizer lacks may show only at a text that needs it.
+        with input_errors(lambda: f"data.tokenizer={self.corpus.tokenizer}", problem="it cannot encode a document"):
             return self._encode_all(texts)
 
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
@@ -156,10 +155,10 @@ class Encoder:
 
 
 def make_encoder(corpus: Corpus, directory: Path) -> Encoder:
-    """From the copy of the tokenizer inside the data set, so that an interrupted preparation goes on with the same."""
+    """An encoder with the tokenizer that the data set has a copy of: an interrupted preparation continues with it."""
     from transformers import AutoTokenizer
 
-    with readable(lambda: f"data.dir: {directory / TOKENIZER}", trouble=f"remove {directory} to start again"):
+    with input_errors(lambda: f"data.dir: {directory / TOKENIZER}", problem=f"remove {directory} to start again"):
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             directory / TOKENIZER, local_files_only=True, trust_remote_code=False
         )
@@ -172,6 +171,7 @@ def make_encoder(corpus: Corpus, directory: Path) -> Encoder:
 
 
 def dtype_name(corpus: Corpus) -> Literal["uint16", "uint32"]:
+    """The smallest dtype that holds every token id."""
     return "uint16" if corpus.vocab_size <= 2**16 else "uint32"
 
 
@@ -201,7 +201,7 @@ def _encode_in_worker(texts: list[str]) -> dict[SplitName, tuple[npt.NDArray[Any
 def encode_batches(
     encoder: Encoder, batches: Iterable[tuple[T, list[str]]], workers: int
 ) -> Generator[tuple[T, dict[SplitName, tuple[npt.NDArray[Any], int]]], None, None]:
-    """Each batch's encoding beside what came with it, in order, with a bounded number of batches in flight."""
+    """Each batch's position and encoding, in order, with a bounded number of batches in flight."""
     if workers < 2:
         for position, texts in batches:
             yield position, encoder(texts)
