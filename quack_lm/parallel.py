@@ -158,11 +158,11 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
         except RuntimeError as error:  # no mistake in the settings: a slow or broken machine, and another try may work
             if "EADDRINUSE" in str(error):
-                mend = f"another program listens at port {os.environ['MASTER_PORT']}; set MASTER_PORT to a free one"
+                hint = f"another program listens at port {os.environ['MASTER_PORT']}; set MASTER_PORT to a free one"
             else:
-                mend = "look for ranks that wrote nothing, at MASTER_ADDR, and at the network"
+                hint = "check for ranks that wrote nothing, MASTER_ADDR, and the network"
             raise RuntimeError(
-                f"rank {rank} did not reach the other {size - 1} (at most {timeout_s:.0f} s): {mend}"
+                f"rank {rank} did not reach the other {size - 1} (at most {timeout_s:.0f} s): {hint}"
             ) from error
     if replicas > 1:
         mesh = init_device_mesh(device, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))

@@ -65,7 +65,7 @@ def test_a_login_node_needs_no_gpu_for_a_job_that_will_have_some(tmp_path: Path,
     assert "2 in the job, 12 sequences a step" in done.stdout
     done = preflight([*own, "ranks=any", "trainer.replicas=7"])
     assert done.returncode == 0, done.stdout + done.stderr
-    # What a GPU would not mend is still told.
+    # What a GPU would not fix is still reported.
     done = preflight([*own, "ranks=2", "attention.backend=flash", "trainer.precision=float32"])
     assert done.returncode == 2
     assert "attention.backend=flash needs" in done.stdout
@@ -99,7 +99,7 @@ def test_everything_that_is_wrong_is_in_the_table(tmp_path: Path) -> None:
     assert done.stdout.count("FAIL  ") == 3, done.stdout
     for said in ("/nowhere", "without their config.yaml", "trainer.global_batch_size=12 must be a multiple"):
         assert said in done.stdout
-    assert done.stdout.endswith("FAILED: mend what is marked FAIL\n")
+    assert done.stdout.endswith("FAILED: fix the checks marked FAIL\n")
 
 
 def test_a_mistake_in_the_settings_is_one_line() -> None:

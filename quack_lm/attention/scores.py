@@ -67,7 +67,7 @@ def make_mask(backend: Backend, *, length: int, documents_BT: Tensor | None, dev
 
 
 def check_backend(backend: Backend, *, device: str, precision: str) -> None:
-    """Raise UserError, naming attention.backend and the mend, where a backend cannot run."""
+    """Raise UserError, naming attention.backend and a backend that runs, where this one cannot."""
     if backend in ("flash", "flex") and device != "cuda":
         raise UserError(
             f"attention.backend={backend} needs a CUDA device and this run is on {device}; use attention.backend=sdpa"
