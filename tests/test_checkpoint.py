@@ -119,7 +119,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "foreign manifest": ("manifest.json", make_foreign, "not what a run writes"),
     "manifest with endless bytes": ("manifest.json", make_endless, "not what a run writes"),
     "a pipe for the state": ("state.json", lambda path: path.unlink() or os.mkfifo(path), "is no ordinary file"),
-    "one more file": ("stranger.safetensors", lambda path: path.write_bytes(b"x"), "is not in its manifest"),
+    "one more file": ("extra.safetensors", lambda path: path.write_bytes(b"x"), "is not in its manifest"),
     "nothing at all": (".", lambda path: [p.unlink() for p in path.iterdir()] and None, "no manifest.json"),
 }
 

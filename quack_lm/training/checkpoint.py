@@ -5,8 +5,8 @@
         state.json                            the step, progress, config, data and W&B run
         manifest.json                         size and sha256 of every other file
 
-A directory is a checkpoint only if its manifest matches it. Nothing in it is a pickle: a checkpoint from a stranger can
-run no code. No state of a random generator is in it, because no training step draws a number: the order of the data
+A directory is a checkpoint only if its manifest matches it. Nothing in it is a pickle: an untrusted checkpoint
+can run no code. No state of a random generator is in it, because no training step draws a number: the order of the data
 and the initial weights are functions of the seed. Nor are the largest logits that QK clip follows: `step.py` clears
 them after every step, and a checkpoint is taken between steps. `saver.py` decides when and where checkpoints are
 written.
@@ -252,7 +252,7 @@ def _stored(checkpoint: Path) -> dict[str, list[Piece]]:
             # A number is stored as one element, with or without a dimension.
             start, shape = tuple(place.offset) or (0,), tuple(part.shape) or (1,)
             pieces.setdefault(place.fqn, []).append(Piece(start, shape, part.dtype))
-    except Exception as error:  # a header is a stranger's json, whose reader expects its own and raises anything
+    except Exception as error:  # an untrusted header, whose reader raises anything
         raise UserError(
             f"{checkpoint} is damaged ({type(error).__name__}: {error}); remove it to use the one before"
         ) from None
