@@ -283,9 +283,9 @@ def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(tmp_path: Path, t
     run_dir = tmp_path / "run"
     process = start([*tiny_data, *FAULTS, *LONG], run_dir, 2)
     wait_for_step(run_dir, 12, process)
-    (run_dir / "metrics.jsonl").rename(run_dir / "metrics.aside")
-    os.mkfifo(run_dir / "metrics.aside.pipe")
-    (run_dir / "metrics.aside.pipe").rename(run_dir / "metrics.jsonl")
+    (run_dir / "metrics.jsonl").rename(run_dir / "metrics.moved")
+    os.mkfifo(run_dir / "metrics.moved.pipe")
+    (run_dir / "metrics.moved.pipe").rename(run_dir / "metrics.jsonl")
     before = time.monotonic()
     assert process.wait(timeout=120) != 0
     # The launcher gives the others up to 30 s after the first has gone.
@@ -295,7 +295,7 @@ def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(tmp_path: Path, t
     # Wherever it has to wait for the other.
     assert re.search(r"loop\.py\", line \d+, in train", second)
     (run_dir / "metrics.jsonl").unlink()
-    (run_dir / "metrics.aside").rename(run_dir / "metrics.jsonl")
+    (run_dir / "metrics.moved").rename(run_dir / "metrics.jsonl")
     wait_until_gone(run_dir)
     done = run_process([*tiny_data, *FAULTS, *LONG, f"trainer.steps={summary(run_dir)['step'] + 20}"], run_dir, 2)
     assert done.returncode == 0, done.stderr
@@ -393,13 +393,13 @@ def test_data_that_changes_under_a_run_ends_it_in_one_line(
     overrides += ["trainer.val_every=5"]
     process = start(overrides, run_dir)
     wait_for_step(run_dir, 12, process)
-    aside = {}
+    saved = {}
     for shard in data.glob(f"{split}_*.bin"):
-        aside[shard] = shard.read_bytes()
+        saved[shard] = shard.read_bytes()
         if change == "deleted":
             shard.unlink()
         elif change == "rewritten":
-            shard.write_bytes(aside[shard][::-1])
+            shard.write_bytes(saved[shard][::-1])
         else:
             os.truncate(shard, 10)
     code = process.wait(timeout=100)
@@ -411,7 +411,7 @@ def test_data_that_changes_under_a_run_ends_it_in_one_line(
     refused = run_process(overrides, run_dir)
     assert refused.returncode == 2
     assert "is damaged: " in refused.stderr
-    for shard, content in aside.items():
+    for shard, content in saved.items():
         shard.write_bytes(content)
     step = summary(run_dir)["step"] + 10
     assert run_process([*overrides, f"trainer.steps={step}"], run_dir).returncode == 0

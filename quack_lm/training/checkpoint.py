@@ -158,21 +158,21 @@ def read_manifest(checkpoint: Path) -> dict[str, Digest]:
     return listed
 
 
-def commit(aside: Path, target: Path, state: dict[str, Any], wanted: dict[str, TensorSpec]) -> None:
+def commit(staging: Path, target: Path, state: dict[str, Any], wanted: dict[str, TensorSpec]) -> None:
     """Give written tensors their state, their manifest and, once the disk has all of it, their name.
 
     OSError where the files of all ranks do not hold every tensor that is wanted.
     """
-    if wrong := _first_wrong(_stored(aside), wanted):
+    if wrong := _first_wrong(_stored(staging), wanted):
         raise OSError(errno.EIO, f"{wrong}, though all ranks have written")
-    write_atomically(aside / STATE, json.dumps(state, indent=2) + "\n")
-    paths = sorted(aside.iterdir())
+    write_atomically(staging / STATE, json.dumps(state, indent=2) + "\n")
+    paths = sorted(staging.iterdir())
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, file_sha256s(paths), strict=True)
     }
-    write_atomically(aside / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
-    aside.rename(target)
+    write_atomically(staging / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
+    staging.rename(target)
     sync_directory(target.parent)
 
 
