@@ -151,7 +151,7 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
     if size == 1 and ("RANK" not in os.environ or "MASTER_ADDR" not in os.environ):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        if "RANK" not in os.environ:  # tasks of srun, which says who they are but not where to meet
+        if "RANK" not in os.environ:  # tasks of srun, which says who they are but not the rendezvous
             address, port = slurm.rendezvous()
             os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
         try:
@@ -172,7 +172,7 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
 
 
 def check_launch() -> None:
-    """Raise UserError where the environment does not say who this process is and where the ranks are to meet."""
+    """Raise UserError where the environment does not say who this process is and where the rendezvous is."""
     _, size, _ = launched_world()
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if _launched("WORLD_SIZE", 1) > 1 and name not in os.environ:

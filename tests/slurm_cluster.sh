@@ -66,7 +66,7 @@ JobRequeue=1
 KillWait=30
 InactiveLimit=0
 MinJobAge=86400
-# The ports at which ranks meet, 10000 to 30000, follow from a job's number, and test processes beside each other have a
+# The rendezvous ports of ranks, 10000 to 30000, follow from a job's number, and test processes beside each other have a
 # cluster each.
 FirstJobId=$((PORT * 100))
 # Small, so that a sweep of a few runs has to be split.
