@@ -136,11 +136,11 @@ def test_a_damaged_checkpoint_is_named_and_skipped_and_left_alone(
     left = names(tmp_path / "step_00000002")
     assert checkpoint.latest_valid_checkpoint(tmp_path) == tmp_path / "step_00000001"
     (line,) = capsys.readouterr().err.splitlines()
-    assert "step_00000002 is not a whole checkpoint and is skipped" in line
+    assert "step_00000002 is not a valid checkpoint and is skipped" in line
     assert re.search(message, line)
     assert names(tmp_path / "step_00000002") == left
     shutil.rmtree(tmp_path / "step_00000001")
-    with pytest.raises(UserError, match=f"none of the 1 checkpoints in {tmp_path} is whole.*({message})"):
+    with pytest.raises(UserError, match=f"none of the 1 checkpoints in {tmp_path} is valid.*({message})"):
         checkpoint.latest_valid_checkpoint(tmp_path)
 
 

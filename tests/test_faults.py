@@ -115,7 +115,7 @@ def kill(kind: str, process: subprocess.Popen[str], run_dir: Path, dice: random.
 
 
 def partials(run_dir: Path) -> set[tuple[str, int]]:
-    """The checkpoints that are not whole yet, each by what no later one has again."""
+    """The checkpoints that are not complete yet, each by what no later one has again."""
     found = set()
     for path in run_dir.glob("checkpoints/.step_*.partial"):
         with contextlib.suppress(FileNotFoundError):
@@ -238,7 +238,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_space_lets_it_go_on(
 def test_a_full_disk_under_the_metrics_ends_the_run_in_one_line(
     small_disk: Path, tmp_path: Path, tiny_data: list[str]
 ) -> None:
-    # Checkpoints lie elsewhere, so that only the metrics and the summary meet the full disk.
+    # Checkpoints lie elsewhere, so that only the metrics and the summary are on the full disk.
     overrides, run_dir = [*tiny_data, *FAULTS, "trainer.steps=100000"], small_disk / "run"
     elsewhere = tmp_path / "checkpoints"
     elsewhere.mkdir()

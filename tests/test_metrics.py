@@ -1,4 +1,4 @@
-"""What a run writes: metrics.jsonl line by line, files that are whole or absent, and a W&B mirror that may fail."""
+"""What a run writes: metrics.jsonl line by line, files that are complete or absent, and a W&B mirror that may fail."""
 
 import json
 import math

@@ -343,12 +343,12 @@ def test_a_damaged_checkpoint_is_skipped_and_the_run_still_ends_in_the_same_bits
     tensors.write_bytes(tensors.read_bytes()[:1000])
     shutil.copytree(tmp_path / "run", tmp_path / "worse")
     run_here(overrides, tmp_path / "run")
-    assert f"{newer} is not a whole checkpoint and is skipped" in capsys.readouterr().err
+    assert f"{newer} is not a valid checkpoint and is skipped" in capsys.readouterr().err
     assert records(tmp_path / "straight") == records(tmp_path / "run")
     assert_same_tensors(tmp_path / "straight", tmp_path / "run")
-    # With none left that is whole, nothing is overwritten.
+    # With no valid one left, nothing is overwritten.
     (tmp_path / "worse/checkpoints" / older.name / "state.json").unlink()
-    with pytest.raises(UserError, match=r"none of the 2 checkpoints in \S+worse/checkpoints is whole"):
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints in \S+worse/checkpoints is valid"):
         check_run(compose([*SMALL, *overrides, f"run_dir={tmp_path / 'worse'}"]))
 
 

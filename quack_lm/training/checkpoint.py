@@ -1,4 +1,4 @@
-"""What a checkpoint is: which directories are one, whole and ours, and how a run takes it back on any number of ranks.
+"""What a checkpoint is: which directories are valid ones, and how a run loads it on any number of ranks.
 
     step_00000500/
         shard-00001-model-*.safetensors ...   what each rank holds, as torch.distributed.checkpoint writes it
@@ -70,7 +70,7 @@ class Digest:
 
 
 class TensorSpec(NamedTuple):
-    """What is known of a tensor without its values; of a sharded one, of the whole."""
+    """What is known of a tensor without its values; of a sharded one, of the full tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -82,7 +82,7 @@ def tensor_specs(tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
 
 
 class Piece(NamedTuple):
-    """A part of a tensor as it lies in a file: where it begins in the whole, and its own shape and dtype."""
+    """A part of a tensor as it lies in a file: where it begins in the full tensor, and its own shape and dtype."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
@@ -98,7 +98,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 def latest_valid_checkpoint(directory: Path) -> Path | None:
     """The last checkpoint whose manifest matches; each newer one that is not is reported in a line, and left alone.
 
-    None where there is no checkpoint; UserError where there are some and none is whole: beginning again would throw
+    None where there is no checkpoint; UserError where there are some and none is valid: beginning again would throw
     away what the run has logged.
     """
     wrong: dict[Path, str] = {}
@@ -106,13 +106,13 @@ def latest_valid_checkpoint(directory: Path) -> Path | None:
         reason = validate_checkpoint(path, verify_checksums=True)
         if reason is None:
             for other, why in wrong.items():
-                print(f"warning: {other} is not a whole checkpoint and is skipped: {why}", file=sys.stderr)
+                print(f"warning: {other} is not a valid checkpoint and is skipped: {why}", file=sys.stderr)
             return path
         wrong[path] = reason
     if wrong:
         newest, why = next(iter(wrong.items()))
         raise UserError(
-            f"none of the {len(wrong)} checkpoints in {directory} is whole, for example {newest}: {why}; restore one, "
+            f"none of the {len(wrong)} checkpoints in {directory} is valid, for example {newest}: {why}; restore one, "
             "or choose another run_dir to start again from step 0"
         )
     return None
@@ -212,7 +212,7 @@ def snapshot(run_dir: RunDir, total_steps: int) -> tuple[list[str], str | None]:
 
 
 def check_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """UserError where a checkpoint does not hold these tensors of `named_tensors`, whole, of the same kinds.
+    """UserError where a checkpoint does not hold these tensors of `named_tensors`, complete, of the same shapes and dtypes.
 
     Their values are not asked for: they may lie on the meta device.
     """
@@ -359,7 +359,7 @@ def expected_tensors(meta_model: nn.Module, optimizers: list[Optimizer], stabili
 
 
 def retained_checkpoints(checkpoints: list[Path], *, keep: int, keep_every: int) -> Iterator[Path]:
-    """Of whole checkpoints, by step: the newest `keep`, and those of every `keep_every`th step (0: of none)."""
+    """Of valid checkpoints, by step: the newest `keep`, and those of every `keep_every`th step (0: of none)."""
     for path in checkpoints:
         if path in checkpoints[-keep:] or (keep_every and step_of(path) % keep_every == 0):
             yield path
