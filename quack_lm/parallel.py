@@ -1,7 +1,7 @@
 """Processes, sharding, and the few collectives; the rest of the project is written as if for one device.
 
 Weights are sharded by rows (FSDP2's Shard(0)), unevenly where the world size does not divide them. Work that needs
-whole matrices (orthogonalization, spectral norms) is shared out: an all-to-all gives each rank some matrices whole,
+full matrices (orthogonalization, spectral norms) is shared out: an all-to-all gives each rank some full matrices,
 and another brings the results back. A single float32 process runs on plain tensors, without any wrapping.
 """
 
@@ -218,7 +218,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World, *, precis
 def materialize(
     model: nn.Module, initial_value: Callable[[str, torch.Size], Tensor] | None, device: torch.device
 ) -> None:
-    """From the meta device to real memory; every rank draws each whole initial value and keeps its own rows."""
+    """From the meta device to real memory; every rank draws each full initial value and keeps its own rows."""
     tracked = {name: buffer.shape for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
@@ -241,7 +241,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     model.train()
     if isinstance(model, FSDPModule):
-        # FSDP keeps the root's parameters whole after a forward, for a backward that does not come here.
+        # FSDP keeps the root's parameters unsharded after a forward, for a backward that does not come here.
         model.reshard()
 
 
@@ -253,8 +253,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor on every rank."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -275,8 +275,8 @@ def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
     return values
 
 
-def map_whole_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor, like: Tensor) -> Tensor:
-    """Apply a function of whole matrices, [n, R, C] -> [n, R, C], to N row-sharded matrices; the ranks share the work.
+def map_full_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor, like: Tensor) -> Tensor:
+    """Apply a function of full matrices, [n, R, C] -> [n, R, C], to N row-sharded matrices; the ranks share the work.
 
     `shards_NrC` are this rank's rows of N matrices shaped and sharded like `like`; so is the result.
     """
@@ -286,7 +286,7 @@ def map_whole_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor,
     count, rows, columns = len(shards_NrC), like.shape[0], like.shape[1]
     sizes = _rows_by_rank(rows, group.size())
     result = function(_to_owners(shards_NrC, like))
-    # Before: whole results of the matrices owned here. After: this rank's rows of all its replica's matrices.
+    # Before: full results of the matrices owned here. After: this rank's rows of all its replica's matrices.
     send = torch.cat([part.reshape(-1) for part in result.split(sizes, dim=1)])
     mine, each = sizes[group.rank()], len(result)
     back = send.new_empty(group.size() * each * mine * columns)
@@ -302,8 +302,8 @@ def map_whole_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor,
     return back_MrC[:count]
 
 
-def measure_whole_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor, like: Tensor) -> Tensor:
-    """Apply a function of whole matrices, [n, R, C] -> [n, M], to N row-sharded matrices: [N, M] on every rank."""
+def measure_full_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor, like: Tensor) -> Tensor:
+    """Apply a function of full matrices, [n, R, C] -> [n, M], to N row-sharded matrices: [N, M] on every rank."""
     if not isinstance(like, DTensor):
         return function(shards_NrC)
     group, replicas = _shard_group(like), _replica_group(like)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from quack_lm.attention.base import Attention
 from quack_lm.logit_paths import declared_weights
-from quack_lm.parallel import World, local, local_rows, measure_whole_matrices, sum_over_shards
+from quack_lm.parallel import World, local, local_rows, measure_full_matrices, sum_over_shards
 from quack_lm.stabilizers.base import Scales, Stabilizer
 
 # Repeated squarings of the Gram matrix: the spectral norm is then exact to 0.04% in the worst case, without a host
@@ -101,7 +101,7 @@ class LogitWeights:
 
     def _spectral(self) -> dict[str, Tensor]:
         return {
-            name: measure_whole_matrices(
+            name: measure_full_matrices(
                 partial(spectral_norms, blocks=blocks), self.stack(name), self.parameters[name][0]
             )
             for name, blocks in self.blocks.items()

@@ -20,12 +20,12 @@ from quack_lm.config import instantiate
 from quack_lm.parallel import (
     World,
     clip_gradients,
+    full_tensor,
     local,
     local_rows,
-    map_whole_matrices,
-    measure_whole_matrices,
+    map_full_matrices,
+    measure_full_matrices,
     start_world,
-    whole,
 )
 from quack_lm.step import LogitWeights, stabilized_step
 
@@ -75,7 +75,7 @@ def train(config: dict[str, Any], world: World) -> dict[str, Any]:
         for each in optimizers:
             each.zero_grad()
     return {
-        "weights": {name: whole(p.detach()).clone() for name, p in model.named_parameters()},
+        "weights": {name: full_tensor(p.detach()).clone() for name, p in model.named_parameters()},
         "metrics": steadies.metrics(),
         "grad_norms": torch.stack(norms),
     }
@@ -121,9 +121,9 @@ def whole_matrix_work(shape: tuple[int, int], count: int, world: World) -> dict[
         handed["measure"] += matrices.norm(dim=(1, 2)).tolist()
         return torch.stack([matrices.sum((1, 2)), matrices[:, 0, 0], matrices[:, -1, -1]], dim=-1)
 
-    mine = map_whole_matrices(mapped, stack, parameters[0])
+    mine = map_full_matrices(mapped, stack, parameters[0])
     result = [whole_like(rows, p) for rows, p in zip(mine, parameters, strict=True)]
-    table = measure_whole_matrices(measured, stack, parameters[0])
+    table = measure_full_matrices(measured, stack, parameters[0])
     everyone: list[Any] = [handed]
     if world.mesh is not None:
         everyone = [None] * world.size

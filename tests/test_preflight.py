@@ -55,7 +55,7 @@ def test_a_login_node_checks_the_batch_for_the_ranks_of_the_job(tmp_path: Path, 
     assert "must be a multiple of ranks x trainer.micro_batch_size = 4 x 2 = 8" in done.stdout
     done = preflight([*own, "ranks=many"])
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "ranks=many must be a whole number" in done.stderr
+    assert "ranks=many must be an integer" in done.stderr
 
 
 def test_a_login_node_needs_no_gpu_for_a_job_that_will_have_some(tmp_path: Path, tiny_data: list[str]) -> None:

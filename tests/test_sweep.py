@@ -294,7 +294,7 @@ def test_a_line_adds_axes_to_a_file_and_to_its_extra_points(write, tmp_path):
     ("line", "message"),
     [
         (["seed=3"], r"say which sweep: sweep=quickstart, or several values"),
-        (["seed=1,x"], r"seed=1,x: a seed is a whole number"),
+        (["seed=1,x"], r"seed=1,x: a seed is an integer"),
         (["seed=1,2", "seed=3"], r"seed=3: the sweep multirun-\w+ sets this key itself"),
         (["seed=1,2", "seed=3,4"], r"seed=3,4: seed has several values already"),
         (["run_dir=a,b"], r"run_dir=a: a sweep names the directories of its runs itself"),

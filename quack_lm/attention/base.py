@@ -83,7 +83,7 @@ class Attention(nn.Module, ABC):
 
 
 def even_split(d_model: int, n_heads: int) -> int:
-    """The head dimension d_model / n_heads; UserError if that is no whole number."""
+    """The head dimension d_model / n_heads; UserError if that is no integer."""
     if d_model % n_heads:
         raise UserError(
             f"attention.n_heads={n_heads} must divide model.d_model={d_model}, or set the head dimensions of attention"

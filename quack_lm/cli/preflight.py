@@ -87,7 +87,5 @@ def expected_ranks(arguments: list[str]) -> int | None:
     if text == "any":
         return 0
     if not text.isdecimal() or len(text) > 6 or int(text) == 0:
-        raise UserError(
-            f"ranks={text} must be a whole number of at least 1 (nodes x tasks per node of the job), or any"
-        )
+        raise UserError(f"ranks={text} must be an integer of at least 1 (nodes x tasks per node of the job), or any")
     return int(text)

@@ -46,14 +46,14 @@ VERBS = {
 
 
 def count(value: str) -> int:
-    """a whole number from 1 to 9999"""
+    """an integer from 1 to 9999"""
     if not value.isdecimal() or not 1 <= int(value[:9]) <= 9999:
         raise ValueError
     return int(value)
 
 
 def index(value: str) -> int:
-    """a whole number, SLURM_ARRAY_TASK_ID in a job array"""
+    """an integer, SLURM_ARRAY_TASK_ID in a job array"""
     if not value.isdecimal():
         raise ValueError
     return int(value)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quack_lm.parallel import local, map_whole_matrices
+from quack_lm.parallel import local, map_full_matrices
 
 # Jordan's quintic: chosen for slope at zero, so that five steps bring singular values into about [0.7, 1.2].
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -70,7 +70,7 @@ class Muon(torch.optim.Optimizer):
         directions = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
         # One batch of matrices, cast first: half the bytes travel in bfloat16.
         stack_NrC = torch.stack([d.to(group["ns_dtype"]) for d in directions])
-        update_NrC = map_whole_matrices(orthogonalize, stack_NrC, parameters[0]).to(weights[0].dtype)
+        update_NrC = map_full_matrices(orthogonalize, stack_NrC, parameters[0]).to(weights[0].dtype)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] * _update_scale(group["update_scale"], parameters[0].shape)
         # Torch raises for a factor that the weights' type does not hold; a rate so absurd is to end as diverged.

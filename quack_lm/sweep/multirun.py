@@ -57,5 +57,5 @@ def with_axes(sweep: Sweep, axes: Sequence[Axis]) -> Sweep:
 
 def _seeds(axis: Axis) -> list[int]:
     if not all(value.isdecimal() for value in axis.values):
-        raise UserError(f"seed={','.join(axis.values)}: a seed is a whole number, 0 or more")
+        raise UserError(f"seed={','.join(axis.values)}: a seed is an integer, 0 or more")
     return [int(value) for value in axis.values]
