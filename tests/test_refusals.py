@@ -1,4 +1,4 @@
-"""Invalid input, of the user or in untrusted files: one line that names it and suggests a fix, exit code 2, no trace left.
+"""Invalid input, of the user or in untrusted files: one line that names it and suggests a fix, exit code 2, no trace.
 
 The rows below go through the scripts' own main blocks. What a manifest may not say is in test_data.py, what a corpus
 may not be in test_corpus.py, a damaged checkpoint and a run directory in use in test_train.py.

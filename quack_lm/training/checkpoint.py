@@ -212,7 +212,7 @@ def snapshot(run_dir: RunDir, total_steps: int) -> tuple[list[str], str | None]:
 
 
 def check_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """UserError where a checkpoint does not hold these tensors of `named_tensors`, complete, of the same shapes and dtypes.
+    """UserError where a checkpoint does not hold these tensors of `named_tensors`, complete, and of the same kind.
 
     Their values are not asked for: they may lie on the meta device.
     """
