@@ -27,7 +27,7 @@ PARTS = ("query", "key", "upstream")
 
 
 class Probe:
-    """Per layer and head: largest logit, mean and largest |change|, and attention entropy in nats.
+    """Per layer and head: max logit, mean and largest |change|, and attention entropy in nats.
 
     `batches` are this rank's (tokens [B, T + 1], weights [B]) of the probe split; sequences of weight 0 are padding.
     With `weights`, the mean |change| is split into its parts too.
@@ -61,7 +61,7 @@ class Probe:
     def after(self) -> dict[str, Tensor]:
         """The measurements against `before`: tables [layers, heads], and their aggregates over heads."""
         shape = (len(self.attentions), self.attentions[0].n_heads)
-        # Largest logit, largest change, largest change by the weights; and the longest input of each layer.
+        # Max logit, largest change, largest change by the weights; and the longest input of each layer.
         largest = torch.full((3, *shape), -torch.inf, device=self.world.device)
         longest = torch.zeros(len(self.attentions), device=self.world.device)
         # Changes, entropies, and the parts of the changes.

@@ -65,7 +65,7 @@ class LogitWeights:
 
     @torch.no_grad()
     def take_max_logits(self, world: World) -> Tensor:
-        """Each head's largest logit since the last call over all ranks, [layers, heads]; the record is cleared."""
+        """Each head's max logit since the last call over all ranks, [layers, heads]; the record is cleared."""
         maxima_LH = torch.stack([a.max_logits_H for a in self.attentions])
         for attention in self.attentions:
             attention.max_logits_H.fill_(-torch.inf)

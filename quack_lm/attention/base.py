@@ -34,7 +34,7 @@ class QueryKeySeam(nn.Module):
 class Attention(nn.Module, ABC):
     """Causal self-attention: [B, T, D] -> [B, T, D].
 
-    `max_logits_H` holds each head's largest logit over the training forwards since `reset_max_logits`, if tracked.
+    `max_logits_H` holds each head's max logit over the training forwards since `reset_max_logits`, if tracked.
     """
 
     max_logits_H: Tensor

@@ -1,4 +1,4 @@
-"""Causal attention behind one interface, optionally with each head's largest logit.
+"""Causal attention behind one interface, optionally with each head's max logit.
 
     out, max_logits = attend(q, k, v, mask=mask, backend="sdpa", want_max=True)
 

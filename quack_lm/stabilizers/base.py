@@ -15,7 +15,7 @@ class Stabilizer:
 
     #: The norm that `initialize` and `step_scale` need of every declared weight block; None: they get no norms.
     needs_norms: str | None = None
-    #: Whether `weight_scale` needs each head's largest logit since the last step.
+    #: Whether `weight_scale` needs each head's max logit since the last step.
     needs_max_logits: bool = False
     #: Whether weight decay follows the scaled rate of a block (the paper's wording) or keeps the base rate.
     scales_weight_decay: bool = True

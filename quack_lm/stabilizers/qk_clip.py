@@ -1,4 +1,4 @@
-"""QK clip: after the step, shrink the weights of each head whose largest logit passed a threshold.
+"""QK clip: after the step, shrink the weights of each head whose max logit passed a threshold.
 
     gamma = min(1, threshold / S_max[head])
 

@@ -7,7 +7,7 @@
 
 A directory is a checkpoint only if its manifest matches it. Nothing in it is a pickle: an untrusted checkpoint
 can run no code. No state of a random generator is in it, because no training step draws a number: the order of the data
-and the initial weights are functions of the seed. Nor are the largest logits that QK clip follows: `step.py` clears
+and the initial weights are functions of the seed. Nor are the max logits that QK clip reads: `step.py` clears
 them after every step, and a checkpoint is taken between steps. `saver.py` decides when and where checkpoints are
 written.
 """

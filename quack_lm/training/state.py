@@ -142,7 +142,7 @@ class TrainState:
         """The reasons to call the run unstable; none if it was fine."""
         reasons = []
         if self.peak_logit is not None and not self.peak_logit <= rules.unstable_logit:
-            reasons.append(f"largest logit {self.peak_logit:.3g} above {rules.unstable_logit:g}")
+            reasons.append(f"max logit {self.peak_logit:.3g} above {rules.unstable_logit:g}")
         if self.val_loss is not None and self.best_val_loss is not None:
             if not self.val_loss <= self.best_val_loss + rules.unstable_margin:
                 reasons.append(f"validation loss {self.val_loss:.3f} ended above its best, {self.best_val_loss:.3f}")
