@@ -21,7 +21,7 @@ from quack_lm.sweep.file import Point, StopRule, known_sweeps, load, override_va
 from quack_lm.sweep.label import describe_differences, titles
 from quack_lm.sweep.multirun import unnamed_name, unnamed_sweep, with_axes
 from quack_lm.sweep.plan import SweepPlan, make_cells, read_plan, write_plan
-from quack_lm.sweep.rule import Watch, forget_other_rules, is_hopeless, record_stop
+from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop, should_stop
 from quack_lm.training.build import make_model
 from quack_lm.training.run_dir import RunDir
 
@@ -177,7 +177,7 @@ RULE = StopRule(loss_above_best=2.0, for_steps=3)
 )
 def test_a_cell_is_hopeless_after_enough_steps_in_a_row_above_the_best(losses, expected):
     best = dict.fromkeys(range(1, 5), 4.0)
-    assert is_hopeless(dict(enumerate(losses, start=1)), best, RULE) is expected
+    assert should_stop(dict(enumerate(losses, start=1)), best, RULE) is expected
 
 
 def test_flops_are_counted_once_per_distinct_model(write, tmp_path):
@@ -210,7 +210,7 @@ def test_the_rule_reads_past_a_damaged_line(write, tmp_path):
         lines = [json.dumps({"step": step, "train/loss": loss}) for step in range(1, 5)]
         lines[1:1] = ["garbage", "[" * 5000, '{"step": "x", "train/loss": 1}'] if loss > 1 else []
         cell.run_dir.metrics_file.write_text("\n".join(lines) + "\n")
-    assert Watch(RULE, [good, bad]).hopeless([good, bad]) == [bad]
+    assert Watch(RULE, [good, bad]).to_stop([good, bad]) == [bad]
 
 
 def test_runs_are_told_apart_by_what_they_have_and_others_have_not(write, tmp_path):

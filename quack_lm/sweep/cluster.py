@@ -242,7 +242,7 @@ def _start_watch(cell: Cell, plan: SweepPlan, directory: Path) -> None:
         everything = read_plan(directory).cells if (directory / PLAN_FILE).is_file() else plan.cells
         watch = Watch(plan.stop, everything)
         while os.getppid() == trainer:
-            if watch.hopeless([c for c in everything if c.name == cell.name]):
+            if watch.cells_to_stop([c for c in everything if c.name == cell.name]):
                 record_stop(cell, plan.stop)
                 os.kill(trainer, signal.SIGTERM)
                 break

@@ -67,7 +67,7 @@ def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None
     """Train every unfinished cell, `jobs` at a time, each on its own `threads` cores or GPU.
 
     A failed cell is printed with the end of its log, and the others go on. A killed one, by its watchdog or from
-    outside, is restarted as long as each start reaches a new checkpoint. The stop rule ends hopeless runs. SIGINT and
+    outside, is restarted as long as each start reaches a new checkpoint. The stop rule stops runs early. SIGINT and
     SIGTERM are passed on once; the runs save and end, and the next call continues them. A second signal kills.
     """
     forget_other_rules(cells, stop)
@@ -89,7 +89,7 @@ def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None
                 signals_passed_on = len(received)
             _start_what_fits(pending, free, running, threads)
             if watch and not received and time.monotonic() - watched_at > RULE_POLL_S:
-                running[:] = _stop_hopeless(watch, running)
+                running[:] = _stop_early(watch, running)
                 watched_at = time.monotonic()
             for entry in [entry for entry in running if entry.process.poll() is not None]:
                 running.remove(entry)
@@ -156,14 +156,14 @@ def _is_worth_another_start(entry: Running) -> bool:
     return entry.cell.run_dir.status() == "killed" and entry.cell.run_dir.newest_checkpoint() > entry.began_from
 
 
-def _stop_hopeless(watch: Watch, running: Sequence[Running]) -> list[Running]:
-    """Send SIGTERM to hopeless runs; the record is written first, so that the end is never taken for a failure."""
-    hopeless = watch.hopeless([entry.cell for entry in running if not entry.is_stopped_by_rule])
+def _stop_early(watch: Watch, running: Sequence[Running]) -> list[Running]:
+    """Send SIGTERM to the runs that the rule stops; the record is written first, so that the end is never taken for a failure."""
+    to_stop = watch.cells_to_stop([entry.cell for entry in running if not entry.is_stopped_by_rule])
     for entry in running:
-        if entry.cell in hopeless:
+        if entry.cell in to_stop:
             record_stop(entry.cell, watch.rule)
             entry.process.send_signal(signal.SIGTERM)
-    return [replace(entry, is_stopped_by_rule=True) if entry.cell in hopeless else entry for entry in running]
+    return [replace(entry, is_stopped_by_rule=True) if entry.cell in to_stop else entry for entry in running]
 
 
 def _ending(entry: Running, is_stopping: bool) -> str:

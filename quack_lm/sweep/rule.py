@@ -1,8 +1,8 @@
-"""Stopping hopeless cells by a rule that the sweep file states before it starts.
+"""Early stopping of cells, by a rule that the sweep file states before it starts.
 
     stop: {loss_above_best: 2.0, for_steps: 50}
 
-A cell is hopeless once its training loss has been above `loss_above_best` times the smallest loss of any cell of the
+A cell is stopped once its training loss has been above `loss_above_best` times the smallest loss of any cell of the
 sweep at the same step, for `for_steps` steps in a row, up to its newest.
 """
 
@@ -24,7 +24,7 @@ class Watch:
         self.losses: dict[str, dict[int, float]] = {cell.name: {} for cell in cells}
         self._read: dict[str, int] = {cell.name: 0 for cell in cells}
 
-    def hopeless(self, running: Sequence[Cell]) -> list[Cell]:
+    def cells_to_stop(self, running: Sequence[Cell]) -> list[Cell]:
         """Those of the running cells that the rule stops now."""
         for cell in self.cells:
             self._follow(cell)
@@ -32,7 +32,7 @@ class Watch:
         for losses in self.losses.values():
             for step, loss in losses.items():
                 best[step] = min(loss, best.get(step, math.inf))
-        return [cell for cell in running if is_hopeless(self.losses[cell.name], best, self.rule)]
+        return [cell for cell in running if should_stop(self.losses[cell.name], best, self.rule)]
 
     def _follow(self, cell: Cell) -> None:
         path, start = cell.run_dir.metrics_file, self._read[cell.name]
@@ -52,7 +52,7 @@ class Watch:
                 self.losses[cell.name][record["step"]] = loss if isinstance(loss, int | float) else math.inf
 
 
-def is_hopeless(losses: dict[int, float], best: dict[int, float], rule: StopRule) -> bool:
+def should_stop(losses: dict[int, float], best: dict[int, float], rule: StopRule) -> bool:
     """Whether the newest `for_steps` losses are all above the factor times the best."""
     if len(losses) < rule.for_steps:
         return False
