@@ -76,7 +76,7 @@ class World:
             dist.barrier(group)
 
     def host_group(self, *, timeout_s: float | None = None) -> HostGroup:
-        """A new group of all ranks for tensors on the host, whose collectives may run in a thread beside the others."""
+        """A new group of all ranks for tensors on the host, whose collectives may run in a thread while others run."""
         if self.mesh is None:
             return None
         return dist.new_group(backend="gloo", timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
@@ -146,7 +146,7 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
         torch.cuda.set_device(place)
     if not is_wrapped:
         return World(rank, size, local_rank, place)
-    # Gloo beside NCCL: checkpoints and small objects travel between hosts without touching a GPU.
+    # Gloo in addition to NCCL: checkpoints and small objects travel between hosts without touching a GPU.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if size == 1 and ("RANK" not in os.environ or "MASTER_ADDR" not in os.environ):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -44,7 +44,7 @@ class Mask:
 
 
 def number_documents(tokens_BT: Tensor, eot_id: int) -> Tensor:
-    """The number of each token's document within its window; an end-of-text token belongs to the document it ends."""
+    """The number of each token's document within its sequence; an end-of-text token belongs to the document it ends."""
     ends = (tokens_BT == eot_id).long()
     return ends.cumsum(-1) - ends
 
@@ -147,7 +147,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple
     if mask.documents_BT is None:
         out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
     else:
-        # Every document is a sequence of its own: cut where the number changes, and between windows.
+        # For the kernel every document is a sequence: cut where the number changes, and between sequences.
         starts_BT = torch.ones_like(mask.documents_BT, dtype=torch.bool)
         starts_BT[:, 1:] = mask.documents_BT[:, 1:] != mask.documents_BT[:, :-1]
         cuts = F.pad(starts_BT.flatten().nonzero().flatten(), (0, 1), value=starts_BT.numel()).int()

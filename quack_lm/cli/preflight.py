@@ -1,4 +1,4 @@
-"""Look before a long run: takes the arguments of quack-lm train, trains nothing, prints one table and one verdict.
+"""Preflight checks before a long run: takes the arguments of quack-lm train, trains nothing, prints one table and one verdict.
 
     quack-lm preflight attention=mla stabilizer=quack ranks=16                          # on the login node
     srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 quack-lm preflight ...         # inside a job
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     wanted = config["trainer"]["device"]
     try:
         device = default_device() if wanted == "auto" else wanted
-    except UserError:  # said in the table
+    except UserError:  # reported in the table
         device = "cuda"
     try:
         # On the CPU whatever the run uses: a GPU that does not work must not keep the ranks from telling.

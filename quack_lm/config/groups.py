@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout these lie beside the package, in an installed wheel inside it.
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 
-# Old names of keys: whoever uses one is told the new one.
+# Old names of keys: the error for one suggests the new name.
 RENAMED = {
     "optimizer.is_nesterov": "optimizer.nesterov",
     "optimizer.final_ratio": "optimizer.min_lr_ratio",

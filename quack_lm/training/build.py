@@ -45,7 +45,7 @@ from quack_lm.training.watchdog import Watchdog
 
 T = TypeVar("T")
 
-# Longer than the watchdog waits: it tells more about a hang than a collective that times out.
+# Longer than the watchdog waits: its stacks say more about a hang than a collective that times out.
 GRACE_S = 60.0
 # The ranks arrive far apart, for one per machine reads every byte of the data first: at least at this rate, from a file
 # server that many machines read from.
@@ -245,7 +245,7 @@ def build_data(plan: RunPlan, world: World) -> DataObjects:
 
 
 class MeasurementObjects(NamedTuple):
-    """What looks at the run and writes it down."""
+    """What measures the run and writes it down."""
 
     probe: Probe
     log: RunLog

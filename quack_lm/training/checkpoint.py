@@ -282,7 +282,7 @@ def _first_wrong(stored: dict[str, list[Piece]], wanted: dict[str, TensorSpec]) 
 
 
 class TensorWriter:
-    """Writes the tensors of all ranks with torch.distributed.checkpoint, from the loop or beside it."""
+    """Writes the tensors of all ranks with torch.distributed.checkpoint, in the loop or in the background."""
 
     def __init__(self, world: World, *, is_async: bool) -> None:
         # Collectives in a thread need a group that the loop does not use.
@@ -332,7 +332,7 @@ def _numbers_of_files(tensors: dict[str, Tensor], n_shards: int) -> dict[str, in
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What went wrong on the first of the ranks that torch.distributed.checkpoint tells about."""
+    """What went wrong on the first of the ranks that torch.distributed.checkpoint reports."""
     while isinstance(error, CheckpointException) and error.failures:
         error = error.failures[min(error.failures)][0]
     return error

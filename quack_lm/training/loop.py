@@ -198,7 +198,7 @@ def finish(run: Run) -> None:
         run.log.flush()
     last = summarize(run)
     run.coordinator.sync()
-    # What follows concerns no other rank, and W&B has time limits of its own.
+    # What follows concerns no other rank, and W&B has its own time limits.
     run.coordinator.watchdog.stop()
     run.log.close(last)
 

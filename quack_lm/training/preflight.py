@@ -138,7 +138,7 @@ def _check_disk(context: Context) -> str:
 
 
 def check_write_access(run_dir: RunDir) -> str:
-    """Write a file without a name, which is gone when closed; the permission bits alone do not tell on NFS."""
+    """Write a file without a name, which is gone when closed; the permission bits alone do not decide on NFS."""
     place = nearest_existing_parent(run_dir.path)
     try:
         with tempfile.TemporaryFile(dir=place) as file:
@@ -258,7 +258,7 @@ def check_all_reduce(world: World, *, device: str, timeout_s: float) -> Row:
     """That a sum over the ranks is right, and the bandwidth that it reaches on the bus, as NCCL's own tests count."""
     backend = "nccl" if device == "cuda" else "gloo"
     try:
-        # A group of its own: that of the world is gloo, so that a broken GPU cannot keep the table from being made.
+        # A separate group: that of the world is gloo, so that a broken GPU cannot keep the table from being made.
         group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s))
         place = torch.device(device, world.local_rank) if device == "cuda" else torch.device(device)
         if device == "cuda":
@@ -269,9 +269,9 @@ def check_all_reduce(world: World, *, device: str, timeout_s: float) -> Row:
     except RuntimeError as error:
         complaint = str(error).splitlines()[0]
     # A rank that has no memory, for instance, must not keep the others waiting in the sum.
-    for rank, said in enumerate(world.all_gather(complaint)):
-        if said:
-            return Row("all-reduce", False, f"{backend}: rank {rank}: {said}")
+    for rank, failure in enumerate(world.all_gather(complaint)):
+        if failure:
+            return Row("all-reduce", False, f"{backend}: rank {rank}: {failure}")
     try:
         for _ in range(4):
             values.fill_(world.rank + 1)

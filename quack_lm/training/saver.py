@@ -38,7 +38,7 @@ class Saver:
         self.world = world
         self.keep = keep
         self.keep_every = keep_every
-        self.about = about or {}  # what every checkpoint of the run says beside its own state
+        self.about = about or {}  # stored in every checkpoint of the run
         self.error: str | None = None
         self.total_s = 0.0  # from the call of `save` until the checkpoint is complete
         self.latest_step = first_step or None  # of the newest complete checkpoint, as rank 0 knows it
@@ -78,7 +78,7 @@ class Saver:
         if self._uncommitted is None:
             return
         entry, self._uncommitted = self._uncommitted, None
-        # A rank that could not write has told all others in the last collective of the writing.
+        # A rank that could not write has reported it to all others in the last collective of the writing.
         if self.world.is_main and self.error is None:
             self._work = self._committer.submit(self._commit, *entry)
 
