@@ -1,4 +1,4 @@
-"""Preflight checks before a long run: takes the arguments of quack-lm train, trains nothing, prints one table and one verdict.
+"""Preflight checks before a long run: the arguments of quack-lm train, nothing trained, one table and one verdict.
 
     quack-lm preflight attention=mla stabilizer=quack ranks=16                          # on the login node
     srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 quack-lm preflight ...         # inside a job

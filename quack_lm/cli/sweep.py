@@ -103,9 +103,7 @@ KEYS = {
     "cpus": Key(count, ("submit",), "cores of each rank"),
     "time": Key(time_limit, ("submit",), "after which a run saves and queues again, as sbatch takes it: 4:00:00"),
     "concurrency": Key(count, ("submit",), "runs at a time, 8 unless given"),
-    "mfu": Key(
-        positive, ("plan",), "assumed share of the device's peak, with tflops=...; else measured on finished runs"
-    ),
+    "mfu": Key(positive, ("plan",), "assumed share of the device's peak, with tflops=...; else that of finished runs"),
     "tflops": Key(positive, ("plan",), "assumed peak of the device in TFLOP/s"),
     "out": Key(Path, ("collect",), "where the files go, next to the runs unless given"),
     "file": Key(Path, ("task",), "a file that submit wrote"),

@@ -34,7 +34,7 @@ Axes = dict[str, list[Scalar] | dict[Scalar, list[str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class StopRule:
-    """When a cell is stopped early: its loss so many times the best of the sweep at the same step, for so many steps."""
+    """When a cell is stopped early: its loss is so many times the best at the same step, for so many steps."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 

@@ -157,7 +157,7 @@ def _is_worth_another_start(entry: Running) -> bool:
 
 
 def _stop_early(watch: Watch, running: Sequence[Running]) -> list[Running]:
-    """Send SIGTERM to the runs that the rule stops; the record is written first, so that the end is never taken for a failure."""
+    """Send SIGTERM to the runs that the rule stops, after recording why: the end must not look like a failure."""
     to_stop = watch.cells_to_stop([entry.cell for entry in running if not entry.is_stopped_by_rule])
     for entry in running:
         if entry.cell in to_stop:

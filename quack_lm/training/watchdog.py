@@ -1,7 +1,7 @@
 """Ends a process that hangs: with the stack of every thread on stderr, and exit code 1.
 
-Every rank has its own: when one hangs, all do, in the next collective, and each reports where. Each writes its stacks at
-once, so that those of many ranks in one log stay apart. Where a hang keeps the interpreter's lock, in a driver for
+Every rank has its own: when one hangs, all do, in the next collective, and each reports where. Each writes its stacks
+at once, so that those of many ranks in one log stay apart. Where a hang keeps the interpreter's lock, in a driver for
 instance, no Python thread can run; then C code, which needs no lock, writes them a little later.
 """
 
