@@ -1,5 +1,6 @@
 """Help texts and `docs/configuration.md`, made of the yaml files, type hints and docstrings."""
 
+import re
 from dataclasses import dataclass
 
 from quack_lm.config.groups import (
@@ -137,7 +138,7 @@ def _table(table: list[Row], prefix: str, everyone: list[str]) -> str:
     for row in table:
         only = "" if row.owners == everyone else f" Only of {', '.join(f'`{name}`' for name in row.owners)}."
         cells = (f"`{prefix}{row.key.name}`", row.key.type, _default(row), row.key.range, row.key.meaning + only)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(re.sub(r"<(?=\w)", "&lt;", cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
