@@ -169,6 +169,12 @@ def tell_job(word: str) -> None:
             os.rename(file, f"{file}.{word}")
 
 
+def is_first_on_node() -> bool:
+    """Whether this is the first rank on its machine, or its rank cannot be read, which may be the error to report."""
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return not rank.isdecimal() or int(rank) == 0
+
+
 def is_one_of_many() -> bool:
     """Whether srun has started this process with others."""
     return os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
@@ -211,9 +217,14 @@ def read_site() -> Site:
     file = Path(os.environ.get("QUACK_SITE") or (own if own.is_file() else SLURM_DIR / "site.sh")).resolve()
     known = {"QUACK_SITE": str(file), "QUACK_SLURM_DIR": str(SLURM_DIR), "QUACK_PYTHON": sys.executable}
     done = subprocess.run(
-        ["bash", "-c", _PRINT_SITE], env=os.environ | known, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        ["bash", "-c", _PRINT_SITE],
+        env=os.environ | known,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",  # as os.environ
     )
-    if done.returncode:
+    if done.returncode or not done.stdout:
         reason = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
         raise UserError(f"{file} cannot be sourced: {reason}; correct it, or set QUACK_SITE to another file")
     fields = iter(done.stdout.split("\0"))

@@ -13,7 +13,6 @@ command, for torchrun and srun.
 """
 
 import importlib
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -60,9 +59,7 @@ def exit_on_user_error() -> Iterator[None]:
         yield
     except UserError as error:
         slurm.tell_job("user_error")
-        # Only the first rank of each machine prints. One whose rank cannot be read prints too: that may be the error.
-        rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-        if not rank.isdecimal() or int(rank) == 0:
+        if slurm.is_first_on_node():
             print(f"error: {one_line(str(error))}", file=sys.stderr)
         else:
             time.sleep(slurm.SRUN_STDERR_GRACE_S)
