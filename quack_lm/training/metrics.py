@@ -199,7 +199,7 @@ class WandbMirror:
         limit_s = settings.wandb_timeout_s
         if settings.wandb == "online":
             print(f"connecting to W&B (logger.wandb_timeout_s={limit_s:g} at most, then without it)", file=sys.stderr)
-        with self._forgiven():
+        with self._ignoring_errors():
             import wandb
 
             self._run = wandb.init(
@@ -233,35 +233,21 @@ class WandbMirror:
             elif self.per_head and value and isinstance(value[0], list):
                 base = name.removesuffix("_per_head").removesuffix("_per_block")
                 flat |= {f"{base}/layer{i}/head{j}": x for i, row in enumerate(value) for j, x in enumerate(row)}
-        with self._forgiven():
-            self._run.log(flat, step=record["step"])
+        if self._run is not None:
+            with self._ignoring_errors():
+                self._run.log(flat, step=record["step"])
 
     def close(self, summary: dict[str, Any]) -> None:
         """Write the summary and finish."""
-        with self._forgiven():
-            self._run.summary.update(summary)
-            self._run.finish()
+        if self._run is not None:
+            with self._ignoring_errors():
+                self._run.summary.update(summary)
+                self._run.finish()
 
     @contextmanager
-    def _forgiven(self) -> Iterator[None]:
+    def _ignoring_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # whatever a network service does, training goes on
             print(f"W&B failed and is off for the rest of this run: {type(error).__name__}: {error}")
-            self._run = _Silence()
-
-
-class _Silence:
-    """What is left of W&B after it failed: takes every call and does nothing."""
-
-    summary: dict[str, Any] = {}  # noqa: RUF012
-
-    def log(self, *_: Any, **__: Any) -> None:
-        """Nothing."""
-
-    def finish(self) -> None:
-        """Nothing."""
-
-
-def _plain(value: Value) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value
+            self._run = None
