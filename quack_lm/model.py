@@ -128,7 +128,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(sizes.d_model, sizes.d_ff)
 
     def forward(self, x_BTD: Tensor, rope_2TF: Tensor, mask: Mask) -> Tensor:
-        """One layer."""
+        """[B, T, D] -> [B, T, D], with checkpointed activations if asked for."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             # Nothing in a block is random, so there is no generator state to restore.
             return checkpoint(self._layer, x_BTD, rope_2TF, mask, use_reentrant=False, preserve_rng_state=False)
@@ -149,7 +149,7 @@ class SwiGLU(nn.Module):
         self.w_down = linear(d_ff, d_model)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Position by position."""
+        """[B, T, D] -> [B, T, D]; positions do not interact."""
         return self.w_down(F.silu(self.w_gate(x_BTD)) * self.w_up(x_BTD))
 
 

@@ -309,7 +309,7 @@ class Resources:
         return self.nodes * self.tasks_per_node
 
     def flags(self) -> list[str]:
-        """As sbatch takes them."""
+        """The flags of sbatch that ask for these resources."""
         optional = {"gpus-per-node": self.gpus, "cpus-per-task": self.cpus, "time": self.time}
         given = [f"--{name}={value}" for name, value in optional.items() if value is not None]
         return [f"--nodes={self.nodes}", f"--ntasks-per-node={self.tasks_per_node}", *given]

@@ -53,7 +53,7 @@ class MHA(Attention):
         self.w_o = linear(n_heads * head_dim, d_model)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One product each."""
+        """Each a product of one matrix with the input; shapes as in the base class."""
         q_BHTK = split_heads(self.w_q(x_BTD), self.n_heads)
         k_BGTK = split_heads(self.w_k(x_BTD), self.n_kv_heads)
         return q_BHTK, k_BGTK, split_heads(self.w_v(x_BTD), self.n_kv_heads)

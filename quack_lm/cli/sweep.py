@@ -123,7 +123,7 @@ class Command:
 
     @property
     def directory(self) -> Path:
-        """Where the runs are."""
+        """Where the runs are, from dir=..., or from the sweep's name and scale."""
         if "dir" in self.own:
             return Path(self.own["dir"])
         if sweep := self.own.get("sweep"):
@@ -175,7 +175,7 @@ def parse(arguments: list[str]) -> Command:
 
 
 def usage() -> str:
-    """The text of --help."""
+    """The text of --help, with the verbs and keys from their tables."""
 
     def entry(name: str, meaning: str) -> str:
         return textwrap.fill(meaning, 118, initial_indent=f"    {name:13}", subsequent_indent=" " * 17)

@@ -114,7 +114,7 @@ def _train(run: "Run") -> None:
 
 
 def usage() -> str:
-    """The text of --help."""
+    """The text of --help, with the choices of each group."""
     table = "\n".join(f"    {group + '=':13} {' | '.join(choices(group))}" for group in groups())
     return (__doc__ or "").replace("{groups}", table)
 

@@ -76,7 +76,7 @@ def help_text(topic: str) -> str:
 
 
 def reference_markdown() -> str:
-    """`docs/configuration.md`."""
+    """The text of docs/configuration.md."""
     parts = [INTRODUCTION, "## The run itself\n", _table(_run_rows(), "", [])]
     for group in groups():
         parts += [f"## {group}\n", _choices_markdown(group)]

@@ -104,7 +104,7 @@ class TrainBatches:
 
     @property
     def error(self) -> str | None:
-        """See `Sequences`."""
+        """The error of reading the shards, if any: see `Sequences`."""
         return self._sequences.error
 
     def epoch(self, step: int) -> float:
@@ -145,7 +145,7 @@ class EvalBatches:
 
     @property
     def error(self) -> str | None:
-        """See `Sequences`."""
+        """The error of reading the shards, if any: see `Sequences`."""
         return self._sequences.error
 
     def __len__(self) -> int:

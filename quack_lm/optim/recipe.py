@@ -78,7 +78,7 @@ class AdamWRecipe(Recipe):
     """AdamW for every parameter."""
 
     def build(self, model: nn.Module) -> list[Optimizer]:
-        """One AdamW."""
+        """A single AdamW over all parameters, norm gains without decay."""
         return _checked(model, [self._adamw(model.parameters(), self.lr)])
 
 
@@ -101,7 +101,7 @@ class MuonRecipe(Recipe):
     adamw_lr: PositiveFloat | None = None
 
     def build(self, model: nn.Module) -> list[Optimizer]:
-        """Muon and AdamW."""
+        """[Muon over the matrices of the blocks, AdamW over the rest]."""
         hidden = {p: None for p in model.get_submodule("blocks").parameters() if p.ndim == 2}
         muon = Muon(
             hidden,

@@ -78,7 +78,7 @@ class Difference:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """The mean difference over the paired seeds."""
         return fmean(self.by_seed.values())
 
     @property

@@ -4,4 +4,4 @@ from quack_lm.stabilizers.base import Stabilizer
 
 
 class NoStabilizer(Stabilizer):
-    """One rate for all."""
+    """No stabilizer: every weight learns at the base rate."""

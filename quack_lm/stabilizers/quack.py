@@ -53,7 +53,7 @@ class QuacK(Stabilizer):
         return {f"scale/{weight}": scale for weight, scale in self.scales.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The reference norms."""
+        """The reference norms, [layers, blocks] for each weight."""
         return {f"initial.{weight}": product for weight, product in self.initial.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -41,7 +41,7 @@ SPARE_NUMBERS = 16
 
 @dataclass(frozen=True)
 class Submitted:
-    """One job array."""
+    """The number of a job array, and how many cells it trains."""
 
     job: int
     n_cells: int

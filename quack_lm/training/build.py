@@ -255,7 +255,7 @@ class MeasurementObjects(NamedTuple):
 def build_measurement(
     plan: RunPlan, world: World, trained: TrainedObjects, data: DataObjects, *, first_step: int
 ) -> MeasurementObjects:
-    """Probe, log and checkpoints."""
+    """The probe, the log and the saver; `first_step` is the step of the checkpoint that is continued, or 0."""
     settings = plan.settings
     batch_tokens = settings.global_batch_size * settings.seq_len
     return MeasurementObjects(

@@ -96,7 +96,7 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        """The directory of checkpoints."""
+        """Contains one directory for each checkpoint."""
         return self.path / "checkpoints"
 
     @property

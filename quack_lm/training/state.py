@@ -123,7 +123,7 @@ class TrainState:
         return None
 
     def take_val_loss(self, loss: float) -> None:
-        """Follow the validation loss."""
+        """Update latest, initial and best validation loss, in nats per token."""
         self.val_loss, self.val_step = loss, self.step
         if self.step == 0:
             self.initial_val_loss = loss
@@ -131,7 +131,7 @@ class TrainState:
             self.best_val_loss = loss if self.best_val_loss is None else min(self.best_val_loss, loss)
 
     def take_logits(self, max_logit: float, delta_mean: float) -> None:
-        """Follow the probe's aggregates."""
+        """Update latest and peak max logit and the mean |change| of the logits."""
         self.max_logit, self.delta_mean = max_logit, delta_mean
         self.probes += 1
         before = max_logit if self.peak_logit is None else self.peak_logit

@@ -31,18 +31,18 @@ class Watchdog:
         self._stopped = threading.Event()
 
     def feed(self) -> None:
-        """Something happened: wait again."""
+        """Report progress: the time limit starts again."""
         self._deadline = time.monotonic() + self.timeout_s
         faulthandler.dump_traceback_later(self.timeout_s + OTHERS_WRITE_S + LOCKED_S, exit=True, file=STDERR)
 
     def stop(self) -> None:
-        """Nothing is waited for any more."""
+        """End watching, for good or until the next `watching`."""
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Nothing is watched outside."""
+        """Watch within this context only."""
         # What kills the interpreter itself, such as reading data that was cut short under it, shows its stack too.
         faulthandler.enable(file=STDERR)
         self._stopped.clear()
