@@ -73,8 +73,6 @@ class Muon(torch.optim.Optimizer):
         update_NrC = map_full_matrices(orthogonalize, stack_NrC, parameters[0]).to(weights[0].dtype)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] * _update_scale(group["update_scale"], parameters[0].shape)
-        # Torch raises for a factor that the weights' type does not hold; a rate so absurd is to end as diverged.
-        rate = min(rate, torch.finfo(weights[0].dtype).max)
         torch._foreach_add_(weights, list(update_NrC.unbind()), alpha=-rate)
 
 
