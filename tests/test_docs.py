@@ -18,6 +18,7 @@ import torch
 import yaml
 from test_refusals import TABLES
 
+from quack_lm import __version__
 from quack_lm.cli import VERBS, main
 from quack_lm.cli.sweep import parse
 from quack_lm.config import CONFIG_DIR, compose

@@ -251,3 +251,7 @@ class WandbMirror:
         except Exception as error:  # whatever a network service does, training goes on
             print(f"W&B failed and is off for the rest of this run: {type(error).__name__}: {error}")
             self._run = None
+
+
+def _plain(value: Value) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
