@@ -15,6 +15,8 @@ from quack_lm.optim.schedule import ScheduleName, make_schedule
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+# Far above any rate that trains, and small enough for float32 times every scale of an update.
+Rate = Annotated[float, Field(gt=0, le=1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Recipe(ABC):
         adamw_eps: AdamW's epsilon.
     """
 
-    lr: PositiveFloat
+    lr: Rate
     warmup_steps: NonNegativeInt
     schedule: ScheduleName = "constant"
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -98,7 +100,7 @@ class MuonRecipe(Recipe):
     nesterov: bool = True
     update_scale: UpdateScale = "jordan"
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    adamw_lr: PositiveFloat | None = None
+    adamw_lr: Rate | None = None
 
     def build(self, model: nn.Module) -> list[Optimizer]:
         """[Muon over the matrices of the blocks, AdamW over the rest]."""
