@@ -279,7 +279,7 @@ def test_a_run_without_a_checkpoint_begins_again_only_if_it_never_had_one(tmp_pa
 
 def test_a_run_whose_loss_is_no_number_ends_cleanly_as_diverged(tmp_path: Path, tiny_data: list[str]) -> None:
     # The rate overflows float32 in the first steps.
-    done = run_process([*tiny_data, "optimizer=adamw", "optimizer.lr=1e38", "trainer.steps=40"], tmp_path / "run")
+    done = run_process([*tiny_data, "optimizer=adamw", "optimizer.lr=1e36", "trainer.steps=40"], tmp_path / "run")
     assert done.returncode == 0, done.stderr
     seen = summary(tmp_path / "run")
     assert seen["status"] == "diverged"
@@ -290,7 +290,7 @@ def test_a_run_whose_loss_is_no_number_ends_cleanly_as_diverged(tmp_path: Path, 
     assert seen["outside_s"]["probe"] > 0
     assert seen["outside_s"]["validation"] > 0
     assert seen["initial_val_loss"] == pytest.approx(math.log(512), rel=0.05)
-    again = run_process([*tiny_data, "optimizer=adamw", "optimizer.lr=1e38", "trainer.steps=40"], tmp_path / "run")
+    again = run_process([*tiny_data, "optimizer=adamw", "optimizer.lr=1e36", "trainer.steps=40"], tmp_path / "run")
     assert "finished already: diverged" in again.stdout
 
 

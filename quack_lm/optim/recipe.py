@@ -16,7 +16,7 @@ from quack_lm.optim.schedule import ScheduleName, make_schedule
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # Far above any rate that trains, and small enough for float32 times every scale of an update.
-Rate = Annotated[float, Field(gt=0, le=1e6)]
+Rate = Annotated[float, Field(gt=0, le=1e36)]
 
 
 @dataclass(frozen=True, kw_only=True)
