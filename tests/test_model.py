@@ -109,8 +109,8 @@ def test_components_are_counted_once_and_sum_to_the_total() -> None:
 def test_latent_norms_are_counted_as_norms() -> None:
     plain = count_parameters(make("attention=mla"))
     normed = count_parameters(make("attention=mla", "attention.latent_norm=true"))
-    assert normed["norms"] - plain["norms"] == 3 * (7 + 5)
-    assert normed["total"] - plain["total"] == 3 * (7 + 5)
+    assert normed["norms"] - plain["norms"] == 3 * (32 + 16)
+    assert normed["total"] - plain["total"] == 3 * (32 + 16)
 
 
 # ------------------------------------------------------------------------------------------------ embeddings
