@@ -307,7 +307,9 @@ TRAIN: dict[str, Bad] = {
     "rate_not_a_number": one("optimizer.lr=nan", r"optimizer\.lr=nan: .*finite"),
     "infinite_rate": one("optimizer.lr=inf", r"optimizer\.lr=inf: .*finite"),
     "rate_beyond_floats": one("optimizer.lr=1e308", r"optimizer\.lr=1e\+308: .*less than or equal"),
-    "rate_of_the_rest_beyond_floats": one("optimizer.adamw_lr=1e308", r"optimizer\.adamw_lr=1e\+308: .*less than or equal"),
+    "rate_of_the_rest_beyond_floats": one(
+        "optimizer.adamw_lr=1e308", r"optimizer\.adamw_lr=1e\+308: .*less than or equal"
+    ),
     "threshold_beyond_floats": Bad(
         ["stabilizer=qk_clip", "stabilizer.threshold=1e308"], r"stabilizer\.threshold=1e\+308 is too large for"
     ),

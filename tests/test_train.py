@@ -95,7 +95,9 @@ def assert_close_records(one: Path, other: Path, tolerance: float) -> None:
         assert a.keys() == b.keys()
         for key, value in a.items():
             expected, seen = torch.tensor(value, dtype=torch.float64), torch.tensor(b[key], dtype=torch.float64)
-            torch.testing.assert_close(seen, expected, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+            # A change is a difference of nearly equal logits, so rounding is a larger part of it.
+            slack = tolerance * (10 if "delta" in key else 1)
+            torch.testing.assert_close(seen, expected, rtol=slack, atol=slack, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ command, for torchrun and srun.
 """
 
 import importlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,10 @@ def exit_on_user_error() -> Iterator[None]:
         if distributed is not None and distributed.is_initialized():
             exit_without_teardown(2)
         raise SystemExit(2) from None
+    except BrokenPipeError:
+        # The reader of the output has gone, `| head` for instance: no traceback, here or when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except Exception:
         if not slurm.is_one_of_many():
             raise

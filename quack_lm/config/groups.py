@@ -71,7 +71,8 @@ def constructor_keys(target: str) -> tuple[str, ...]:
         for key in constructor_keys(f"{origin[base]}.{base}")
     ]
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        keys += [n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+        fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]
+        keys += [field.target.id for field in fields if isinstance(field.target, ast.Name)]
     return tuple(dict.fromkeys(keys))
 
 
