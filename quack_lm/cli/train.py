@@ -21,12 +21,14 @@ command again continues an unfinished run. On a slurm cluster, quack-lm submit s
 diverged or interrupted; 2 a mistake in the settings; 1 a crash.
 """
 
+import os
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from quack_lm import slurm
 from quack_lm.config import choices, chosen_groups, compose, groups, help_text, help_topic, read_flags, take_flag
 from quack_lm.errors import UserError, exit_without_teardown
 
@@ -47,6 +49,8 @@ def main(arguments: list[str]) -> int:
         return 0
     file, is_check, overrides = read_flags(arguments)
     if is_multirun:
+        if os.environ.get("WORLD_SIZE", "1") != "1" or slurm.is_one_of_many():
+            raise UserError("-m starts its runs as processes of their own: call it without torchrun or srun")
         from quack_lm.cli import sweep
 
         if file:
