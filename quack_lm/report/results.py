@@ -11,7 +11,7 @@ from quack_lm.files import metrics_line
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.label import describe_differences, title
 from quack_lm.sweep.plan import SweepPlan, read_plan
-from quack_lm.training.run_dir import FINISHED
+from quack_lm.training.run_dir import FINISHED, RunDir
 from quack_lm.training.state import kind_of_end
 
 # A metric's name, or what to take from a line of metrics; `...` stands for "not due at this step".
@@ -181,7 +181,7 @@ class Results:
     def not_in_plan(self) -> list[str]:
         """The names of run directories that the plan does not list: those of an earlier, larger plan."""
         planned = {cell.name for cell in self.plan.cells}
-        found = {path.parent.name for path in self.directory.glob("*/summary.json")}
+        found = {path.name for path in self.directory.iterdir() if RunDir(path).summary_file.is_file()}
         return sorted(found - planned)
 
 
