@@ -3,10 +3,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quack_lm.config import CONFIG_DIR
+from quack_lm.report import collected
 from quack_lm.training.state import StabilityRules, TrainState, kind_of_end
 
 RULES = StabilityRules(
@@ -18,6 +21,13 @@ RULES = StabilityRules(
     stuck_after=10,
 )
 UNIGRAM = 6.0
+
+
+def follow_by(losses: list[float], rules: StabilityRules) -> str | None:
+    """Feed all losses at once under these rules."""
+    state = TrainState()
+    state.step = len(losses)
+    return state.take_losses(losses, rules)
 
 
 def follow(losses: list[float], *, flush_every: int = 1000, progress: TrainState | None = None) -> str | None:
@@ -69,7 +79,46 @@ def test_the_best_is_the_runs_own_so_that_a_high_start_does_not_count() -> None:
 
 
 def test_the_limit_follows_a_falling_best() -> None:
-    assert follow([8.0, 11.0, 11.0, 4.0, 6.5, 6.5, 6.5]) is not None, "6.5 is far above 4, though below 8"
+    assert follow([8.0, 11.0, 11.0, 4.0, 4.0, 4.0, 6.5, 6.5, 6.5]) is not None, "6.5 is far above 4, though below 8"
+
+
+def test_one_easy_batch_condemns_no_run() -> None:
+    assert follow([4.0, 4.0, 4.0, 1.0] + 20 * [4.0, 4.1]) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "shape"), [(4.0, 16.0), (4.0, 4.0), (0.05, 0.1)], ids=["batch", "sequence", "memorized"]
+)
+def test_stationary_noise_is_not_called_divergence(mean: float, shape: float) -> None:
+    # Gamma noise: its relative deviation is 1 / sqrt(shape), so 0.25, 0.5, and a loss near zero with rare spikes.
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(40):
+        losses = rng.gamma(shape, mean / shape, size=3000).tolist()
+        alarms += follow_by([mean, *losses], StabilityRules()) is not None
+    assert alarms == 0
+
+
+@pytest.mark.parametrize("shape", [16.0, 4.0])
+def test_a_blow_up_is_found_within_the_steps_of_one_mean(shape: float) -> None:
+    rng, rules = np.random.default_rng(1), StabilityRules()
+    for _ in range(20):
+        healthy, broken = rng.gamma(shape, 4 / shape, size=500), rng.gamma(shape, 9 / shape, size=200)
+        reason = follow_by([5.3, *healthy.tolist(), *broken.tolist()], rules)
+        assert reason is not None
+        step = int(reason.rsplit(" ", 1)[1])
+        assert 501 < step <= 501 + rules.diverged_patience
+
+
+def test_no_healthy_run_of_the_collected_sweep_is_called_diverged() -> None:
+    measured = collected.load(CONFIG_DIR.parent / "docs" / "results" / "fig2-proxy")
+    judged = 0
+    for result in measured.results:
+        losses = [line["train/loss"] for line in result.metrics if line.get("train/loss") is not None]
+        if result.is_healthy and losses:
+            assert follow_by(losses, StabilityRules(diverged_patience=10)) is None, result.cell.name
+            judged += 1
+    assert judged > 100
 
 
 @given(

@@ -15,17 +15,22 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+# Standard errors by which two means of losses must differ.
+NOISE_FACTOR = 5.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class StabilityRules:
     """What counts as diverged (the run ends) and as unstable (the summary says so).
 
-    Diverged: the training loss is not finite, or above `diverged_factor` times its running best for `diverged_patience`
-    steps in a row. Unstable: a logit above `unstable_logit`, or a validation loss `unstable_margin` nats above its
-    best, or above `stuck_fraction` of the unigram entropy after `stuck_after` steps.
+    Diverged: the training loss is not finite, or its mean over `diverged_patience` steps is above `diverged_factor`
+    times the best such mean, and by more than the noise of both. Unstable: a logit above `unstable_logit`, or a
+    validation loss `unstable_margin` nats above its best, or above `stuck_fraction` of the unigram entropy after
+    `stuck_after` steps.
 
     Args:
-        diverged_factor: training loss relative to its running best above which a run is on the way to diverged.
-        diverged_patience: steps in a row above it after which the run ends as diverged.
+        diverged_factor: mean training loss relative to the best such mean above which a run ends as diverged.
+        diverged_patience: steps of such a mean.
         unstable_logit: max logit above which the summary calls a run unstable.
         unstable_margin: nats of the last validation loss above the best one that the summary calls unstable.
         stuck_fraction: share of the unigram entropy above which a validation loss is called stuck.
@@ -73,8 +78,9 @@ class TrainState:
     """What a run knows of itself; a checkpoint carries it."""
 
     step: Count = 0
-    best_loss: float | None = None
-    steps_above: Count = 0
+    recent_losses: list[float] = field(default_factory=list)  # of the last `diverged_patience` steps
+    best_mean: float | None = None  # the smallest mean of so many training losses in a row; at first the first loss
+    best_variance: float = 0.0  # of those losses
     initial_val_loss: float | None = None
     val_loss: float | None = None
     val_step: Count | None = None
@@ -113,13 +119,31 @@ class TrainState:
             step = self.step - back
             if not math.isfinite(loss):
                 return f"training loss {loss} at step {step}"
-            self.best_loss = loss if self.best_loss is None else min(self.best_loss, loss)
-            self.steps_above = self.steps_above + 1 if loss > rules.diverged_factor * self.best_loss else 0
-            if self.steps_above >= rules.diverged_patience:
-                return (
-                    f"training loss above {rules.diverged_factor:g} x its best, {self.best_loss:.4g}, "
-                    f"for {rules.diverged_patience} steps up to step {step}"
-                )
+            if reason := self._take_loss(loss, rules):
+                return f"{reason}, up to step {step}"
+        return None
+
+    def _take_loss(self, loss: float, rules: StabilityRules) -> str | None:
+        window = rules.diverged_patience
+        if (
+            self.best_mean is None
+        ):  # predictions are nearly uniform before the first step, so this loss has little noise
+            self.best_mean = loss
+        self.recent_losses = [*self.recent_losses, loss][-window:]
+        if len(self.recent_losses) < window:
+            return None
+        mean = sum(self.recent_losses) / window
+        variance = sum((x - mean) ** 2 for x in self.recent_losses) / max(1, window - 1)
+        if mean < self.best_mean:
+            self.best_mean, self.best_variance = mean, variance
+        # Smoothed against smoothed, and by more than the noise of both: one easy batch is no best, and near zero a
+        # ratio alone means nothing.
+        noise = math.sqrt((variance + self.best_variance) / window)
+        if mean > rules.diverged_factor * self.best_mean and mean - self.best_mean > NOISE_FACTOR * noise:
+            return (
+                f"training loss {mean:.4g} (mean of {window} steps) above {rules.diverged_factor:g} x its best, "
+                f"{self.best_mean:.4g}"
+            )
         return None
 
     def take_val_loss(self, loss: float) -> None:
