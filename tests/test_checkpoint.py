@@ -52,6 +52,19 @@ def write(to: Saver, *steps: int) -> None:
     assert to.error is None
 
 
+def test_an_old_checkpoint_that_is_a_link_is_kept_with_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = saver(tmp_path / "run", keep=1)
+    write(to, 1)
+    (tmp_path / "run" / "step_00000001").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "step_00000001").symlink_to(tmp_path / "elsewhere")
+    write(to, 2, 3)
+    assert names(tmp_path / "run") == ["step_00000001", "step_00000003"]
+    assert (tmp_path / "elsewhere" / SHARD).is_file()
+    assert capsys.readouterr().err.count("is a link or write-protected and is kept") == 1
+
+
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 

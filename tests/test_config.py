@@ -569,3 +569,8 @@ def test_any_overrides_compose_or_raise_a_user_error_and_make_no_file(empty: Pat
     assert snapshot(empty) == {}
     if config is not None:
         assert check(config) == config
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
+def test_the_papers_batch_is_shared_by_every_usual_number_of_ranks(ranks: int) -> None:
+    instantiate(compose(["experiment=paper"])["trainer"]).check_ranks(ranks)

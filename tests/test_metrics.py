@@ -23,7 +23,7 @@ from quack_lm.files import open_regular, read_json, write_atomically, write_json
 from quack_lm.parallel import World
 from quack_lm.training.build import make_model
 from quack_lm.training.counts import format_count
-from quack_lm.training.flops import flops_per_token, peak_flops
+from quack_lm.training.flops import flops_per_token, known_peak_tflops, peak_flops
 from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
 
 CPU = torch.device("cpu")
@@ -194,6 +194,25 @@ def test_writing_replaces_a_file_and_leaves_nothing_else(tmp_path: Path) -> None
         write_atomically(path, text)
         assert path.read_text() == text
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA H800", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_a_peak_is_that_of_the_devices_full_name(name: str, peak: float | None) -> None:
+    assert known_peak_tflops(name) == peak
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -306,6 +306,9 @@ TRAIN: dict[str, Bad] = {
     "zero_rate": one("optimizer.lr=0", r"optimizer\.lr=0: .*greater than 0"),
     "rate_not_a_number": one("optimizer.lr=nan", r"optimizer\.lr=nan: .*finite"),
     "infinite_rate": one("optimizer.lr=inf", r"optimizer\.lr=inf: .*finite"),
+    "wandb_project": one("logger.project='a/b c'", r"logger\.project=.*pattern"),
+    "wandb_tag": one(f"logger.tags=[{'t' * 78}]", r"logger\.tags.*64 characters"),
+    "wandb_empty_tag": one("logger.tags=['']", r"logger\.tags.*1 character"),
     "rate_beyond_floats": one("optimizer.lr=1e308", r"optimizer\.lr=1e\+308: .*less than or equal"),
     "rate_of_the_rest_beyond_floats": one(
         "optimizer.adamw_lr=1e308", r"optimizer\.adamw_lr=1e\+308: .*less than or equal"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import snapshot
 from safetensors.torch import load_file
 
 from quack_lm.config import choices, compose
@@ -233,7 +234,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
     raise AssertionError(f"step {step} was not reached: {process.communicate()}")
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [signal.SIGHUP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_or_killed_continues_to_the_same_end(
     kind: signal.Signals, tmp_path: Path, tiny_data: list[str]
 ) -> None:
@@ -251,7 +252,7 @@ def test_a_run_that_is_stopped_or_killed_continues_to_the_same_end(
     wait_for_step(tmp_path / "stopped", 25, process)
     process.send_signal(kind)
     process.communicate(timeout=60)
-    if kind is signal.SIGTERM:
+    if kind is signal.SIGHUP:
         assert process.returncode == 0
         assert summary(tmp_path / "stopped")["status"] == "interrupted"
     assert summary(tmp_path / "stopped")["step"] < 400
@@ -260,6 +261,54 @@ def test_a_run_that_is_stopped_or_killed_continues_to_the_same_end(
     assert records(tmp_path / "straight") == records(tmp_path / "stopped")
     assert_same_tensors(tmp_path / "straight", tmp_path / "stopped")
     assert len(list((tmp_path / "straight/checkpoints").iterdir())) == 2
+
+
+def test_the_first_interval_of_each_process_is_no_part_of_the_throughput(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides = [*tiny_data, "logger.log_every=2"]
+    run_here([*overrides, "trainer.steps=2"], tmp_path)
+    run_here([*overrides, "trainer.steps=6"], tmp_path)
+    state = json.loads((tmp_path / "checkpoints/step_00000006/state.json").read_text())
+    assert state["progress"]["timed_tokens"] == 2 * 12 * 32, "of steps 5 and 6 alone"
+
+
+def test_fewer_steps_than_a_run_has_made_are_refused_and_change_nothing(tmp_path: Path, tiny_data: list[str]) -> None:
+    run_here(tiny_data, tmp_path)
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match=r"holds this run at step 8, beyond trainer\.steps=4"):
+        run_here([*tiny_data, "trainer.steps=4"], tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_directory_of_runs_is_no_run_directory(tmp_path: Path, tiny_data: list[str]) -> None:
+    run_here([*tiny_data, "trainer.steps=2"], tmp_path / "mine")
+    with pytest.raises(UserError, match=r"holds other runs, for example mine"):
+        run_here(tiny_data, tmp_path)
+
+
+def test_a_config_of_a_moved_run_asks_where_to_go_on(tmp_path: Path, tiny_data: list[str]) -> None:
+    run_here([*tiny_data, "trainer.steps=2"], tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    line = [sys.executable, "scripts/train.py", "--config", str(tmp_path / "new/config.yaml"), "trainer.steps=4"]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"add run_dir={tmp_path / 'new'} to continue there" in done.stderr
+    done = subprocess.run([*line, f"run_dir={tmp_path / 'new'}"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert summary(tmp_path / "new")["step"] == 4
+
+
+def test_ranks_whose_torchrun_was_killed_save_and_end(tmp_path: Path, tiny_data: list[str]) -> None:
+    overrides = [*tiny_data, "trainer.steps=100000", "logger.log_every=1"]
+    launcher = subprocess.Popen(
+        command(overrides, tmp_path, ranks=2), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(tmp_path, 5, launcher)
+    launcher.kill()
+    deadline = time.monotonic() + 60
+    while summary(tmp_path)["status"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert summary(tmp_path)["status"] == "interrupted"
+    assert summary(tmp_path)["checkpoint_step"] == summary(tmp_path)["step"]
 
 
 def test_a_run_without_a_checkpoint_begins_again_only_if_it_never_had_one(tmp_path: Path, tiny_data: list[str]) -> None:

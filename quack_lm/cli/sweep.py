@@ -269,11 +269,12 @@ def _listed(jobs: list[int]) -> str:
 
 
 def _check_data(plan: SweepPlan) -> None:
-    """That each data set of the sweep is there, before a queue is waited in; the jobs read its bytes."""
+    """That each data set of the unfinished runs is there, before any of them is started; the runs read its bytes."""
     from quack_lm.config import instantiate
     from quack_lm.training.build import open_data  # late: status and collect need no torch
 
-    for data, size in {(json.dumps(c.config["data"]), c.config["model"]["vocab_size"]) for c in plan.cells}:
+    unfinished = [cell for cell in plan.cells if not cell.is_finished()]
+    for data, size in {(json.dumps(c.config["data"]), c.config["model"]["vocab_size"]) for c in unfinished}:
         open_data(instantiate(json.loads(data)), size)
 
 
@@ -301,6 +302,7 @@ def train(plan: SweepPlan, command: Command, directory: Path) -> int:
     from quack_lm.report import collected, runs
 
     take_over(plan, command)
+    _check_data(plan)
     outcome = local.run(plan.cells, stop=plan.stop, jobs=command.own.get("jobs"), threads=command.own.get("threads", 1))
     print(runs.as_text(collected.load(directory)))
     if outcome.signal:

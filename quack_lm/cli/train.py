@@ -24,6 +24,7 @@ diverged or interrupted; 2 a mistake in the settings; 1 a crash.
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -57,8 +58,20 @@ def main(arguments: list[str]) -> int:
             raise UserError("-m makes its runs of groups and keys, not of a --config file; leave one of the two out")
         return sweep.main(["plan" if is_check else "run", *overrides])
     config = compose(overrides, file=file)
+    if file is not None and not any(override.startswith("run_dir=") for override in overrides):
+        refuse_moved_run(file, config)
 
     return train_config(config, is_check=is_check)
+
+
+def refuse_moved_run(file: Path, config: dict[str, Any]) -> None:
+    """UserError where a run's config.yaml no longer lies in the directory that it names."""
+    named, here = config["run_dir"], file.absolute().parent
+    if file.name == "config.yaml" and named and Path(named).absolute().resolve() != here.resolve():
+        raise UserError(
+            f"--config {file} says run_dir={named} and lies in {here}: add run_dir={here} to continue there, or "
+            "another run_dir to start a new run"
+        )
 
 
 def train_config(config: dict[str, Any], *, is_check: bool) -> int:

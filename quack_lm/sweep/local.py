@@ -214,9 +214,9 @@ def _steps_settled(cells: Sequence[Cell]) -> int:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of ending."""
+    """Collect SIGINT, SIGTERM and SIGHUP instead of ending."""
     received: list[int] = []
-    caught = (signal.SIGINT, signal.SIGTERM)
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, lambda number, _: received.append(number)) for number in caught]
     try:
         yield received

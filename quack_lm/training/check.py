@@ -136,11 +136,22 @@ def check_run_dir(run_dir: RunDir, config: dict[str, Any], settings: TrainerSett
     if not run_dir.config_file.exists():
         if run_dir.metrics_file.exists() or run_dir.checkpoints.exists():
             raise UserError(f"run_dir={run_dir} holds results without their config.yaml; choose another run_dir")
+        if run_dir.path.is_dir() and (others := sorted(run_dir.path.glob("*/config.yaml"))):
+            raise UserError(
+                f"run_dir={run_dir} holds other runs, for example {others[0].parent.name}; choose a directory of its "
+                f"own, for example run_dir={run_dir}/mine"
+            )
         return None, None
     _check_same_run(f"run_dir={run_dir}", identity(run_dir.config()), config)
     if settings.resume == "never":
         raise UserError(
             f"run_dir={run_dir} already holds this run; trainer.resume=auto continues it, or choose another run_dir"
+        )
+    step = run_dir.summary().get("step", 0)
+    if step > settings.steps:
+        raise UserError(
+            f"run_dir={run_dir} holds this run at step {step}, beyond trainer.steps={settings.steps}; choose another "
+            f"run_dir, or trainer.steps of at least {step}"
         )
     finished = run_dir.final_status(settings.steps)
     if launched_world()[0] != 0:  # one process reads every byte and chooses; the others get its choice later

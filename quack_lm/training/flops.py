@@ -1,6 +1,7 @@
 """FLOPs of a model and of the device it runs on: the two numbers behind model FLOPs utilization (MFU)."""
 
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +12,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from quack_lm.model import Transformer
 from quack_lm.parallel import World
 
-# Dense bfloat16 peaks in TFLOP/s, from the vendors' data sheets (without sparsity, whose figures are twice as large).
+# Dense bfloat16 peaks in TFLOP/s by the full name that CUDA gives a device, from the vendors' data sheets (without
+# sparsity, whose figures are twice as large). A device that matches none, a MIG slice for instance, is measured.
 PEAK_TFLOPS = {
-    "GH200": 989.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "B200": 2250.0,
-    "L40S": 362.0,
+    r"NVIDIA (GH200 \d+GB?.*|H200|H100 \d+GB HBM\d\w?)": 989.0,
+    r"NVIDIA (H100|H200) NVL": 835.0,
+    r"NVIDIA H100 PCIe": 756.0,
+    r"NVIDIA A100(-(SXM4?|PCIE)-\d+GB| 80GB PCIe)": 312.0,
+    r"NVIDIA B200": 2250.0,
+    r"NVIDIA GB200": 2500.0,
+    r"NVIDIA L40S": 362.0,
 }
+
+
+def known_peak_tflops(name: str) -> float | None:
+    """The dense bfloat16 peak of the device with this full name; None where it is not known."""
+    if " MIG " in name:
+        return None
+    return next((peak for pattern, peak in PEAK_TFLOPS.items() if re.fullmatch(pattern, name)), None)
 
 
 def flops_per_token(meta_model: Transformer, seq_len: int) -> float:
@@ -50,10 +59,9 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """The device's peak in FLOP/s: from its data sheet, or what a large matrix product reaches where that is
     unknown."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [peak for part, peak in PEAK_TFLOPS.items() if all(word in name for word in part.split())]
+        known = known_peak_tflops(torch.cuda.get_device_name(device))
         if known and precision == "bfloat16":
-            return known[0] * 1e12
+            return known * 1e12
     return _measured_flops(device, getattr(torch, precision))
 
 

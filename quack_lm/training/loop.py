@@ -159,8 +159,8 @@ def write_log(run: Run, clock: Clock) -> None:
     n_tokens = steps * run.batch_tokens
     state.elapsed_s += seconds
     tokens_per_s = n_tokens / seconds if seconds > 0 else 0.0
-    # The first interval pays for warm caches, allocation and compilation.
-    if state.step > steps:
+    # The first interval of each process pays for warm caches, allocation and compilation.
+    if clock.n_intervals > 1:
         state.timed_s += seconds
         state.timed_tokens += n_tokens
     mfu = tokens_per_s * run.flops_per_token / (run.peak_flops * run.world.size)

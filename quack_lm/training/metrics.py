@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +25,11 @@ from quack_lm.parallel import World
 from quack_lm.training.counts import format_count
 
 Value = Tensor | float
+
+
+# What W&B itself refuses, after the run has begun.
+WandbProject = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
+WandbTag = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +50,11 @@ class LoggerSettings:
     """
 
     wandb: Literal["online", "offline", "disabled"] = "disabled"
-    project: str = "quack_lm"
+    project: WandbProject = "quack_lm"
     entity: str | None = None
     group: str | None = None
     name: str | None = None
-    tags: list[str] = field(default_factory=list)
+    tags: list[WandbTag] = field(default_factory=list)
     log_every: PositiveInt = 10
     per_head: bool = False
     progress: bool = True
@@ -63,6 +68,7 @@ class Clock:
     def __init__(self, world: World, outside_s: dict[str, float]) -> None:
         self.world = world
         self.outside_s = outside_s
+        self.n_intervals = 0  # that `take` has returned in this process
         self._active_s = 0.0
         self._since = time.perf_counter()
 
@@ -79,6 +85,7 @@ class Clock:
     def take(self) -> float:
         """Training seconds since the last call."""
         self._stop()
+        self.n_intervals += 1
         active_s, self._active_s = self._active_s, 0.0
         return active_s
 

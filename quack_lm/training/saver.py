@@ -5,6 +5,7 @@ advance  at a step boundary, once no rank writes: rank 0 commits in a thread
 commit   state.json and manifest.json, all synced, then the rename; then older checkpoints are deleted
 """
 
+import os
 import shutil
 import sys
 import time
@@ -47,6 +48,7 @@ class Saver:
         self._work: Future[Any] | None = None  # first the tensors', then the commit's
         self._uncommitted: tuple[int, dict[str, Any], dict[str, TensorSpec]] | None = None
         self._began = 0.0
+        self._protected: set[Path] = set()  # old checkpoints that are not deleted
         # What lies beyond the step that the run continues from was refused: neither counted nor deleted.
         self._refused = {
             path for path in checkpoint.list_checkpoints(directory) if checkpoint.step_of(path) > first_step
@@ -111,10 +113,17 @@ class Saver:
         valid = [path for path in others if not checkpoint.validate_checkpoint(path)]
         kept = set(checkpoint.retained_checkpoints(valid, keep=self.keep, keep_every=self.keep_every))
         for old in valid:
-            if old not in kept:
-                # Renamed first: a crash in the middle must not leave half a checkpoint under its name.
-                gone = old.rename(self.directory / f".{old.name}.partial")
-                shutil.rmtree(gone)
+            if old not in kept and old not in self._protected:
+                self._delete(old)
+
+    def _delete(self, old: Path) -> None:
+        """Delete a checkpoint; one that is protected, by a link or by its permissions, is left with a warning."""
+        if old.is_symlink() or not os.access(old, os.W_OK):
+            self._protected.add(old)
+            print(f"warning: {old} is a link or write-protected and is kept", file=sys.stderr)
+            return
+        # Renamed first: a crash in the middle must not leave half a checkpoint under its name.
+        shutil.rmtree(old.rename(self.directory / f".{old.name}.partial"))
 
     def _staging_dir(self, step: int) -> Path:
         return self.directory / f".{checkpoint.name_of(step)}.partial"

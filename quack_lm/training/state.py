@@ -125,10 +125,8 @@ class TrainState:
 
     def _take_loss(self, loss: float, rules: StabilityRules) -> str | None:
         window = rules.diverged_patience
-        if (
-            self.best_mean is None
-        ):  # predictions are nearly uniform before the first step, so this loss has little noise
-            self.best_mean = loss
+        if self.best_mean is None:
+            self.best_mean = loss  # of nearly uniform predictions: it has little noise
         self.recent_losses = [*self.recent_losses, loss][-window:]
         if len(self.recent_losses) < window:
             return None
