@@ -5,8 +5,12 @@ that says what it needs or how long it takes: `# needs: slurm`, `# about 36 min`
 """
 
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +25,7 @@ from test_refusals import TABLES
 from quack_lm import __version__
 from quack_lm.cli import VERBS, main
 from quack_lm.cli.sweep import parse
-from quack_lm.config import CONFIG_DIR, compose
+from quack_lm.config import CONFIG_DIR, compose, instantiate
 from quack_lm.logit_paths import Factor, LogitPath
 from quack_lm.report import collected
 from quack_lm.report.comparison import best_settings, losses, over_rates
@@ -121,7 +125,20 @@ def check_verb(words: list[str], command: Command, capsys: pytest.CaptureFixture
             assert command.is_marked, "say which file it needs"
             return
         overrides = [word for word in arguments if not word.startswith(("-", "ranks="))]
-        compose_first([*overrides, *(["experiment=tiny"] if verb == "prepare" else [])])
+        config = compose_first([*overrides, *(["experiment=tiny"] if verb == "prepare" else [])])
+        if verb != "prepare":
+            instantiate(config["trainer"]).check_ranks(ranks_of(list(command.words)))
+
+
+def ranks_of(words: list[str]) -> int:
+    """The number of ranks that a torchrun, srun, submit or preflight line is meant for."""
+    counts = dict.fromkeys(("nodes", "per_node"), 1)
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        if word == "--nproc-per-node":
+            counts["per_node"] = int(value)
+        if match := re.fullmatch(r"(--nodes|--ntasks-per-node|ranks)=(\d+)", word):
+            counts["nodes" if match[1] == "--nodes" else "per_node"] = int(match[2])
+    return counts["nodes"] * counts["per_node"]
 
 
 def check_sweep(arguments: list[str]) -> None:
@@ -133,14 +150,15 @@ def check_sweep(arguments: list[str]) -> None:
         compose_first(given.overrides)
         return
     sweep = load(keys["sweep"], keys.get("scale"))
-    compose_first([*sweep.base, *given.overrides, *sweep.points()[0].overrides])
+    config = compose_first([*sweep.base, *given.overrides, *sweep.points()[0].overrides])
+    instantiate(config["trainer"]).check_ranks(int(keys.get("nodes", 1)) * int(keys.get("gpus", 1)))
 
 
-def compose_first(overrides: list[str]) -> None:
+def compose_first(overrides: list[str]) -> dict[str, Any]:
     """Compose with the first of several values."""
     one = [re.sub(r"^([\w.]+=)range\((\d+),.*\)$", r"\1\2", override) for override in overrides]
     one = [re.sub(r"^([\w.]+=[\w.-]+)(,[\w.-]+)+$", r"\1", override) for override in one]
-    composed(tuple(one))
+    return composed(tuple(one))
 
 
 @cache
@@ -270,3 +288,36 @@ def test_the_losses_of_the_proxy_are_those_of_the_committed_runs(page: str) -> N
     for entry in over_rates(measured):
         (row,) = re.findall(rf"^\| LR sensitivity, {entry.attention.upper()} \| (.*) \|$", text, flags=re.MULTILINE)
         assert row.split(" | ")[columns.index(entry.stabilizer)] == f"{entry.sensitivity:.3f}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_readmes_stabilizer_passes_every_check_as_it_stands(tmp_path: Path) -> None:
+    copy = tmp_path / "clone"
+    for folder in ("quack_lm", "configs", "tests", "docs", "scripts", "slurm"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    (python,), (yaml_text,) = (
+        re.findall(rf"```{kind}\n(.*?)```", README, flags=re.DOTALL) for kind in ("python", "yaml")
+    )
+    (copy / "quack_lm/stabilizers/halved.py").write_text(python)
+    (copy / "configs/stabilizer/halved.yaml").write_text(yaml_text)
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+
+    def call(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-m", *words], cwd=copy, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    (copy / "docs/configuration.md").write_text(call("quack_lm", "train", "--help=markdown"))
+    call("ruff", "check")
+    call("ruff", "format", "--check")
+    call("mypy")
+    call(
+        "pytest",
+        "tests/test_config.py",
+        "tests/test_stabilizers.py",
+        "tests/test_command_line.py",
+        "-p",
+        "no:cacheprovider",
+    )
