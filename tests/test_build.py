@@ -42,27 +42,59 @@ class Counting(Stabilizer):
         return {"n_transforms": torch.tensor(self.n_transforms)}
 
 
+class Remembering(Stabilizer):
+    """Its step half reads a tensor that its forward half has seen."""
+
+    def __init__(self) -> None:
+        self.seen = torch.zeros(())
+
+    def qk_transform(self, head_dim: int) -> nn.Module:
+        return _Watch(self)
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {"seen": self.seen}
+
+
+class _Watch(nn.Module):
+    def __init__(self, owner: Remembering) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        self.owner.seen = torch.maximum(self.owner.seen, q.detach().abs().amax())
+        return q, k
+
+
 @pytest.fixture
-def counting(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The `_target_` of a stabilizer that needs both halves, as a file of the package would have it."""
-    module = ModuleType("quack_lm.stabilizers.counting")
-    module.Counting = Counting  # type: ignore[attr-defined]
+def stateful(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of the package with stabilizers that need both halves, as files of the package would have them."""
+    module = ModuleType("quack_lm.stabilizers.stateful")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(Counting, "__module__", module.__name__)
-    return f"{module.__name__}.Counting"
+    for cls in (Counting, Remembering):
+        setattr(module, cls.__name__, cls)
+        monkeypatch.setattr(cls, "__module__", module.__name__)
+    return module.__name__
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_the_stabilizer_that_changes_the_forward_is_the_one_that_sees_the_step(
-    name: str, counting: str, tmp_path: Path, tiny_data: list[str]
+    name: str, stateful: str, tmp_path: Path, tiny_data: list[str]
 ) -> None:
-    overrides = [*SMALL, *ATTENTIONS[name], *tiny_data, f"stabilizer._target_={counting}", f"run_dir={tmp_path}"]
-    run = build_run(check_run(compose(["stabilizer=none", "model.n_heads=3", *overrides])))
-    train(run)
-    lines = [json.loads(line) for line in RunDir(tmp_path).metrics_file.read_text().splitlines()]
-    logged = [line["counting/n_transforms"] for line in lines if "counting/n_transforms" in line]
-    assert logged
-    assert set(logged) == {3}, "once for each layer, all on the object whose metrics are logged"
+    def logged(cls: str, metric: str) -> list[float]:
+        overrides = [*SMALL, *ATTENTIONS[name], *tiny_data, f"stabilizer._target_={stateful}.{cls}"]
+        run = build_run(
+            check_run(compose(["stabilizer=none", "model.n_heads=3", *overrides, f"run_dir={tmp_path / cls}"]))
+        )
+        train(run)
+        lines = [json.loads(line) for line in RunDir(tmp_path / cls).metrics_file.read_text().splitlines()]
+        return [line[f"stateful/{metric}"] for line in lines if f"stateful/{metric}" in line]
+
+    counts = logged("Counting", "n_transforms")
+    assert counts
+    assert set(counts) == {3}, "once for each layer, all on the object whose metrics are logged"
+    largest = logged("Remembering", "seen")
+    assert largest
+    assert min(largest) > 0, "a tensor of the run's own forwards, not of a check on the meta device"
 
 
 def test_checking_and_building_make_each_object_once(
@@ -83,7 +115,8 @@ def test_checking_and_building_make_each_object_once(
     for cls in (QuacK, Attention, Transformer, Sequences):
         count(cls)
     build_run(check_run(config))
-    assert made == {"QuacK": 1, "Attention": 3, "Transformer": 1, "Sequences": 3}
+    # The run's own, and a copy of the model on which FLOPs are counted.
+    assert made == {"QuacK": 2, "Attention": 2 * 3, "Transformer": 2, "Sequences": 3}
 
 
 def test_a_run_of_another_version_is_refused_by_its_name(tmp_path: Path, tiny_data: list[str]) -> None:
@@ -96,5 +129,5 @@ def test_a_run_of_another_version_is_refused_by_its_name(tmp_path: Path, tiny_da
     with pytest.raises(UserError, match=r"was written by quack_lm 0\.1\.7, this is .*choose another run_dir"):
         check_run(config)
     run_dir.environment_file.unlink()
-    with pytest.raises(UserError, match="was written by quack_lm an earlier version"):
+    with pytest.raises(UserError, match="was written by an earlier version of quack_lm"):
         check_run(config)

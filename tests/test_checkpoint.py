@@ -131,7 +131,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "cut manifest": ("manifest.json", cut, "not what a run writes|is missing|another sha256"),
     "foreign manifest": ("manifest.json", make_foreign, "not what a run writes"),
     "manifest with endless bytes": ("manifest.json", make_endless, "not what a run writes"),
-    "a pipe for the state": ("state.json", lambda path: path.unlink() or os.mkfifo(path), "is no ordinary file"),
+    "a pipe for the state": ("state.json", lambda path: path.unlink() or os.mkfifo(path), "is not a regular file"),
     "one more file": ("extra.safetensors", lambda path: path.write_bytes(b"x"), "is not in its manifest"),
     "nothing at all": (".", lambda path: [p.unlink() for p in path.iterdir()] and None, "no manifest.json"),
 }

@@ -1,5 +1,6 @@
 """Help, the generated reference, shell completion, and answers to what Hydra users type."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from calls import call_here
 
 from quack_lm.cli.completion import main as print_completion
 from quack_lm.config import CONFIG_DIR, choices, compose, groups, help_text, reference_markdown
-from quack_lm.config.groups import constructor_keys, read_choice
+from quack_lm.config.groups import constructor_keys, read_choice, suggest
 from quack_lm.config.schema import SECTIONS, describe
 from quack_lm.errors import UserError
 
@@ -196,3 +197,38 @@ def test_completion_loads_no_torch() -> None:
     code = "import sys, quack_lm.cli.completion as c; c.main(['bash']); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "matplotlib", "pyarrow"} & set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("_target_: quack_lm.stabilizers.quack.Quackk\n", r"quack_lm\.stabilizers\.quack\.Quackk does not exist"),
+        ("_target_: quack_lm.stabilizers.nowhere.X\n", r"quack_lm\.stabilizers\.nowhere\.X does not exist"),
+        ("tau: [\n", r"stabilizer=broken: .*broken\.yaml: not a readable yaml file"),
+        ("# nothing but a comment\n", r"stabilizer=broken: its yaml file has no _target_"),
+    ],
+)
+def test_a_broken_variant_is_named_and_breaks_no_suggestion_for_the_others(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CONFIG_DIR, tmp_path / "configs")
+    (tmp_path / "configs/stabilizer/broken.yaml").write_text(text)
+    monkeypatch.setattr(sys.modules["quack_lm.config.groups"], "CONFIG_DIR", tmp_path / "configs")
+    assert suggest("lr") == "optimizer.lr"
+    assert "optimizer.lr" in help_text("optimizer")
+    with pytest.raises(UserError, match=said):
+        help_text("stabilizer")
+
+
+@pytest.mark.parametrize(
+    ("override", "suggested"),
+    [
+        ("trainer.lr=3e-3", "optimizer.lr"),
+        ("optimizer.tau=0.1", "stabilizer.tau"),
+        ("learning_rate=1e-3", "optimizer.lr"),
+        ("batch_size=8", "trainer.global_batch_size"),
+    ],
+)
+def test_a_key_in_the_wrong_section_or_of_another_codebase_is_suggested(override: str, suggested: str) -> None:
+    with pytest.raises(UserError, match=re.escape(suggested)):
+        compose(["experiment=tiny", "stabilizer=quack", override])

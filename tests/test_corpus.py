@@ -495,7 +495,7 @@ def test_the_script_prepares_prints_a_table_and_refuses_in_one_line(tmp_path: Pa
     overrides = ["data=local", "data.dir=set", "data.format=jsonl", "data.vocab_size=300", "data.val_fraction=0.2"]
     overrides += ["data.probe_fraction=0.1", f"data.files=[{jsonl}]", "data.workers=0"]
     done = run("--check", *overrides)
-    assert (done.returncode, done.stdout) == (0, "set is ready to be prepared\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "set is not prepared yet; its settings are valid\n"), done.stderr
     assert not list(tmp_path.glob("set*"))
     done = run(*overrides)
     assert done.returncode == 0, done.stderr

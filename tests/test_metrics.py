@@ -261,12 +261,12 @@ def test_what_is_no_ordinary_file_is_refused_or_as_good_as_absent(make: Callable
     path = tmp_path / "file"
     make(path)
     for mode in ("r", "rb", "a", "w"):
-        with pytest.raises(OSError, match="file is no ordinary file: remove it") as caught:
+        with pytest.raises(OSError, match="file is not a regular file: remove it") as caught:
             open_regular(path, mode)
         assert str(path) in caught.value.strerror
     assert read_json(path) == {}
     make(tmp_path / "metrics.jsonl")
-    with pytest.raises(OSError, match=r"metrics\.jsonl is no ordinary file"):
+    with pytest.raises(OSError, match=r"metrics\.jsonl is not a regular file"):
         make_log(tmp_path).rewind(3)
     write_atomically(path, '{"a": 1}')
     assert read_json(path) == {"a": 1}

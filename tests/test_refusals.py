@@ -476,14 +476,14 @@ TRAIN: dict[str, Bad] = {
         edited("manifest.json", lambda m: m.update({"\x1b]0;pwned\x07\x1b[2J": 1})), r"\\x1b\]0;pwned\\x07"
     ),
     "manifest_is_a_link": bad_data(linked_out("manifest.json"), r"link to a file outside"),
-    "manifest_is_a_pipe": bad_data(replaced_by_a_pipe("manifest.json"), r"no ordinary file"),
+    "manifest_is_a_pipe": bad_data(replaced_by_a_pipe("manifest.json"), r"not a regular file"),
     "manifest_is_a_directory": one(
         "data.dir=TMP/d", r"data\.dir: cannot read TMP/d/manifest\.json", files={"d/manifest.json/x": b""}
     ),
     "shard_is_a_link": bad_data(linked_out("val_00000.bin"), r"link to a file outside"),
-    "shard_is_a_pipe": bad_data(replaced_by_a_pipe("val_00000.bin"), r"no ordinary file"),
+    "shard_is_a_pipe": bad_data(replaced_by_a_pipe("val_00000.bin"), r"not a regular file"),
     "shard_is_endless": bad_data(linked_to_zeros("val_00000.bin"), r"link to a file outside"),
-    "tokenizer_is_a_pipe": bad_data(replaced_by_a_pipe("tokenizer/tokenizer.json"), r"no ordinary file"),
+    "tokenizer_is_a_pipe": bad_data(replaced_by_a_pipe("tokenizer/tokenizer.json"), r"not a regular file"),
     "tokenizer_is_a_link": bad_data(linked_out("tokenizer/tokenizer.json"), r"link to a file outside"),
     "shard_has_tokens_beyond_the_vocabulary": bad_data(
         lambda data: foreign_tokens(data), r"it has tokens beyond the vocabulary"
@@ -519,13 +519,15 @@ TRAIN: dict[str, Bad] = {
         files={"old/config.yaml": b"seed: 1\n"},
     ),
     "run_dir_whose_config_is_a_pipe": one(
-        "run_dir=TMP/old", r"run_dir=TMP/old: .*config\.yaml is no ordinary file", **pipe("old/config.yaml")
+        "run_dir=TMP/old", r"run_dir=TMP/old: .*config\.yaml is not a regular file", **pipe("old/config.yaml")
     ),
-    "run_dir_whose_config_is_endless": bad_run(linked_to_zeros("config.yaml"), r"config\.yaml is no ordinary file"),
-    "run_dir_whose_lock_is_a_pipe": bad_run(replaced_by_a_pipe(".lock"), r"run_dir=.*\.lock is no ordinary file"),
-    "run_dir_whose_lock_is_endless": bad_run(linked_to_zeros(".lock"), r"run_dir=.*\.lock is no ordinary file"),
-    "run_dir_whose_log_is_a_pipe": bad_run(replaced_by_a_pipe("metrics.jsonl"), r"metrics\.jsonl is no ordinary file"),
-    "run_dir_whose_log_is_endless": bad_run(linked_to_zeros("metrics.jsonl"), r"metrics\.jsonl is no ordinary file"),
+    "run_dir_whose_config_is_endless": bad_run(linked_to_zeros("config.yaml"), r"config\.yaml is not a regular file"),
+    "run_dir_whose_lock_is_a_pipe": bad_run(replaced_by_a_pipe(".lock"), r"run_dir=.*\.lock is not a regular file"),
+    "run_dir_whose_lock_is_endless": bad_run(linked_to_zeros(".lock"), r"run_dir=.*\.lock is not a regular file"),
+    "run_dir_whose_log_is_a_pipe": bad_run(
+        replaced_by_a_pipe("metrics.jsonl"), r"metrics\.jsonl is not a regular file"
+    ),
+    "run_dir_whose_log_is_endless": bad_run(linked_to_zeros("metrics.jsonl"), r"metrics\.jsonl is not a regular file"),
     "run_of_another_seed": bad_run(lambda run: None, r"run_dir=TMP/run holds a run with seed=0, not 7", "seed=7"),
     "run_not_to_be_resumed": bad_run(
         lambda run: None, r"run_dir=TMP/run already holds this run; trainer\.resume=auto", "trainer.resume=never"
@@ -799,8 +801,8 @@ PREPARE: dict[str, Bad] = {
     "tokenizer_is_a_list": bad_tokenizer(written("tokenizer.json", "[]"), NOT_OURS),
     "tokenizer_is_null": bad_tokenizer(written("tokenizer.json", "null"), NOT_OURS),
     "tokenizer_is_nested": bad_tokenizer(written("tokenizer.json", "[" * 99_999), NOT_OURS),
-    "tokenizer_is_a_pipe": bad_tokenizer(replaced_by_a_pipe("tokenizer.json"), rf"{NOT_OURS}.*no ordinary file"),
-    "tokenizer_is_endless": bad_tokenizer(linked_to_zeros("tokenizer.json"), rf"{NOT_OURS}.*no ordinary file"),
+    "tokenizer_is_a_pipe": bad_tokenizer(replaced_by_a_pipe("tokenizer.json"), rf"{NOT_OURS}.*not a regular file"),
+    "tokenizer_is_endless": bad_tokenizer(linked_to_zeros("tokenizer.json"), rf"{NOT_OURS}.*not a regular file"),
     "tokenizer_with_settings_in_a_list": bad_tokenizer(written("tokenizer_config.json", "[]"), NOT_OURS),
     "tokenizer_of_a_number": bad_tokenizer(tokenizer_settings(tokenizer_class=5), NOT_OURS),
     "tokenizer_mapped_to_a_number": bad_tokenizer(tokenizer_settings(auto_map=5), NOT_OURS),
@@ -856,7 +858,7 @@ SWEEP: dict[str, Bad] = {
     "plan_is_no_json": Bad(["status", "dir=TMP"], r"TMP/plan\.json is damaged", files={"plan.json": b"\xff"}),
     "plan_of_a_run_outside": Bad(
         ["status", "dir=TMP"],
-        r"TMP/plan\.json is damaged or foreign \(cells\.0\.name",
+        r"TMP/plan\.json is invalid \(cells\.0\.name",
         files={"plan.json": b'{"sweep": "s", "question": "q", "command": "c", "cells": [{"name": "../x"}]}'},
     ),
     "unknown_key_for_every_run": sweep_file(MHA, r"unknown key trainer\.step:", "trainer.step=3"),
@@ -937,7 +939,7 @@ def plan_json(**changes: Any) -> dict[str, bytes]:
 
 
 def bad_plan(files: dict[str, bytes], message: str) -> Bad:
-    return one("TMP", rf"TMP/plan\.json is damaged or foreign \({message}", files=files)
+    return one("TMP", rf"TMP/plan\.json is invalid \({message}", files=files)
 
 
 REPORT: dict[str, Bad] = {
@@ -982,7 +984,7 @@ REPORT: dict[str, Bad] = {
     "results_are_no_parquet": one("TMP", r"TMP: results\.parquet .* is damaged", files={"results.parquet": b"PAR1"}),
     "results_of_something_else": one(
         "TMP",
-        r"TMP: results\.parquet .* is damaged or foreign .*collect",
+        r"TMP: results\.parquet .* is invalid .*collect",
         files={"results.parquet": parquet({"a": [1]})},
     ),
     "results_are_cut": one(

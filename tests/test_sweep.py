@@ -210,7 +210,7 @@ def test_the_rule_reads_past_a_damaged_line(write, tmp_path):
         lines = [json.dumps({"step": step, "train/loss": loss}) for step in range(1, 5)]
         lines[1:1] = ["garbage", "[" * 5000, '{"step": "x", "train/loss": 1}'] if loss > 1 else []
         cell.run_dir.metrics_file.write_text("\n".join(lines) + "\n")
-    assert Watch(RULE, [good, bad]).to_stop([good, bad]) == [bad]
+    assert Watch(RULE, [good, bad]).cells_to_stop([good, bad]) == [bad]
 
 
 def test_runs_are_told_apart_by_what_they_have_and_others_have_not(write, tmp_path):
@@ -368,6 +368,15 @@ def test_the_quickstart_compares_every_stabilizer_on_both_attentions(tmp_path):
     stabilizers = ("none", "fixed", "qk_norm", "qk_clip", "quack")
     assert names == {(a, s) for a in ("mha", "mla") for s in stabilizers}
     assert len(cells) == 10
+
+
+def test_a_run_that_no_sweep_started_is_running_too(tmp_path):
+    run_dir = RunDir(tmp_path)
+    assert run_dir.status() == "pending"
+    with run_dir.claim():
+        assert run_dir.status() == "running"
+    run_dir.summary_file.write_text(json.dumps({"status": "running", "step": 1}))
+    assert run_dir.status() == "killed"
 
 
 def test_the_end_of_a_log_counts_a_repainted_progress_bar_once(tmp_path):

@@ -69,6 +69,9 @@ def exit_on_user_error() -> Iterator[None]:
         if distributed is not None and distributed.is_initialized():
             exit_without_teardown(2)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except BrokenPipeError:
         # The reader of the output has gone, `| head` for instance: no traceback, here or when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -51,7 +51,8 @@ def main(arguments: list[str]) -> int:
         raise UserError("no data chosen; for the smallest, which needs no download: quack-lm prepare data=stdlib")
     corpus = instantiate(compose(overrides, file=file)["data"])
     if is_check:
-        print(f"{corpus.dir} is {'prepared already' if is_prepared(corpus) else 'ready to be prepared'}")
+        state = "prepared already" if is_prepared(corpus) else "not prepared yet; its settings are valid"
+        print(f"{corpus.dir} is {state}")
         return 0
     try:
         directory = prepare(corpus)

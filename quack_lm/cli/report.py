@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from quack_lm import report
+from quack_lm.config import refuse_password
 from quack_lm.errors import UserError
 from quack_lm.paper import claims, figures
 from quack_lm.sweep.cell import shell_line
@@ -22,9 +23,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str]) -> int:
     """Write the report of a sweep directory and return the exit code."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog="quack-lm report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep_dir", type=Path, help="a directory of quack-lm sweep run, or of its collected files")
     parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="where to write (default: SWEEP_DIR/report)")
+    for argument in arguments:  # what is read is written down
+        refuse_password("quack-lm report", argument)
     options = parser.parse_args(arguments)
     command = shell_line(["quack-lm", "report", *arguments])
     path = report.write(

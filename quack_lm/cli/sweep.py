@@ -1,7 +1,7 @@
 """Train every run of a sweep and compare them.
 
     quack-lm sweep run sweep=NAME [scale=SCALE] [key=value ...]               # a file of configs/sweep/
-    quack-lm sweep run experiment=tiny attention=mha,mla optimizer.lr=3e-3,3e-2 seed=range(0,3)    # without a file
+    quack-lm sweep run experiment=tiny attention=mha,mla optimizer.lr=3e-3,3e-2 'seed=range(0,3)'    # without a file
 
 Verbs: plan|run|resume|submit|status|cancel|collect
 {verbs}
@@ -10,7 +10,7 @@ Keys of the sweep itself:
 {keys}
 
 Every other key=value is a setting of all runs, for example trainer.steps=20. Several values, a,b or choice(a,b) or
-range(0,5), are an axis of the grid. Ctrl-C lets the runs save and end; the same command continues them. A run is known
+range(0,5), are an axis of the grid. Ctrl-C saves and stops the runs; the same command continues them. A run is known
 by the hash of its resolved config: completed and diverged runs are never repeated, also after the sweep has grown. The
 exit code is 0 when every run completed, diverged or was stopped by the file's rule, 1 when some failed or still end, 2
 for a mistake in the command or a file, or a cluster that does not answer.
@@ -27,14 +27,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quack_lm.config import nearest, split_axes, unknown_flag
+from quack_lm.config import nearest, refuse_password, split_axes, unknown_flag
 from quack_lm.errors import UserError, printable
 from quack_lm.sweep import cluster, cost, file, local, multirun
 from quack_lm.sweep.cell import reuse, shell_line
 from quack_lm.sweep.plan import PLAN_FILE, SweepPlan, make_cells, read_plan, write_plan
 
 VERBS = {
-    "plan": "compose and check every run, write plan.json, print the runs and what they cost; trains nothing",
+    "plan": "compose and check every run, write plan.json (not with --check), print runs and cost; trains nothing",
     "run": "plan, then train what is unfinished, and print the comparison table (the default)",
     "resume": "the same as run",
     "submit": "plan, then queue what is unfinished and not queued yet as job arrays on a slurm cluster",
@@ -161,6 +161,7 @@ def parse(arguments: list[str]) -> Command:
             continue
         if verb not in key.verbs:
             raise UserError(f"{argument} has no meaning for {verb}, only for {', '.join(key.verbs)}")
+        refuse_password(name, value)
         try:
             read = key.read(value)
         except ValueError:
@@ -227,10 +228,9 @@ def print_plan(plan: SweepPlan, command: Command) -> None:
 
 
 def _flops_per_token(config: dict[str, Any]) -> float:
-    from quack_lm.training.build import make_model  # late: status and collect need no torch
-    from quack_lm.training.flops import flops_per_token
+    from quack_lm.training.build import count_flops_per_token  # late: status and collect need no torch
 
-    return flops_per_token(make_model(config), config["trainer"]["seq_len"])
+    return count_flops_per_token(config)
 
 
 def submit(plan: SweepPlan, command: Command, directory: Path) -> int:
@@ -316,7 +316,10 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(usage())
         return 0
-    command = parse(arguments)
+    is_check = "--check" in arguments
+    command = parse([argument for argument in arguments if argument != "--check"])
+    if is_check and command.verb != "plan":
+        raise UserError(f"--check has no meaning for {command.verb}, only for plan")
     if command.verb == "task":
         if "file" not in command.own:
             raise UserError("file=... is missing: a file that submit wrote, with index=... for the run in it")
@@ -336,7 +339,10 @@ def main(arguments: list[str]) -> int:
     plan = make_plan(command, directory)
     if command.verb == "submit":
         return submit(plan, command, directory)
-    write_plan(directory, plan)
+    if is_check:  # writes nothing
+        _check_data(plan)
+    else:
+        write_plan(directory, plan)
     if command.verb == "plan":
         print_plan(plan, command)
         return 0

@@ -2,13 +2,13 @@
 
     quack-lm train experiment=tiny attention=mla stabilizer=quack
     quack-lm train experiment=tiny stabilizer=quack stabilizer.tau=0.1 optimizer.lr=3e-3 run_dir=runs/mine
-    quack-lm train -m experiment=tiny attention=mha,mla stabilizer=none,quack seed=range(0,3)   # 12 runs, compared
-    torchrun --nproc-per-node 8 -m quack_lm train model=1b attention=mla stabilizer=qk_clip data.dir=/data/cosmopedia
+    quack-lm train -m experiment=tiny attention=mha,mla stabilizer=none,quack 'seed=range(0,3)'   # 12 runs, compared
+    torchrun --nproc-per-node 8 -m quack_lm train model=1b attention=mla stabilizer=qk_clip data.dir=/data/cosmopedia_v2
     quack-lm train --config runs/mine/config.yaml run_dir=runs/again     # the same run again
 
 Settings are key=value (Hydra's grammar). A group takes one of its choices:
 {groups}
-and every key inside a group can be set alone. Flags:
+and every key inside a group can be set individually. Flags:
     --config FILE    take all settings from the config.yaml of an earlier run; key=value still overrides
     --check          print the resolved config and the parameter counts, check everything, and train nothing
     -c, --cfg job    print the resolved config
@@ -56,11 +56,10 @@ def main(arguments: list[str]) -> int:
 
         if file:
             raise UserError("-m makes its runs of groups and keys, not of a --config file; leave one of the two out")
-        return sweep.main(["plan" if is_check else "run", *overrides])
+        return sweep.main([*(["plan", "--check"] if is_check else ["run"]), *overrides])
     config = compose(overrides, file=file)
-    if file is not None and not any(override.startswith("run_dir=") for override in overrides):
+    if file and not any(override.startswith("run_dir=") for override in overrides):
         refuse_moved_run(file, config)
-
     return train_config(config, is_check=is_check)
 
 
@@ -78,6 +77,7 @@ def train_config(config: dict[str, Any], *, is_check: bool) -> int:
     """Check a composed config and, unless `is_check`, train it; returns the exit code."""
     # Imported late: --help and a mistake in the settings need not wait for it.
     from quack_lm.model import count_parameters
+    from quack_lm.parallel import launched_world
     from quack_lm.training.build import build_run
     from quack_lm.training.check import check_run, run_warnings
 
@@ -93,8 +93,8 @@ def train_config(config: dict[str, Any], *, is_check: bool) -> int:
     if plan.finished:
         print(f"{plan.run_dir} is finished already: {plan.finished}")
         return 0
+    sys.stderr.writelines(warnings if launched_world()[0] == 0 else [])
     run = build_run(plan)
-    sys.stderr.writelines(warnings if run.world.is_main else [])
     _train(run)
     return run.world.shutdown(0)
 

@@ -9,8 +9,8 @@ from quack_lm.errors import UserError
 ELSEWHERE = {
     "--config-name -cn": "the config is always configs/train.yaml: choose an experiment=... or give --config FILE",
     "--config-path -cp --config-dir -cd": f"configs are read from {CONFIG_DIR} alone; add a yaml file to a group there",
-    "--multirun -m": "only quack-lm train takes it; quack-lm sweep plan and submit take several values without it",
-    "--cfg -c --info -i --resolve": "only quack-lm train prints configs",
+    "--multirun -m": "only quack-lm train takes it; quack-lm sweep run, plan and submit take several values without it",
+    "--cfg -c --info -i --resolve": "quack-lm train --cfg job prints the resolved config of a run",
     "--package -p": "--cfg job prints the complete config, and --help GROUP.KEY one key",
     "--run -r": "it is not needed: without -m, one run is trained",
     "--shell-completion -sc": 'eval "$(quack-lm completion bash)" turns completion on (or zsh)',

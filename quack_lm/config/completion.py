@@ -50,6 +50,8 @@ def completion_script(shell: str, verbs: Iterable[str], sweep_verbs: Iterable[st
         "train": [*settings, "--cfg", "--info", "--multirun"],
         "prepare": settings,
         "preflight": settings,
+        "submit": ["train", "prepare", "preflight", *settings],
+        "completion": ["bash", "zsh"],
         "sweep": [*sweep_verbs, *sweeps, *(f"{key}=" for key in sweep_keys if key != "sweep"), *run_words(), "--help"],
     }
     number, words, template = {"bash": ("*", 'words="{}"', BASH), "zsh": ("*", "all=({})", ZSH)}[shell]

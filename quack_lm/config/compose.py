@@ -82,11 +82,11 @@ def split_axes(overrides: Iterable[str]) -> tuple[list[str], list[Axis]]:
         elif isinstance(override.value(), Glob):
             axes.append(Axis(key, typing.cast(Glob, override.value()).filter(choices(key) if key in groups() else [])))
         elif override.value_type == ValueType.INTERVAL_SWEEP:
-            raise UserError(f"{text}: an interval has no end of values; write them out, or range(start,stop,step)")
+            raise UserError(f"{text}: an interval is continuous; write its values out, or range(start,stop,step)")
         else:
             axes.append(Axis(key, list(itertools.islice(override.sweep_string_iterator(), 10_001))))
     if empty := next((axis.key for axis in axes if not axis.values), None):
-        raise UserError(f"{empty}: these values are none at all; see quack-lm train --help {empty.split('.')[0]}")
+        raise UserError(f"{empty}: the list of values is empty; see quack-lm train --help {empty.split('.')[0]}")
     return plain, axes
 
 
@@ -122,7 +122,7 @@ def _compose_file(file: Path, overrides: list[Override]) -> dict[Any, Any]:
                 raise UserError(f"{override.input_line}: {name} is a value, not a section")
         if key in SECTIONS and not sections:
             raise UserError(
-                f"{override.input_line}: the config file has its choice of {key}; override single keys of it"
+                f"{override.input_line}: {key} is already chosen by the config file; override single keys of it"
             )
         node[key] = override.value()
     return config
@@ -167,7 +167,7 @@ def _prepare(override: Override) -> str:
         raise UserError(f"cannot read {line!r}: write key=value")
     _answer_hydra(override)
     if key == "sweep":
-        raise UserError(f"{line} is no setting of one run: quack-lm sweep run {line} trains it")
+        raise UserError(f"{line} is not a setting of a single run: quack-lm sweep run {line} trains it")
     if key not in groups():
         return "++" + line.lstrip("+")
     options = choices(key)
@@ -184,7 +184,7 @@ def _answer_hydra(override: Override) -> None:
         return
     known = (answer for name, answer in HYDRA_KEYS.items() if key == name or key.startswith(name + "."))
     answer = next(known, "run_dir=... is the directory of a run, and dir=... that of several")
-    raise UserError(f"{override.input_line}: quack_lm has no hydra section; {answer}")
+    raise UserError(f"{override.input_line}: hydra.* is not used here; {answer}")
 
 
 def _resolve(value: Any, config: dict[Any, Any], trail: tuple[str, ...], key: str = "") -> Any:

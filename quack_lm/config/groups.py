@@ -5,11 +5,13 @@ Read from yaml and source text alone, so that shell completion and suggestions n
 
 import ast
 import difflib
+import itertools
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+from quack_lm.config.yaml_file import ConfigLoader, read_yaml
+from quack_lm.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout these lie beside the package, in an installed wheel inside it.
@@ -22,6 +24,9 @@ RENAMED = {
     "trainer.recompute": "trainer.activation_checkpointing",
     "model.q_latent_dim": "attention.q_latent_dim",
     "model.kv_latent_dim": "attention.kv_latent_dim",
+    # What other codebases call it.
+    "learning_rate": "optimizer.lr",
+    "batch_size": "trainer.global_batch_size",
 }
 
 
@@ -37,7 +42,10 @@ def choices(group: str) -> list[str]:
 
 def read_choice(group: str, name: str) -> dict[str, Any]:
     """The keys that one yaml file sets, those of the files in its defaults list included; references unresolved."""
-    own = yaml.safe_load((CONFIG_DIR / group / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+    path = CONFIG_DIR / group / f"{name}.yaml"
+    own = read_yaml(path, f"{group}={name}: {path}", ConfigLoader) or {}
+    if not isinstance(own, dict):
+        raise UserError(f"{group}={name}: {path} must have keys with values")
     bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
     merged: dict[str, Any] = {}
     for base in bases:
@@ -48,16 +56,25 @@ def read_choice(group: str, name: str) -> dict[str, Any]:
 def opening_comment(group: str, name: str) -> str:
     """What a yaml file says of itself in its first lines."""
     lines = (CONFIG_DIR / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    comment = [line.lstrip("# ") for line in lines[: next(i for i, line in enumerate(lines) if line[:1] != "#")]]
+    comment = [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
     return " ".join(line for line in comment if not line.startswith("@package"))
 
 
 @cache
 def constructor_keys(target: str) -> tuple[str, ...]:
-    """The keyword-only constructor parameters of a class of this package, from its source."""
+    """The keyword-only constructor parameters of a class of this package, from its source; () if there is no class.
+
+    A variant that cannot be read must not break the suggestions for all others; choosing it says what is wrong.
+    """
     module, _, name = target.rpartition(".")
-    tree = ast.parse(PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
-    node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    source = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
+    try:
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError):
+        return ()
+    node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
+    if node is None:
+        return ()
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
     if init:
         return tuple(argument.arg for argument in init.args.kwonlyargs)
@@ -82,8 +99,11 @@ def keys_by_choice() -> dict[str, dict[str, tuple[str, ...]]]:
     for group in groups():
         own: dict[str, list[str]] = {}
         for name in choices(group):
-            target = read_choice(group, name).get("_target_")
-            for key in constructor_keys(target) if target else ():
+            try:
+                target = read_choice(group, name).get("_target_")
+            except UserError:
+                continue
+            for key in constructor_keys(target) if isinstance(target, str) else ():
                 own.setdefault(f"{group}.{key}", []).append(name)
         found[group] = {key: tuple(names) for key, names in own.items()}
     return found

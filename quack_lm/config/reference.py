@@ -42,6 +42,8 @@ def rows(group: str) -> list[Row]:
     found: dict[Key, Row] = {}
     for name in choices(group):
         section = read_choice(group, name)
+        if not isinstance(section.get("_target_"), str):
+            raise UserError(f"{group}={name}: its yaml file has no _target_")
         for key in describe(section["_target_"]):
             row = found.setdefault(key, Row(key, [], {}))
             row.owners.append(name)
@@ -52,6 +54,7 @@ def rows(group: str) -> list[Row]:
 
 def help_text(topic: str) -> str:
     """Help on a group, a key, a choice, or in the form of `docs/configuration.md`; UserError for anything else."""
+    topic = topic.removesuffix("=")
     group, _, name = topic.partition("=")
     if topic == "markdown":
         return reference_markdown()
@@ -90,15 +93,15 @@ INTRODUCTION = """\
 
 This page is generated from the code: `quack-lm train --help=markdown > docs/configuration.md`.
 
-A run is described by one config, composed from the yaml files of `configs/` and from what stands on the command line:
+A run is described by one config, composed from the yaml files of `configs/` and the command line:
 
 - **A group takes one of its choices**: `attention=mla` reads `configs/attention/mla.yaml`. `configs/train.yaml` lists
   the defaults, and an experiment such as `experiment=tiny` chooses several groups and values at once.
-- **Every key inside a group can be set alone**: `optimizer.lr=3e-3`. Keys on the command line win over yaml files, and
-  yaml files over the defaults of the classes that they name as `_target_`.
+- **Every key inside a group can be set individually**: `optimizer.lr=3e-3`. Keys on the command line win over yaml
+  files, and yaml files over the defaults of the classes that they name as `_target_`.
 - **The grammar is Hydra's**: `null`, `true`, `3e-3`, `[a,b]`, and quotes around a value with special characters,
   `run_dir='"a=b"'`. A value `${model.n_heads}` refers to another key.
-- **Several values make several runs**: `quack-lm train -m attention=mha,mla seed=range(0,5)`.
+- **Several values make several runs**: `quack-lm train -m attention=mha,mla 'seed=range(0,5)'`.
 - `--cfg job` prints the resolved config, `--info defaults` the chosen groups, `--check` checks a run without training,
   `--help optimizer` and `--help optimizer.lr` explain keys, and `--config FILE` runs the `config.yaml` of an earlier
   run again.

@@ -109,7 +109,8 @@ def refuse_password(key: str, value: str) -> None:
     if re.search(r"://(?!git@)[^/@\s]+@", value):
         # The value is not repeated: it would stand in a log.
         raise UserError(
-            f"{key} has a password in its URL, or a token, which would be written down; take what is before the @ out"
+            f"{key} has a password in its URL, or a token, which would be written down; remove the user name and "
+            "password before the @"
         )
 
 
@@ -140,7 +141,9 @@ class Key:
 
 def describe(target: str) -> list[Key]:
     """The keys of a class, in the order of its constructor."""
-    cls = _import(target) if target else RunKeys
+    cls = _find(target) if target else RunKeys
+    if cls is None:
+        raise UserError(f"_target_={target} does not exist; correct the yaml file that names it")
     texts = meanings(cls)
     keys = []
     for name, field in _schema(cls).model_fields.items():
@@ -201,14 +204,20 @@ def _import(path: str) -> type:
 
 
 def _find(path: str) -> type | None:
+    """The class of this name; None where there is none, UserError where its module exists and cannot be imported."""
+    module = path.rpartition(".")[0]
     try:
         return _import(path)
-    except (ImportError, AttributeError):
+    except AttributeError:
         return None
+    except (ImportError, SyntaxError) as error:
+        if isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?"):
+            return None
+        raise UserError(f"_target_={path}: {module} cannot be imported: {type(error).__name__}: {error}") from None
 
 
 def _target_class(section: str, values: dict[str, Any]) -> type:
-    """The class that a section names: only classes of this package that fit the section are ever imported."""
+    """The class that a section names; a name outside of this package is refused before anything is imported."""
     target = values.get("_target_")
     refusal = UserError(f"{section}._target_={target!r} must be a class of quack_lm derived from {SECTIONS[section]}")
     if not isinstance(target, str) or not re.fullmatch(r"quack_lm(\.[A-Za-z_]\w*)+", target):
@@ -275,7 +284,7 @@ def unknown_key(key: str, known: list[str], chosen: dict[str, str], value: Any) 
     section, _, name = key.rpartition(".")
     if owners := keys_by_choice().get(section, {}).get(key):
         return f"unknown key {key}: it belongs to {' and '.join(f'{section}={owner}' for owner in owners)}"
-    found = None if section else suggest(key, chosen)
-    if found and found not in known:
+    found = suggest(key, chosen)
+    if found and found != key and (not section or found.rpartition(".")[2] == name or found in RENAMED.values()):
         return f"unknown key {key}: did you mean {found}={as_yaml(value)}?"
     return f"unknown key {key}: {nearest(name, known, section + '.' if section else '')}"

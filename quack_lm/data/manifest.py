@@ -217,7 +217,7 @@ def _refuse_link_out(directory: Path, path: Path) -> None:
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
         raise _damaged(directory, path, "it is a link to a file outside of the data set")
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise _damaged(directory, path, "it is no ordinary file")
+        raise _damaged(directory, path, "it is not a regular file")
 
 
 def _damaged(directory: Path, path: Path, what: str) -> UserError:

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quack_lm.config import flatten
-from quack_lm.errors import UserError
+from quack_lm.errors import UserError, printable
 from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results, numeric_fields
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import Record, SweepPlan, reason
-from quack_lm.training.run_dir import checked_summary
+from quack_lm.training.run_dir import STATUSES, checked_summary
 
 RESULTS_FILE, CURVES_FILE = "results.parquet", "curves.parquet"
 
@@ -70,7 +70,7 @@ def load(directory: Path) -> Results:
         # ArrowException, and what missing columns or columns of another type raise.
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{directory}: {RESULTS_FILE} or {CURVES_FILE} is damaged or foreign ({reason(error)}); create "
+                f"{directory}: {RESULTS_FILE} or {CURVES_FILE} is invalid ({reason(error)}); create "
                 "them again with quack-lm sweep collect"
             ) from None
     return from_runs(directory)
@@ -78,7 +78,8 @@ def load(directory: Path) -> Results:
 
 def _read(directory: Path) -> Results:
     table = pq.read_table(directory / RESULTS_FILE, page_checksum_verification=True)
-    about = {k.decode().removeprefix("quack_lm."): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    raw = {k.decode().removeprefix("quack_lm."): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    about = {key: "\n".join(map(printable, text.splitlines())) for key, text in raw.items()}
     stop = json.loads(about["stop"])
     curves = _read_curves(directory / CURVES_FILE)
     entries = []
@@ -91,6 +92,8 @@ def _read(directory: Path) -> Results:
         if summary is None or not isinstance(environment, dict) or not isinstance(stopped, dict):
             raise ValueError(f"run {cell.name}: invalid summary, environment or stop record")
         blowup = None if row[BLOWUP[0]] is None else Blowup(*(int(row[name]) for name in BLOWUP))
+        if row["status"] not in STATUSES:
+            raise ValueError(f"run {cell.name}: unknown status")
         entries.append((cell, row["status"], summary, curves.get(row["run"], []), environment, stopped, blowup))
     plan = SweepPlan(
         sweep=about["sweep"],

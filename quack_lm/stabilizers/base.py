@@ -25,7 +25,10 @@ class Stabilizer:
         return None
 
     def initialize(self, paths: Paths, norms: Mapping[str, Tensor]) -> None:
-        """Called once, with the norms of the freshly initialized weights, before the first step."""
+        """Called before the first step, with the norms of the freshly initialized weights, [layers, blocks] each.
+
+        In a run that continues, the norms are without values (on the meta device), and `load_state_dict` follows.
+        """
 
     def step_scale(self, paths: Paths, norms: Mapping[str, Tensor]) -> Scales:
         """The factor on this step's learning rate for each weight block: weight -> [layers, blocks]."""

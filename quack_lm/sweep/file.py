@@ -214,7 +214,7 @@ def _axis(path: Path, axis: str, values: Any) -> dict[str, list[str]]:
 
 
 def _check_exclusions(path: Path, axes: dict[str, Any], exclude: Sequence[dict[str, str]]) -> None:
-    """An exclusion that can match nothing is a mistake, not a wish."""
+    """UserError where an exclusion can match nothing."""
     for axis, label in (pair for entry in exclude for pair in entry.items()):
         if axis not in axes:
             raise UserError(f"{path}: exclude names {axis}, which is no axis of the grid; {nearest(axis, list(axes))}")

@@ -23,7 +23,10 @@ def unnamed_sweep(overrides: Sequence[str]) -> Sweep:
     """
     plain, axes = split_axes(overrides)
     if not axes:
-        raise UserError("say which sweep: sweep=quickstart, or several values of a key such as seed=0,1; see --help")
+        raise UserError(
+            "say which sweep: sweep=quickstart, or give a key several values such as seed=0,1; for one run, quack-lm "
+            "train without -m"
+        )
     held = " ".join(plain) or "the defaults"
     return with_axes(Sweep(name=unnamed_name(overrides), question=f"Held fixed: {held}."), axes)
 

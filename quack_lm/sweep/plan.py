@@ -130,7 +130,7 @@ def read_plan(directory: Path, file: str = PLAN_FILE) -> SweepPlan:
     try:
         written = _Document.model_validate_json(path.read_bytes())
     except (OSError, pydantic.ValidationError) as error:
-        raise UserError(f"{path} is damaged or foreign ({reason(error)}); make the plan again") from None
+        raise UserError(f"{path} is invalid ({reason(error)}); make the plan again") from None
     return SweepPlan(
         sweep=written.sweep,
         question=written.question,

@@ -34,10 +34,10 @@ from quack_lm.step import LogitWeights
 from quack_lm.training import checkpoint
 from quack_lm.training.coordinator import Coordinator
 from quack_lm.training.environment import package_versions
-from quack_lm.training.flops import peak_flops
+from quack_lm.training.flops import flops_per_token, peak_flops
 from quack_lm.training.loop import Run
 from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
-from quack_lm.training.run_dir import RunDir
+from quack_lm.training.run_dir import READER_S, RunDir
 from quack_lm.training.saver import Saver
 from quack_lm.training.settings import TrainerSettings
 from quack_lm.training.state import TrainState
@@ -105,6 +105,12 @@ def make_model(config: dict[str, Any], stabilizer: Stabilizer | None = None) -> 
         ) from error
 
 
+def count_flops_per_token(config: dict[str, Any]) -> float:
+    """FLOPs of forward and backward per token of the config's model, on a copy whose stabilizer is its own."""
+    copy = make_model({**config, "attention": {**config["attention"], "backend": "eager"}})
+    return flops_per_token(copy, config["trainer"]["seq_len"])
+
+
 def open_data(corpus: Corpus, vocab_size: int) -> TokenData:
     """The prepared data of a corpus, not yet verified by checksum; UserError if it is missing, damaged, or another."""
     data = TokenData.open(Path(corpus.dir), verify_checksums=False, choice=corpus.choice)
@@ -126,7 +132,10 @@ def open_data(corpus: Corpus, vocab_size: int) -> TokenData:
 
 
 def initialize_stabilizer(stabilizer: Stabilizer, weights: LogitWeights) -> None:
-    """Give it the norms of the weights with which a run begins, if it asks for norms."""
+    """Give it the norms of the weights with which a run begins, if it asks for norms.
+
+    A run that continues does so on the meta device, so that the stabilizer has the state that is then loaded.
+    """
     if stabilizer.needs_norms:
         stabilizer.initialize(weights.paths, weights.norms(stabilizer.needs_norms))
 
@@ -195,7 +204,7 @@ def build_run(plan: RunPlan) -> Run:
 
 
 class TrainedObjects(NamedTuple):
-    """What the optimizer step is about; the model is the plan's, on its device now."""
+    """What the optimizer step reads and writes; the model is the plan's, on its device now."""
 
     optimizers: list[Optimizer]
     weights: LogitWeights
@@ -204,6 +213,8 @@ class TrainedObjects(NamedTuple):
 def build_model(plan: RunPlan, world: World, resumes_from: Path | None, watchdog: Watchdog) -> TrainedObjects:
     """Shard and materialize the plan's model; its weights, and the rest of the state, from the seed or a checkpoint."""
     model = plan.model
+    if resumes_from:  # without values: what there is to load
+        initialize_stabilizer(plan.stabilizer, LogitWeights(model.attentions))
     if plan.settings.compile:
         for block in model.blocks:
             block.compile()
@@ -309,7 +320,7 @@ def _on_main_rank(world: World, run_dir: RunDir, work: Callable[[], T]) -> T | N
 
 
 def _claim(plan: RunPlan) -> IO[str]:
-    lock = plan.run_dir.claim(wait_s=LOCK_WAIT_S if slurm.is_restart() else 0.0)
+    lock = plan.run_dir.claim(wait_s=LOCK_WAIT_S if slurm.is_restart() else READER_S)
     if checkpoint.snapshot(plan.run_dir, plan.settings.steps) != plan.snapshot:
         raise UserError(
             f"run_dir={plan.run_dir} was trained by another process while this one was starting; run the same command "
@@ -331,7 +342,7 @@ def _start_logging(plan: RunPlan, run: Run, resumes_from: Path | None) -> None:
 
 
 def _environment(world: World, n_params: int) -> dict[str, Any]:
-    """What a result is worthless without."""
+    """What is needed to reproduce a result."""
     is_cuda = world.device.type == "cuda"
     return {
         "command": sys.argv,

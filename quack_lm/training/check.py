@@ -19,8 +19,7 @@ from quack_lm.parallel import check_world, default_device, launched_world, memor
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
 from quack_lm.training import checkpoint
-from quack_lm.training.build import RunPlan, initialize_stabilizer, make_model, open_data
-from quack_lm.training.flops import flops_per_token
+from quack_lm.training.build import RunPlan, count_flops_per_token, initialize_stabilizer, make_model, open_data
 from quack_lm.training.metrics import LoggerSettings
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
@@ -73,15 +72,14 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     run_dir = RunDir(Path(config["run_dir"] or default_run_dir(config)))
     snapshot = checkpoint.snapshot(run_dir, settings.steps)
     resumes_from, finished = check_run_dir(run_dir, config, settings)
-    initialize_stabilizer(stabilizer, LogitWeights(model.attentions))  # on the meta device
     if resumes_from:
+        initialize_stabilizer(stabilizer, LogitWeights(model.attentions))  # without values: which tensors there are
         check_same_data(run_dir, resumes_from, data)
         checkpoint.read_train_state(resumes_from)
         checkpoint.check_tensors(resumes_from, checkpoint.expected_tensors(model, recipe.build(model), stabilizer))
     # Last: it takes minutes, and nothing else should wait for it. One process per machine reads every byte.
     if corpus.verify_checksums and local_rank == 0 and not finished:
         data.verify_checksums()
-    flops = flops_per_token(model, settings.seq_len)
     model.eot_id = data.manifest.eot_id if corpus.mask_documents else None
     return RunPlan(
         config={**config, "run_dir": str(run_dir)},
@@ -94,7 +92,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
         data=data,
         sequences=sequences,
         device=device,
-        flops_per_token=flops,
+        flops_per_token=count_flops_per_token(config),
         resumes_from=resumes_from,
         snapshot=snapshot,
         finished=finished,
@@ -120,13 +118,13 @@ def default_run_dir(config: dict[str, Any]) -> Path:
 def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ranks_of_a_copy: int) -> None:
     """Raise UserError where a rank's part of the weights, gradients and optimizer state cannot fit into its memory."""
     n_params = count_parameters(model)["total"]
-    needed, there = BYTES_PER_PARAMETER * n_params / ranks_of_a_copy, memory_of_a_rank(device)
-    if needed > there:
+    needed, available = BYTES_PER_PARAMETER * n_params / ranks_of_a_copy, memory_of_a_rank(device)
+    if needed > available:
         sizes = flatten({name: config[name] for name in ("model", "attention")})
         key = max((k for k, v in sizes.items() if isinstance(v, int)), key=sizes.__getitem__)
         raise UserError(
             f"{key}={sizes[key]} is too large, or another size of model or attention: {n_params:,} parameters take "
-            f"{needed / 2**30:,.0f} GiB of the {there / 2**30:,.0f} GiB that each process has"
+            f"{needed / 2**30:,.0f} GiB of the {available / 2**30:,.0f} GiB that each process has"
         )
 
 

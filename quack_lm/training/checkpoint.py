@@ -129,7 +129,7 @@ def validate_checkpoint(checkpoint: Path, *, verify_checksums: bool = False) -> 
             if name not in listed:
                 return f"{name} is not in its {MANIFEST}"
             if not paths[name].is_file():  # to read a pipe is to wait for ever
-                return f"{name} is no ordinary file"
+                return f"{name} is not a regular file"
             if (size := paths[name].stat().st_size) != listed[name].bytes:
                 return f"{name} has {size} bytes, not {listed[name].bytes}"
         if verify_checksums:
@@ -271,7 +271,7 @@ def _first_wrong(stored: dict[str, list[Piece]], wanted: dict[str, TensorSpec]) 
         covered = 0
         for piece in sorted(stored[name], key=lambda piece: (piece.start, piece.shape)):
             if piece.shape[1:] != tuple(row):
-                return f"it has another shape of {name}"
+                return f"{name} has another shape"
             # Tensors are sharded by rows alone.
             if piece.start != (covered, *(0 for _ in row)):
                 return f"it lacks a part of {name}: a file is missing"

@@ -3,8 +3,6 @@
 import math
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,26 +31,15 @@ def known_peak_tflops(name: str) -> float | None:
 
 
 def flops_per_token(meta_model: Transformer, seq_len: int) -> float:
-    """FLOPs of forward and backward per token, counted on a meta model with the reference attention.
+    """FLOPs of forward and backward per token, counted on a meta model that is used for nothing else.
+
+    Its attention backend is `eager`, which multiplies as the equations say.
 
     The backward pass costs twice the forward; recomputation is not counted (that is MFU, not hardware utilization).
     """
-    with _reference_attention(meta_model), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta_model(torch.zeros(1, seq_len, dtype=torch.long, device="meta"))
     return 3.0 * counter.get_total_flops() / seq_len
-
-
-@contextmanager
-def _reference_attention(model: Transformer) -> Iterator[None]:
-    """Within, every layer multiplies as the equations say, whatever kernel the config chose."""
-    backends = [attention.backend for attention in model.attentions]
-    for attention in model.attentions:
-        attention.backend = "eager"
-    try:
-        yield
-    finally:
-        for attention, backend in zip(model.attentions, backends, strict=True):
-            attention.backend = backend
 
 
 def peak_flops(device: torch.device, precision: str) -> float:

@@ -30,8 +30,12 @@ from quack_lm.files import (
 )
 from quack_lm.training.state import Count, Seconds
 
+# For how long a process that only reads the state may hold a lock.
+READER_S = 1.0
+
 # Statuses that running again would only repeat.
 FINISHED = ("completed", "diverged", "stopped by rule")
+STATUSES = (*FINISHED, "interrupted", "failed", "running", "killed", "pending")
 
 
 class _Summary(pydantic.BaseModel):
@@ -105,6 +109,11 @@ class RunDir:
         return self.path / "train.log"
 
     @property
+    def lock_file(self) -> Path:
+        """Locked by the process that trains."""
+        return self.path / ".lock"
+
+    @property
     def stop_file(self) -> Path:
         """Written by a sweep whose stop rule ended this run."""
         return self.path / "stopped_by_rule.json"
@@ -113,16 +122,18 @@ class RunDir:
 
     def config(self) -> dict[str, Any]:
         """The config of the run in this directory; UserError if it cannot be read, or another version wrote it."""
-        hint = f"run_dir={self}: choose another run_dir, for its config.yaml cannot be read"
+        hint = f"run_dir={self}: its config.yaml cannot be read; choose another run_dir"
         # The environment is written first, so a config without one is not from this version either.
-        written_by = self.environment().get("versions", {}).get("quack_lm", "an earlier version")
+        versions = self.environment().get("versions")
+        written_by = versions.get("quack_lm") if isinstance(versions, dict) else None
         config = read_yaml(self.config_file, hint)
         if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
             raise UserError(f"{hint}: it does not have the sections of a run")
-        if _series(written_by) != _series(__version__):
+        if not isinstance(written_by, str) or _series(written_by) != _series(__version__):
+            writer = f"quack_lm {written_by}" if isinstance(written_by, str) else "an earlier version of quack_lm"
             raise UserError(
-                f"run_dir={self} was written by quack_lm {written_by}, this is {__version__}: continue it with that "
-                "version, or choose another run_dir"
+                f"run_dir={self} was written by {writer}, this is {__version__}: continue it with that version, or "
+                "choose another run_dir"
             )
         return config
 
@@ -156,11 +167,8 @@ class RunDir:
         return "failed" if self.log_file.exists() else "pending"
 
     def is_running(self) -> bool:
-        """Whether a process that a sweep started is alive: it holds the lock of its log."""
-        if not self.log_file.is_file():
-            return False
-        with open(self.log_file, "rb") as log:
-            return not take_lock(log, shared=True)
+        """Whether a process is alive that trains here, or that a sweep started here: each holds a lock."""
+        return _is_locked(self.log_file) or _is_locked(self.lock_file)
 
     def has_ended(self) -> bool:
         """Whether its files say that it is finished; unlike `status`, this touches no lock."""
@@ -214,12 +222,15 @@ class RunDir:
         ):
             raise UserError(f"{place} is not a writable directory; fix that, or choose another run_dir")
 
-    def claim(self, *, wait_s: float = 0.0) -> IO[str]:
-        """Lock the directory for as long as the returned file is open; UserError if another process has it."""
+    def claim(self, *, wait_s: float = READER_S) -> IO[str]:
+        """Lock the directory for as long as the returned file is open; UserError if another process has it.
+
+        A process that reads the state of the run holds the lock for a moment, so one waits a little.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # Appending: a run that is refused does not even change the time of the file.
-            lock: IO[str] = open_regular(self.path / ".lock", "a")
+            lock: IO[str] = open_regular(self.lock_file, "a")
         except OSError as error:
             raise UserError(f"run_dir={self} is not writable: {error.strerror}; choose another run_dir") from None
         if not take_lock(lock, wait_s=wait_s):
@@ -234,6 +245,14 @@ class RunDir:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace summary.json atomically."""
         write_json(self.summary_file, summary)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds the exclusive lock of this file."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return not take_lock(file, shared=True)
 
 
 def _series(version: str) -> str:

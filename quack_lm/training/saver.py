@@ -47,7 +47,7 @@ class Saver:
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: Future[Any] | None = None  # first the tensors', then the commit's
         self._uncommitted: tuple[int, dict[str, Any], dict[str, TensorSpec]] | None = None
-        self._began = 0.0
+        self._started_at = 0.0
         self._protected: set[Path] = set()  # old checkpoints that are not deleted
         # What lies beyond the step that the run continues from was refused: neither counted nor deleted.
         self._refused = {
@@ -62,7 +62,7 @@ class Saver:
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Begin the checkpoint of a step, on all ranks together; without `is_async`, also end it."""
         self.wait()
-        self._began = time.perf_counter()
+        self._started_at = time.perf_counter()
         staging = self._staging_dir(step)
         if self.world.is_main:
             self._guarded(lambda: self._prepare(staging))
@@ -95,22 +95,22 @@ class Saver:
             shutil.rmtree(left)
         staging.mkdir(parents=True)
 
-    def _commit(self, step: int, state: dict[str, Any], kinds: dict[str, TensorSpec]) -> None:
+    def _commit(self, step: int, state: dict[str, Any], specs: dict[str, TensorSpec]) -> None:
         target = self.directory / checkpoint.name_of(step)
         if target.exists():  # a damaged one: a valid one would have been continued
             _rename_damaged(target)
             self._refused.discard(target)
-        checkpoint.commit(self._staging_dir(step), target, {"step": step, **self.about, **state}, kinds)
+        checkpoint.commit(self._staging_dir(step), target, {"step": step, **self.about, **state}, specs)
         self.latest_step = step
-        self.total_s += time.perf_counter() - self._began
+        self.total_s += time.perf_counter() - self._started_at
         self._prune()
 
     def _prune(self) -> None:
-        others = [path for path in checkpoint.list_checkpoints(self.directory) if path not in self._refused]
+        candidates = [path for path in checkpoint.list_checkpoints(self.directory) if path not in self._refused]
         # By size alone: the newest was read when its manifest was made, and to read every byte of the others at each
         # save would multiply what a save costs. One whose bits turned since counts as kept until a run wants to
         # continue from it, which reads every byte and takes the one before; the newest is there in any case.
-        valid = [path for path in others if not checkpoint.validate_checkpoint(path)]
+        valid = [path for path in candidates if not checkpoint.validate_checkpoint(path)]
         kept = set(checkpoint.retained_checkpoints(valid, keep=self.keep, keep_every=self.keep_every))
         for old in valid:
             if old not in kept and old not in self._protected:

@@ -1,4 +1,4 @@
-"""How a run ends: whether it diverged, what kind of end it was, and the quieter signs that it was not stable.
+"""What a run knows of itself, and how it ends: diverged or not, and the quieter signs that it was not stable.
 
 Many failures show no NaN: the loss sticks near the unigram entropy while logits explode. So a run has a `status` and
 a list of reasons to call it unstable.
