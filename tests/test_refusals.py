@@ -340,7 +340,7 @@ TRAIN: dict[str, Bad] = {
         "trainer.micro_batch_size=3", r"trainer\.global_batch_size=8 .*trainer\.micro_batch_size = 1 x 3"
     ),
     "three_processes": one("seed=0", r"trainer\.global_batch_size=8 .*3 x 8 = 24", env=LAUNCHED | {"WORLD_SIZE": "3"}),
-    "replicas_do_not_divide_processes": one("trainer.replicas=2", r"trainer\.replicas=2 .*processes, 1"),
+    "replicas_do_not_divide_processes": one("trainer.replicas=2", r"trainer\.replicas=2 .*ranks, 1"),
     "sequence_longer_than_the_data": one(
         "trainer.seq_len=5000000", r"trainer\.seq_len=5000000 is too long for the train"
     ),
@@ -411,8 +411,8 @@ TRAIN: dict[str, Bad] = {
     "deletion": one("~seed", r"~seed: keys cannot be deleted.*seed=null"),
     "deletion_of_a_group": one("~model", r"~model: .*cannot be deleted"),
     "package": one("model@encoder=tiny", r"model@encoder=tiny: .*cannot be moved"),
-    "hydra_section": one("hydra.run.dir=x", r"hydra\.run\.dir=x: .*no hydra section.*run_dir"),
-    "hydra_group": one("hydra/launcher=basic", r"hydra/launcher=basic: .*no hydra section"),
+    "hydra_section": one("hydra.run.dir=x", r"hydra\.run\.dir=x: .*not used here.*run_dir"),
+    "hydra_group": one("hydra/launcher=basic", r"hydra/launcher=basic: .*not used here"),
     "unknown_flag": one("--fast", r"unknown flag --fast.*key=value"),
     # config files
     "no_config_file": Bad(["--config"], r"--config needs a value, as in --config FILE"),
@@ -515,7 +515,7 @@ TRAIN: dict[str, Bad] = {
     ),
     "run_dir_of_an_older_run": one(
         "run_dir=TMP/old",
-        r"run_dir=TMP/old holds a run with .*another run_dir",
+        r"run_dir=TMP/old was written by an earlier version of quack_lm.*another run_dir",
         files={"old/config.yaml": b"seed: 1\n"},
     ),
     "run_dir_whose_config_is_a_pipe": one(
@@ -544,18 +544,18 @@ TRAIN: dict[str, Bad] = {
     ),
     "run_whose_checkpoints_are_a_file": bad_run(
         lambda run: [shutil.rmtree(run / "checkpoints"), (run / "checkpoints").touch()],
-        r"TMP/run/checkpoints is not a directory that can be written to",
+        r"TMP/run/checkpoints is not a writable directory",
     ),
     "run_whose_checkpoints_are_a_link_to_nothing": bad_run(
         lambda run: [shutil.rmtree(run / "checkpoints"), (run / "checkpoints").symlink_to(run / "nowhere")],
-        r"TMP/run/checkpoints is not a directory that can be written to",
+        r"TMP/run/checkpoints is not a writable directory",
     ),
     "run_whose_checkpoints_are_read_only": bad_run(
-        lambda run: (run / "checkpoints").chmod(0o500), r"TMP/run/checkpoints is not a directory that can be written to"
+        lambda run: (run / "checkpoints").chmod(0o500), r"TMP/run/checkpoints is not a writable directory"
     ),
     "fresh_run_whose_checkpoints_are_a_link_to_nothing": Bad(
         [],
-        r"TMP/run/checkpoints is not a directory that can be written to",
+        r"TMP/run/checkpoints is not a writable directory",
         arrange=lambda tmp_path, given: [(tmp_path / "run").mkdir(), (tmp_path / "run/checkpoints").symlink_to("x")],
     ),
     # checkpoints

@@ -540,7 +540,7 @@ def test_data_prepared_by_a_job_pass_the_preflight_of_two_ranks(
     assert "2 on cpu" in on_cpu
     assert "GB/s for 4 MiB" in on_cpu
     assert "slurm has allocated GPUs to this job (SLURM_GPUS_ON_NODE=1), but torch sees none" in on_gpu
-    assert "NOT READY" in on_gpu
+    assert "FAILED: fix the checks" in on_gpu
     assert "code 2" in on_gpu
 
 
