@@ -79,6 +79,30 @@ def test_grid_is_the_product_without_exclusions_and_with_extra_points_for_every_
     assert cells[-1].config["stabilizer"]["tau"] == 0.5
 
 
+def test_seeds_that_tune_and_seeds_that_judge_are_all_run_and_told_apart(write, tmp_path):
+    sweep = load(write("# Why?\nbase: [experiment=tiny]\nseeds: {tune: [0, 1], judge: [2, 5]}\n"))
+    assert [cell.config["seed"] for cell in make_cells(sweep, tmp_path)] == [0, 1, 2, 5]
+    assert sweep.tune_seeds == [0, 1]
+    plan = SweepPlan(sweep="s", question="q", command="c", cells=[], tune_seeds=sweep.tune_seeds)
+    write_plan(tmp_path, plan)
+    assert read_plan(tmp_path).tune_seeds == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ("{tune: [0, 1], judge: [1, 2]}", "both have 1"),
+        ("{tune: [0, 1]}", r"seeds\.judge.*for example"),
+        ("{tune: [], judge: [1]}", r"seeds\.tune.*for example"),
+        ("{tune: [0], judge: [1], jury: [2]}", r"seeds\.jury.*for example"),
+        ("{tune: [-1], judge: [1]}", r"seeds\.tune\.0=-1"),
+    ],
+)
+def test_a_mistake_in_separate_seeds_is_named(seeds, message, write):
+    with pytest.raises(UserError, match=message):
+        load(write(f"# Why?\nseeds: {seeds}\n"))
+
+
 def test_the_opening_comment_is_the_question(write):
     assert load(write(GRID)).question == "Which one? Held fixed: the rest."
 

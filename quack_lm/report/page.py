@@ -55,7 +55,9 @@ class Picture:
     narrow: bytes
 
 
-def as_html(results: Results, pictures: Sequence[Picture], report_command: str, lead: Sequence[Section] = ()) -> str:
+def as_html(
+    results: Results, pictures: Sequence[Picture], report_command: str, conclusions: Sequence[Section] = ()
+) -> str:
     """The page with everything in it, figures included; nothing is fetched when it opens."""
     title = f"Sweep {results.plan.sweep}"
     facts = "".join(f"<dt>{_e(k)}</dt><dd>{_e(v)}</dd>\n" for k, v in provenance(results, report_command).items())
@@ -71,10 +73,10 @@ def as_html(results: Results, pictures: Sequence[Picture], report_command: str, 
 <h1>{_e(title)}</h1>
 <p class="question">{_e(results.plan.question)}</p>
 <p>{_e(runs.counts(results))}.</p>
-{"".join(_section_html(section) for section in before_figures(results, lead))}
+{"".join(_section_html(section) for section in before_figures(results))}
 <h2>Figures</h2>
 {"".join(_picture_html(picture) for picture in pictures) or f"<p>{no_pictures(results)}</p>"}
-{"".join(_section_html(section) for section in after_figures(results))}
+{"".join(_section_html(section) for section in after_figures(results, conclusions))}
 <h2>Provenance</h2>
 <dl>
 {facts}</dl>
@@ -84,7 +86,7 @@ def as_html(results: Results, pictures: Sequence[Picture], report_command: str, 
 
 
 def as_markdown(
-    results: Results, pictures: Sequence[Picture], report_command: str, lead: Sequence[Section] = ()
+    results: Results, pictures: Sequence[Picture], report_command: str, conclusions: Sequence[Section] = ()
 ) -> str:
     """The same page in Markdown; it refers to the files figures/NAME.png."""
     question = "\n".join(f"> {markdown(line)}" for line in results.plan.question.splitlines())
@@ -96,10 +98,10 @@ def as_markdown(
         f"# Sweep {markdown(results.plan.sweep)}",
         question,
         f"{runs.counts(results)}.",
-        *(_section_markdown(section) for section in before_figures(results, lead)),
+        *(_section_markdown(section) for section in before_figures(results)),
         "## Figures",
         figures or no_pictures(results),
-        *(_section_markdown(section) for section in after_figures(results)),
+        *(_section_markdown(section) for section in after_figures(results, conclusions)),
         "## Provenance",
         facts,
     ]
