@@ -333,6 +333,12 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
         assert "quack-lm train attention=mha stabilizer=brand_new optimizer.lr=0.3 seed=0" in text
         assert str(tmp_path) not in text  # pages are passed on
     assert "Held fixed: &lt;all&gt;." in html
+    # The question, the runs and the figures come before the claims.
+    order = [html.index(text) for text in ("Which one?", "pending", "<h2>Figures", "<h2>Claims", "<h2>All runs")]
+    assert order == sorted(order)
+    assert "prefers-color-scheme: dark" in html
+    # The last validation of the healthy run, on hover.
+    assert 'title="mha, lr 0.3, quack: 3.788 at 40"' in html
     assert "<script" not in html
     # Nothing is fetched: each image is in the page.
     assert html.count('src="data:image/png;base64,') == html.count("<img ") == 8

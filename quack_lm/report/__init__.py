@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quack_lm.errors import UserError
 from quack_lm.report import collected, figures, page
-from quack_lm.report.draw import draw, save
+from quack_lm.report.draw import draw, point_values, save
 from quack_lm.report.figures import Plot
 from quack_lm.report.heat import HeatMaps, heat_maps
 from quack_lm.report.results import Results
@@ -45,7 +45,16 @@ def write(
         wide, narrow = save(figure), save(draw(plot, columns=1))
         figure.set_layout_engine("none")  # the layout is done, and repeating it takes most of the time
         files |= {f"figures/{plot.name}.png": wide, f"figures/{plot.name}.pdf": save(figure, "pdf")}
-        pictures.append(page.Picture(name=plot.name, title=plot.title, caption=plot.caption, wide=wide, narrow=narrow))
+        pictures.append(
+            page.Picture(
+                name=plot.name,
+                title=plot.title,
+                caption=plot.caption,
+                wide=wide,
+                narrow=narrow,
+                points=point_values(figure, plot) if isinstance(plot, Plot) else (),
+            )
+        )
     sections = [make(results) for make in conclusions]
     files["report.md"] = page.as_markdown(results, pictures, command, sections).encode()
     files["report.html"] = page.as_html(results, pictures, command, sections).encode()
