@@ -184,6 +184,14 @@ def test_the_proxy_is_the_tiny_experiment_with_most_seeds_at_the_top_rate(tmp_pa
     assert {c.config["optimizer"]["lr"] for c in cells} == {3e-3, 3e-2, 3e-1}
 
 
+def test_the_fine_proxy_has_the_rates_of_the_proxy_and_others_between_and_below() -> None:
+    coarse, fine = (load("paper/fig2", scale) for scale in ("proxy", "proxy-fine"))
+    rates = [{float(lr) for lr in sweep.grid["optimizer.lr"]} for sweep in (coarse, fine)]
+    assert rates[0] < rates[1]
+    assert min(rates[1]) < min(rates[0])
+    assert (fine.tune_seeds, len(fine.seeds), len(fine.points())) == ([0, 1, 2], 8, 2 * 6 * 12 * 8)
+
+
 # ------------------------------------------------------------------------------------------------ rule and cost
 
 RULE = StopRule(loss_above_best=2.0, for_steps=3)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from quack_lm.config import flatten
 from quack_lm.report.comparison import (
     BASELINE,
     Best,
@@ -105,22 +104,21 @@ def section(results: Results) -> Section:
 
 def recipe(results: Results) -> Section:
     """What the runs do in another way than the paper, read from their configs."""
-    configs = [flatten(r.cell.config) for r in results.results]
+    models = [model if isinstance(model := r.cell.config.get("model"), dict) else {} for r in results.results]
+    optimizers = [r.cell.config["optimizer"] for r in results.results]
     lines = [
-        _where(
-            "embeddings are not tied to the output layer", [c.get("model.tied_embeddings") is False for c in configs]
-        ),
-        _where("gradients are not clipped", [c.get("optimizer.max_grad_norm", 0) is None for c in configs]),
+        _where("embeddings are not tied to the output layer", [m.get("tied_embeddings") is False for m in models]),
+        _where("gradients are not clipped", [o.get("max_grad_norm", 0) is None for o in optimizers]),
         _where(
             "embedding, head and norms have an AdamW rate of their own",
-            [c.get("optimizer.adamw_lr") is not None for c in configs],
+            [o.get("adamw_lr") is not None for o in optimizers],
         ),
         _where(
             f"fewer than the paper's {PAPER_STEPS} steps", [r.cell.total_steps < PAPER_STEPS for r in results.results]
         ),
         _where(
-            "a model narrower than the paper's 2048",
-            [c.get("model.d_model", PAPER_WIDTH) < PAPER_WIDTH for c in configs],
+            f"a model narrower than the paper's {PAPER_WIDTH}",
+            [isinstance(width := m.get("d_model"), int) and width < PAPER_WIDTH for m in models],
         ),
     ]
     return Section(
