@@ -27,8 +27,11 @@ from quack_lm.cli import VERBS, main
 from quack_lm.cli.sweep import parse
 from quack_lm.config import CONFIG_DIR, compose, instantiate
 from quack_lm.logit_paths import Factor, LogitPath
+from quack_lm.paper import claims
 from quack_lm.report import collected
+from quack_lm.report import page as report_page
 from quack_lm.report.comparison import best_settings, losses, over_rates
+from quack_lm.report.results import Results
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.sweep.file import load
 
@@ -269,25 +272,92 @@ def test_the_counts_of_refused_inputs_are_those_of_the_tests() -> None:
     assert f"Each of the {sum(shown.values())} is" in page
 
 
+@cache
+def sweep_results(name: str) -> Results:
+    return collected.load(ROOT / "docs" / "results" / name)
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
 def test_the_losses_of_the_proxy_are_those_of_the_committed_runs(page: str) -> None:
     text = PAGES[page]
-    measured = collected.load(ROOT / "docs" / "results" / "fig2-proxy")
+    measured = sweep_results("fig2-proxy")
     columns = ("none", "qk_clip", "fixed", "quack", "qk_norm")
     checked = 0
     for place in measured.places():
         (row,) = re.findall(rf"^\| {place.attention.upper()}, {place.lr:g} \| (.*) \|$", text, flags=re.MULTILINE)
         for name, cell in zip(columns, row.split(" | "), strict=True):
-            runs = best_settings(measured.at(place))[name]
+            runs = best_settings(measured, place)[name].runs
             assert cell.startswith(f"{fmean(losses(runs).values()):.3f}"), (place, name)
             assert ("**U**" in cell) is not all(run.is_healthy for run in runs)
+            assert losses(runs).keys() == set(range(5 if place.lr == 0.3 else 3))
             if "tau" in cell:
                 assert f"(tau {runs[0].cell.config['stabilizer']['tau']:g})" in cell
             checked += 1
     assert checked == 30
-    for entry in over_rates(measured):
+    prose = " ".join(text.split())
+    assert "means over seeds 0 to 2, at 0.3 over seeds 0 to 4; LR sensitivities are means over seeds 0 to 2" in prose
+    entries = over_rates(measured)
+    for entry in entries:
         (row,) = re.findall(rf"^\| LR sensitivity, {entry.attention.upper()} \| (.*) \|$", text, flags=re.MULTILINE)
         assert row.split(" | ")[columns.index(entry.stabilizer)] == f"{entry.sensitivity:.3f}"
+        assert entry.seeds == [0, 1, 2]
+    assert f"in {sum(entry.is_at_edge for entry in entries)} of {len(entries)} rows" in prose
+
+
+def test_the_verdicts_on_the_claims_are_those_of_the_committed_runs() -> None:
+    table = re.findall(
+        r"^\| (.*) \| (holds|does not hold|not decided) \| (.*)\|$", PAGES["docs/results.md"], re.MULTILINE
+    )
+    by_sweep = {
+        name: {claim.text: claim for claim in claims.claims(sweep_results(name))}
+        for name in ("fig2-proxy", "fig3-proxy", "speed-proxy")
+    }
+    source = {"Frobenius": "fig3-proxy", "steps": "speed-proxy"}
+    told = [c for c in by_sweep["fig2-proxy"].values() if c.source in ("Fig. 1", "Fig. 2", "Fig. 3", "Fig. 4", "Speed")]
+    # These are told in the losses above: stable runs have no U.
+    told = [c for c in told if "is stable at" not in c.text and "explode" not in c.text]
+    assert len(told) == len(table)
+    for claim, (words, verdict, measured) in zip(told, table, strict=True):
+        name = next((sweep for word, sweep in source.items() if word in claim.text), "fig2-proxy")
+        found = by_sweep[name][claim.text]
+        assert verdict == found.verdict, words
+        shown = re.findall(r"\[(-?[\d.]+), (-?[\d.]+)\]", measured)
+        numbers = found.numbers if "QK clip is unstable" not in found.text else shown_differences()
+        intervals = re.findall(r"\[([+-]?[\d.]+), ([+-]?[\d.]+)\]", numbers)
+        known = {tuple(sorted(abs(float(bound)) for bound in bounds)) for bounds in intervals}
+        assert {tuple(sorted(abs(float(bound)) for bound in bounds)) for bounds in shown} <= known, words
+
+
+def shown_differences() -> str:
+    return (ROOT / "docs" / "results" / "fig2-proxy" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["fig1", "fig2", "fig3", "fig4", "speed", "sensitivity"])
+def test_the_committed_pages_are_those_of_the_committed_runs(name: str) -> None:
+    directory = ROOT / "docs" / "results" / (name if name == "sensitivity" else f"{name}-proxy")
+    measured = sweep_results(directory.name)
+    written = (directory / "report.md").read_text(encoding="utf-8")
+    expected = report_page.as_markdown(measured, [], "", [claims.recipe(measured), claims.section(measured)])
+    # Without the figures, which take minutes to draw, and the command.
+    before, after = expected.split("## Figures")
+    assert written.startswith(before)
+    conclusions = after[after.index("## Differences from") : after.index("## Provenance")]
+    assert conclusions in written
+
+
+def test_the_numbers_of_comparisons_are_those_of_the_pages() -> None:
+    prose = " ".join(PAGES["docs/results.md"].split())
+    counts = re.search(r"tests (\d+) differences\. (\d+) have p below 5% by themselves; (\d+)", shown_differences())
+    assert counts
+    assert "Of the {} pairwise differences of Fig. 2's runs, {} have p below 5% by themselves and {} after".format(
+        *counts.groups()
+    ) in prose  # fmt: skip
+    sensitivity = (ROOT / "docs" / "results" / "sensitivity" / "report.md").read_text(encoding="utf-8")
+    found = re.search(r"for the (\d+) neighbors.*: (\d+) of them differ at 5% by themselves, (\d+) after", sensitivity)
+    assert found
+    assert "Of the {} differences between adjacent columns, {} have p below 5% by themselves, and {} after".format(
+        *found.groups()
+    ) in prose  # fmt: skip
 
 
 @pytest.mark.slow
@@ -297,9 +367,8 @@ def test_the_readmes_stabilizer_passes_every_check_as_it_stands(tmp_path: Path) 
     for folder in ("quack_lm", "configs", "tests", "docs", "scripts", "slurm"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", copy)
-    (python,), (yaml_text,) = (
-        re.findall(rf"```{kind}\n(.*?)```", README, flags=re.DOTALL) for kind in ("python", "yaml")
-    )
+    (python,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (yaml_text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
     (copy / "quack_lm/stabilizers/halved.py").write_text(python)
     (copy / "configs/stabilizer/halved.yaml").write_text(yaml_text)
     environment = {**os.environ, "PYTHONPATH": str(copy)}
@@ -313,11 +382,4 @@ def test_the_readmes_stabilizer_passes_every_check_as_it_stands(tmp_path: Path) 
     call("ruff", "check")
     call("ruff", "format", "--check")
     call("mypy")
-    call(
-        "pytest",
-        "tests/test_config.py",
-        "tests/test_stabilizers.py",
-        "tests/test_command_line.py",
-        "-p",
-        "no:cacheprovider",
-    )
+    call("pytest", "-p", "no:cacheprovider", "tests/test_config.py", "tests/test_stabilizers.py", "tests/test_step.py")

@@ -18,7 +18,7 @@ from quack_lm.errors import UserError
 from quack_lm.paper import claims
 from quack_lm.paper import figures as paper_figures
 from quack_lm.report import collected, figures, page, results, runs, table
-from quack_lm.report.comparison import differences_at, over_rates, speeds
+from quack_lm.report.comparison import best_settings, comparisons, differences_at, over_rates, speeds
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import SweepPlan, write_plan
@@ -315,7 +315,7 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
         save(*cells),
         tmp_path / "out",
         command="quack-lm report somewhere",
-        lead=[claims.section],
+        conclusions=[claims.recipe, claims.section],
         more_plots=[paper_figures.plots],
     )
     html, markdown = path.read_text(), (tmp_path / "out" / "report.md").read_text()
@@ -333,6 +333,12 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
         assert "quack-lm train attention=mha stabilizer=brand_new optimizer.lr=0.3 seed=0" in text
         assert str(tmp_path) not in text  # pages are passed on
     assert "Held fixed: &lt;all&gt;." in html
+    # The question, the runs and the figures come before the claims.
+    order = [html.index(text) for text in ("Which one?", "pending", "<h2>Figures", "<h2>Claims", "<h2>All runs")]
+    assert order == sorted(order)
+    assert "prefers-color-scheme: dark" in html
+    # The last validation of the healthy run, on hover.
+    assert 'title="mha, lr 0.3, quack: 3.788 at 40"' in html
     assert "<script" not in html
     # Nothing is fetched: each image is in the page.
     assert html.count('src="data:image/png;base64,') == html.count("<img ") == 8
@@ -431,25 +437,43 @@ def save_losses(tmp_path: Path, save: Callable[..., Path], losses: dict[str, lis
     return results.from_runs(save(*cells))
 
 
-def test_one_is_better_only_if_every_resample_agrees(tmp_path, save):
+def test_one_is_better_only_if_its_t_interval_excludes_zero(tmp_path, save):
     measured = save_losses(
         tmp_path, save, {"quack": [3.7, 3.8, 3.9], "fixed": [3.8, 3.85, 4.0], "none": [3.6, 3.9, 4.2]}
     )
     pairs = {(d.a, d.b): d for d in differences_at(measured, measured.places()[0])}
     quack_fixed, quack_none = pairs["quack", "fixed"], pairs["quack", "none"]
-    assert quack_fixed.mean == pytest.approx(-0.25 / 3)
-    assert quack_fixed.interval == (pytest.approx(-0.1), pytest.approx(-0.05))
-    assert quack_fixed.better == "quack"
-    assert quack_none.interval == (pytest.approx(-0.3), pytest.approx(0.1))
-    assert quack_none.better is None
+    # Differences -0.1, -0.05, -0.1 with a standard error of 1/60: 4.3027 of it to either side.
+    assert quack_fixed.interval == (pytest.approx(-0.25 / 3 - 4.302653 / 60), pytest.approx(-0.25 / 3 + 4.302653 / 60))
+    assert quack_fixed.p_lower() < 0.05
+    assert quack_none.p_lower() > 0.05
     assert claim(measured, "QuacK is better than the fixed factor at the top rate").verdict == "holds"
     assert claim(measured, "QK norm is stable").verdict == "not tested here"
     assert claim(measured, "at the lowest rate").verdict == "not tested here"
 
 
+@pytest.mark.parametrize(
+    ("none", "verdict", "decided"),
+    [
+        # The other two differences are decided, so that the third needs no more than 5%.
+        ([4.5, 4.6001, 4.7], "better", 3),
+        ([3.6, 3.9, 4.2], "not decided", 0),
+    ],
+)
+def test_a_difference_among_several_must_be_clearer_than_one_alone(none, verdict, decided, tmp_path, save):
+    measured = save_losses(tmp_path, save, {"quack": [3.7, 3.8, 3.9], "fixed": [3.8, 3.85, 4.0], "none": none})
+    found = {(c.pair.a, c.pair.b): c for c in comparisons(measured)}["quack", "fixed"]
+    assert found.pair.p_lower() < 0.05
+    assert found.verdict == verdict
+    alone = max(1, decided)
+    expected = f"tests 3 differences. {alone} have p below 5% by themselves; {decided} have it after Holm's"
+    assert expected in as_markdown(tmp_path)
+
+
 def test_one_seed_decides_nothing(tmp_path, save):
     measured = save_losses(tmp_path, save, {"quack": [3.0], "fixed": [5.0]})
-    assert differences_at(measured, measured.places()[0])[0].better is None
+    (found,) = comparisons(measured)
+    assert (found.p, found.detectable, found.verdict) == (None, None, "not decided")
     assert claim(measured, "QuacK is better than the fixed factor").verdict == "not decided"
 
 
@@ -482,7 +506,7 @@ def test_stabilizers_agree_only_where_the_seeds_show_it(losses, verdict, tmp_pat
 def test_rounding_is_no_difference(tmp_path, save):
     measured = save_losses(tmp_path, save, {"quack": [3.8] * 3, "fixed": [3.8 + d for d in (1e-6, 2e-6, 3e-6)]})
     assert claim(measured, "QuacK is better than the fixed factor").verdict == "not decided"
-    assert differences_at(measured, measured.places()[0])[0].better is None
+    assert comparisons(measured)[0].verdict == "not decided"
 
 
 def test_the_difference_of_two_diverged_runs_is_zero(tmp_path, save):
@@ -522,6 +546,91 @@ def test_the_best_is_the_one_that_beats_every_other(losses, verdict, tmp_path, s
     assert claim(results.from_runs(save(*cells)), "QuacK is best in MLA").verdict == verdict
 
 
+def test_tuning_seeds_select_the_setting_and_the_others_judge_it(tmp_path, save):
+    # On the tuning seeds 0 and 1 the first setting is lower, on the others the second.
+    losses = {0.1: [3.5, 3.5, 3.9, 3.9, 3.9], 1.0: [3.6, 3.6, 3.7, 3.7, 3.7]}
+    cells = [make_cell(tmp_path, "mha", "quack", seed=seed, tau=tau) for tau in losses for seed in range(5)]
+    for cell in cells:
+        write_run(cell, final=losses[cell.config["stabilizer"]["tau"]][cell.config["seed"]])
+    cells += [make_cell(tmp_path, "mha", "none", seed=seed) for seed in range(5)]
+    for cell in cells[-5:]:
+        write_run(cell, final=3.8)
+    directory = save(*cells)
+    together = results.from_runs(directory)
+    best = best_settings(together, together.places()[0])["quack"]
+    assert (best.runs[0].label, len(best.runs), best.tries) == ("quack tau=1", 5, 2)
+    write_plan(directory, replace(together.plan, tune_seeds=[0, 1]))
+    collected.write(directory, tmp_path / "collected")
+    for separate in (results.from_runs(directory), collected.load(tmp_path / "collected")):
+        best = best_settings(separate, separate.places()[0])["quack"]
+        assert (best.runs[0].label, [r.seed for r in best.runs], best.tries) == ("quack tau=0.1", [2, 3, 4], 1)
+        (pair,) = differences_at(separate, separate.places()[0])
+        assert pair.by_seed == {seed: pytest.approx(0.1) for seed in (2, 3, 4)}
+    assert "Seeds 0-1 select the setting" in as_markdown(directory)
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_said_to_be(tmp_path, save):
+    # Paper's lowest rate by steps x rate: 0.0375 of 40 steps.
+    finals = {0.03: 3.50, 0.3: 3.53, 3.0: 3.90}
+    cells = [make_cell(tmp_path, "mha", "quack", lr=lr, seed=seed) for lr in finals for seed in range(3)]
+    for cell in cells:
+        write_run(cell, final=finals[cell.config["optimizer"]["lr"]] + 0.001 * cell.config["seed"])
+    measured = results.from_runs(save(*cells))
+    (entry,) = over_rates(measured)
+    assert (entry.best_rate, entry.is_at_edge, entry.plateau) == (0.03, True, (0.03, 0.3))
+    assert "| 0.03 (edge) | 3.501 [3.499, 3.503] | ≤ 0.03 to 0.3 |" in as_markdown(tmp_path)
+    assert claim(measured, "higher rates are better").verdict == "not decided"
+    lower = [make_cell(tmp_path, "mha", "quack", lr=0.003, seed=seed) for seed in range(3)]
+    for cell in lower:
+        write_run(cell, final=3.7 + 0.001 * cell.config["seed"])
+    measured = results.from_runs(save(*lower, *cells))
+    (entry,) = over_rates(measured)
+    assert (entry.best_rate, entry.is_at_edge, entry.plateau) == (0.03, False, (0.03, 0.3))
+    assert claim(measured, "higher rates are better").verdict == "does not hold"
+
+
+def test_the_losses_and_the_sensitivity_of_a_row_are_of_the_same_seeds(tmp_path, save):
+    cells = [make_cell(tmp_path, "mha", "none", lr=lr, seed=seed) for lr in (0.03, 0.3) for seed in range(3)]
+    cells.append(make_cell(tmp_path, "mha", "none", lr=0.03, seed=3))
+    for cell in cells:
+        write_run(cell, final=3.7 if cell.config["seed"] < 3 else 3.1)
+    (entry,) = over_rates(results.from_runs(save(*cells)))
+    assert (entry.seeds, entry.best_loss) == ([0, 1, 2], pytest.approx(3.7))
+
+
+def test_only_the_factors_that_were_run_are_judged(tmp_path, save):
+    cells = [make_cell(tmp_path, "mha", "fixed", lr=3.0, tau=0.1)]
+    write_run(cells[0])
+    measured = results.from_runs(save(*cells))
+    assert claim(measured, "a query/key factor of 0.1 alone").verdict == "holds"
+    assert claim(measured, "a query/key factor of 0.01 alone").verdict == "not tested here"
+
+
+def test_the_page_says_where_the_recipe_is_not_the_papers(tmp_path, save):
+    cells = [make_cell(tmp_path, "mha", "none", seed=seed) for seed in range(2)]
+    cells[0].config["optimizer"]["max_grad_norm"] = None
+    for cell in cells:
+        cell.config["model"]["tied_embeddings"] = False
+        write_run(cell)
+    lines = claims.recipe(results.from_runs(save(*cells))).lines
+    assert lines == [
+        "embeddings are not tied to the output layer",
+        "gradients are not clipped (1 of 2 runs)",
+        "fewer than the paper's 5000 steps",
+    ]
+
+
+def test_the_bound_of_the_change_is_shown_as_a_multiple_of_the_change(tmp_path, save):
+    cell = make_cell(tmp_path, "mha", "none")
+    write_run(cell)
+    pairs = [(0.5, 50.0), (0.1, 30.0), (0.2, 30.0), (0.0, 1.0), (0.1, None)]
+    with cell.run_dir.metrics_file.open("a") as file:
+        for step, (change, bound) in enumerate(pairs, STEPS + 1):
+            line = {"step": step, "logits/delta_weights_max": change, "logits/delta_weights_max_bound": bound}
+            file.write(json.dumps(line) + "\n")
+    assert "| mha, lr 0.3 | none | 100 | 150 | 300 | 3 |" in as_markdown(save(cell))
+
+
 def test_a_stabilizer_with_a_missing_rate_has_no_sensitivity(tmp_path, save):
     cells = [make_cell(tmp_path, "mha", "none", lr=lr) for lr in (0.003, 0.03, 0.3)]
     for cell, final in zip(cells[:2], (3.7, 3.8), strict=True):
@@ -544,7 +653,7 @@ def test_the_settings_of_a_stabilizer_are_averaged_in_its_speed(tmp_path, save):
     for cell in cells:
         write_run(cell)
     quack = next(speed for speed in speeds(results.from_runs(save(*cells))) if speed.stabilizer == "quack")
-    assert (quack.pairs, quack.ratio) == (3, pytest.approx(1.0))
+    assert (len(quack.logs), quack.ratio) == (3, pytest.approx(1.0))
 
 
 def test_a_baseline_that_diverged_without_a_number_is_infinitely_large(tmp_path, save):
@@ -635,4 +744,4 @@ def test_stabilizers_are_compared_under_each_setting(tmp_path, save):
         write_run(cell, final=3.5 if "none" in cell.name else 3.6)
     text = as_markdown(save(*usual, *other))
     assert "| mla, lr 0.3 | most common settings | 3.900 [3.900, 3.900] | 3.700 [3.700, 3.700] | quack < none |" in text
-    assert "| mla, lr 0.3 | max_grad_norm=1 | 3.500 | 3.600 | none < quack |" in text
+    assert "| mla, lr 0.3 | max_grad_norm=1 | 3.500 | 3.600 | none ~ quack |" in text

@@ -79,6 +79,30 @@ def test_grid_is_the_product_without_exclusions_and_with_extra_points_for_every_
     assert cells[-1].config["stabilizer"]["tau"] == 0.5
 
 
+def test_seeds_that_tune_and_seeds_that_judge_are_all_run_and_told_apart(write, tmp_path):
+    sweep = load(write("# Why?\nbase: [experiment=tiny]\nseeds: {tune: [0, 1], judge: [2, 5]}\n"))
+    assert [cell.config["seed"] for cell in make_cells(sweep, tmp_path)] == [0, 1, 2, 5]
+    assert sweep.tune_seeds == [0, 1]
+    plan = SweepPlan(sweep="s", question="q", command="c", cells=[], tune_seeds=sweep.tune_seeds)
+    write_plan(tmp_path, plan)
+    assert read_plan(tmp_path).tune_seeds == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ("{tune: [0, 1], judge: [1, 2]}", "both have 1"),
+        ("{tune: [0, 1]}", r"seeds\.judge.*for example"),
+        ("{tune: [], judge: [1]}", r"seeds\.tune.*for example"),
+        ("{tune: [0], judge: [1], jury: [2]}", r"seeds\.jury.*for example"),
+        ("{tune: [-1], judge: [1]}", r"seeds\.tune\.0=-1"),
+    ],
+)
+def test_a_mistake_in_separate_seeds_is_named(seeds, message, write):
+    with pytest.raises(UserError, match=message):
+        load(write(f"# Why?\nseeds: {seeds}\n"))
+
+
 def test_the_opening_comment_is_the_question(write):
     assert load(write(GRID)).question == "Which one? Held fixed: the rest."
 
@@ -158,6 +182,14 @@ def test_the_proxy_is_the_tiny_experiment_with_most_seeds_at_the_top_rate(tmp_pa
     assert len(cells) == 2 * (12 * 3 + 12 * 3 + 8 * 5 + 4 * 3)
     assert {c.total_steps for c in cells} == {400}
     assert {c.config["optimizer"]["lr"] for c in cells} == {3e-3, 3e-2, 3e-1}
+
+
+def test_the_fine_proxy_has_the_rates_of_the_proxy_and_others_between_and_below() -> None:
+    coarse, fine = (load("paper/fig2", scale) for scale in ("proxy", "proxy-fine"))
+    rates = [{float(lr) for lr in sweep.grid["optimizer.lr"]} for sweep in (coarse, fine)]
+    assert rates[0] < rates[1]
+    assert min(rates[1]) < min(rates[0])
+    assert (fine.tune_seeds, len(fine.seeds), len(fine.points())) == ([0, 1, 2], 8, 2 * 6 * 12 * 8)
 
 
 # ------------------------------------------------------------------------------------------------ rule and cost

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         options.sweep_dir,
         options.out or options.sweep_dir / "report",
         command=command,
-        lead=[claims.section],
+        conclusions=[claims.recipe, claims.section],
         more_plots=[figures.plots],
     )
     print(f"report: {path}")

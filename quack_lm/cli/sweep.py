@@ -202,6 +202,7 @@ def make_plan(command: Command, directory: Path) -> SweepPlan:
         command=shell_line(["quack-lm", "sweep", *command.arguments]),
         cells=make_cells(sweep, directory, settings),
         stop=sweep.stop,
+        tune_seeds=sweep.tune_seeds,
     )
 
 

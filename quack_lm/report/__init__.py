@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quack_lm.errors import UserError
 from quack_lm.report import collected, figures, page
-from quack_lm.report.draw import draw, save
+from quack_lm.report.draw import draw, point_values, save
 from quack_lm.report.figures import Plot
 from quack_lm.report.heat import HeatMaps, heat_maps
 from quack_lm.report.results import Results
@@ -24,13 +24,13 @@ def write(
     out_dir: Path,
     *,
     command: str,
-    lead: Sequence[Callable[[Results], Section]] = (),
+    conclusions: Sequence[Callable[[Results], Section]] = (),
     more_plots: Sequence[Callable[[Results], list[Plot]]] = (),
 ) -> Path:
     """Write the report of a sweep directory, finished or not, and return the path of its page.
 
-    `command` is printed on the page. Each function of `lead` makes a section that comes first, each of `more_plots`
-    figures beside the general ones.
+    `command` is printed on the page. Each function of `conclusions` makes a section that follows the figures, each of
+    `more_plots` figures beside the general ones.
     """
     results = collected.load(sweep_dir)
     plots = figures.plots(results)
@@ -45,10 +45,19 @@ def write(
         wide, narrow = save(figure), save(draw(plot, columns=1))
         figure.set_layout_engine("none")  # the layout is done, and repeating it takes most of the time
         files |= {f"figures/{plot.name}.png": wide, f"figures/{plot.name}.pdf": save(figure, "pdf")}
-        pictures.append(page.Picture(name=plot.name, title=plot.title, caption=plot.caption, wide=wide, narrow=narrow))
-    first = [make(results) for make in lead]
-    files["report.md"] = page.as_markdown(results, pictures, command, first).encode()
-    files["report.html"] = page.as_html(results, pictures, command, first).encode()
+        pictures.append(
+            page.Picture(
+                name=plot.name,
+                title=plot.title,
+                caption=plot.caption,
+                wide=wide,
+                narrow=narrow,
+                points=point_values(figure, plot) if isinstance(plot, Plot) else (),
+            )
+        )
+    sections = [make(results) for make in conclusions]
+    files["report.md"] = page.as_markdown(results, pictures, command, sections).encode()
+    files["report.html"] = page.as_html(results, pictures, command, sections).encode()
     # Written last: an error above leaves an older report as it is.
     try:
         (out_dir / "figures").mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ def write(directory: Path, out: Path | None = None) -> list[Path]:
     rows = [_row(result) for result in results.results]
     plan = results.plan
     about = {"sweep": plan.sweep, "question": plan.question, "command": plan.command, "stop": _json(plan.stop)}
+    about["tune_seeds"] = json.dumps(list(plan.tune_seeds))
     table = _table(rows).replace_schema_metadata({f"quack_lm.{k}": v for k, v in about.items()})
     try:
         return _write(directory, table, rows, _curves(results))
@@ -101,6 +102,7 @@ def _read(directory: Path) -> Results:
         command=about["command"],
         cells=[cell for cell, *_ in entries],
         stop=StopRule(**stop) if stop else None,
+        tune_seeds=[int(seed) for seed in json.loads(about.get("tune_seeds", "[]"))],
     )
     return make_results(directory, plan, entries)
 

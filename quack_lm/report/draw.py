@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -15,6 +16,7 @@ from PIL import Image
 from quack_lm.config import choices
 from quack_lm.report.figures import Line, Panel, Plot
 from quack_lm.report.heat import HeatMaps
+from quack_lm.report.table import significant
 
 # Colors of Okabe and Ito, then of Tol, which color-blind readers can tell apart; markers and dashes repeat the
 # distinction. Known stabilizers take them in the order of their configs, so that all reports agree.
@@ -129,6 +131,33 @@ def save(figure: Figure, kind: str = "png") -> bytes:
     with Image.open(buffer) as picture:
         picture.convert("RGB").quantize(128, kmeans=3).save(small, "png", optimize=True)
     return small.getvalue()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointValue:
+    """A marker of a figure in fractions of its width and height, from the upper left corner, and what it says."""
+
+    left: float
+    top: float
+    text: str
+
+
+def point_values(figure: Figure, plot: Plot) -> list[PointValue]:
+    """The value at each marker of a figure that was drawn from the plot and has been saved, which does its layout."""
+    styles = Styles(plot)
+    width, height = figure.bbox.size
+    found = []
+    for axis, panel in zip(figure.axes, plot.panels, strict=False):
+        for line in panel.lines:
+            every = _markers(line.points, styles.rank(line), plot.log_x)
+            spread = {x: f" ({significant(low, 4)} to {significant(high, 4)})" for x, low, high in line.band}
+            for x, y in line.points[every] if isinstance(every, slice) else line.points:
+                left, top = axis.transData.transform((x, y)) / (width, height)
+                inside = axis.get_position()
+                if inside.x0 - 0.01 <= left <= inside.x1 + 0.01 and inside.y0 - 0.01 <= top <= inside.y1 + 0.01:
+                    text = f"{panel.title}, {line.label}: {significant(y, 4)}{spread.get(x, '')} at {x:g}"
+                    found.append(PointValue(left=float(left), top=float(1 - top), text=text))
+    return found
 
 
 class Styles:

@@ -139,10 +139,9 @@ def has_many_settings(results: Results) -> bool:
 
 def shown_at(results: Results, place: Place, *, every: bool = False) -> list[list[Result]]:
     """The runs of each line to show at a place: every setting, or the best of each stabilizer if there are many."""
-    members = results.at(place)
     if every or not has_many_settings(results):
-        return list(by_label(members).values())
-    return list(best_settings(members).values())
+        return list(by_label(results.at(place)).values())
+    return [best.runs for best in best_settings(results, place).values()]
 
 
 def curves(results: Results, metric: Metric, *, is_appendix: bool = False) -> Plot:

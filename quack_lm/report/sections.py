@@ -1,5 +1,7 @@
 """The sections of the page as text, tables and lists."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -8,18 +10,22 @@ from quack_lm.config import flatten
 from quack_lm.report import runs
 from quack_lm.report.comparison import (
     BASELINE,
+    PLATEAU,
     ROUNDING,
+    Difference,
+    OverRates,
     best_settings,
     by_label,
-    differences_at,
+    comparisons,
+    difference,
     losses,
     noise,
     over_rates,
     speeds,
 )
-from quack_lm.report.results import Results
-from quack_lm.report.statistics import bootstrap_interval, seeds_needed
-from quack_lm.report.table import NO_NUMBER, Table, count, interval, loss
+from quack_lm.report.results import Result, Results
+from quack_lm.report.statistics import ALPHA, holm, seeds_needed, t_interval
+from quack_lm.report.table import NO_NUMBER, Table, count, interval, loss, significant
 
 LEGEND = (
     "Losses in nats per token, of the last and of the best validation; max logit and mean |Δlogit| (the mean absolute "
@@ -43,12 +49,9 @@ class Section:
         return bool(self.lines) or (self.table is not None and bool(self.table.rows))
 
 
-def before_figures(results: Results, lead: Sequence[Section] = ()) -> list[Section]:
-    """The conclusions and the missing runs, after the sections of `lead`; sections without content are left out."""
+def before_figures(results: Results) -> list[Section]:
+    """What is missing; sections without content are left out."""
     return _with_content(
-        *lead,
-        _over_rates(results),
-        _conditions(results),
         Section(
             title="Unfinished and missing runs",
             intro=f"Start or continue them with: {results.plan.command}",
@@ -57,12 +60,16 @@ def before_figures(results: Results, lead: Sequence[Section] = ()) -> list[Secti
     )
 
 
-def after_figures(results: Results) -> list[Section]:
-    """The details: comparisons, costs and every single run; sections without content are left out."""
+def after_figures(results: Results, conclusions: Sequence[Section] = ()) -> list[Section]:
+    """The conclusions, then the details: comparisons, costs and every run; sections without content are left out."""
     return _with_content(
+        *conclusions,
+        _over_rates(results),
+        _conditions(results),
         _differences(results),
         _noise(results),
         _speeds(results),
+        _bounds_of_change(results),
         _probe_costs(results),
         _blowups(results),
         Section(
@@ -104,58 +111,133 @@ def provenance(results: Results, report_command: str) -> dict[str, str]:
     return facts | {name: "; ".join(values) for name, values in seen.items() if values}
 
 
+def selection(results: Results) -> str:
+    """How the best settings were selected, and what that does to the numbers."""
+    seeds = results.plan.tune_seeds
+    if seeds:
+        return (
+            f"Seeds {seed_range(seeds)} select the setting of each stabilizer, and the other seeds judge it, so that "
+            "the number of settings does not matter."
+        )
+    tries = [best.tries for place in results.places() for best in best_settings(results, place).values()]
+    if max(tries, default=1) == 1:
+        return "Each stabilizer has one setting."
+    return (
+        "The settings were selected on the same seeds that judge them: the loss of a stabilizer with several settings "
+        "is lower than it would be on new seeds. Intervals and p-values are corrected for the number of settings "
+        "(Bonferroni over the settings of a stabilizer, against every setting of the other), so that a stabilizer is "
+        "not called better for having more of them; means are not corrected."
+    )
+
+
 def _over_rates(results: Results) -> Section:
+    entries = over_rates(results)
     rows = [
         (
             entry.attention,
             entry.stabilizer,
-            f"{entry.best_rate:g}",
+            seed_range(entry.seeds),
+            f"{entry.best_rate:g}" + (" (edge)" if entry.is_at_edge else ""),
             f"{loss(entry.best_loss)}{_bounds(entry.best_interval)}",
+            _plateau(entry),
             loss(entry.sensitivity) + _bounds(entry.sensitivity_interval),
             NO_NUMBER if entry.largest_stable is None else f"{entry.largest_stable:g}",
             ", ".join(f"{lr:g}" for lr in entry.missing),
         )
-        for entry in over_rates(results)
+        for entry in entries
     ]
+    at_edge = sum(entry.is_at_edge for entry in entries)
+    edge = (
+        f" For {at_edge} of these {len(entries)} rows the best rate is the lowest or the highest that was run (edge): "
+        "a wider grid may have a better one, and the best rate, its loss and the LR sensitivity are those of the grid."
+    )
     return Section(
         title="Best learning rate and LR sensitivity",
-        intro="Each stabilizer at its best setting for each rate; means over seeds with 95% bootstrap intervals. LR "
-        "sensitivity (Wortsman et al., arXiv 2309.14322) is the mean over the rates of min(loss, initial loss) minus "
-        "the best loss; small is robust. It needs finished runs at every planned rate, and evenly spaced logarithms "
-        "of the rates. Largest stable lr: at this rate and at all lower ones every planned run is healthy.",
+        intro="Each stabilizer at its best setting for each rate; means, with 95% t intervals, over the seeds that "
+        f"have finished at every rate. Plateau: the rates around the best one whose loss is within {PLATEAU:g} nats of "
+        "its, with ≤ or ≥ where it reaches the edge of the grid. LR sensitivity (Wortsman et al., arXiv 2309.14322) is "
+        "the mean over the rates of min(loss, initial loss) minus the best loss, of each seed; small is robust. It "
+        "needs finished runs at every planned rate, and evenly spaced logarithms of the rates. Largest stable lr: at "
+        "this rate and at all lower ones every planned run is healthy." + (edge if at_edge else ""),
         table=Table(
             header=(
                 "attention",
                 "stabilizer",
+                "seeds",
                 "best lr",
                 "loss at best lr",
+                "plateau",
                 "LR sensitivity",
                 "largest stable lr",
                 "missing lr",
             ),
             rows=rows,
-            numeric=range(2, 7),
+            numeric=range(2, 9),
         ),
     )
 
 
+def _plateau(entry: OverRates) -> str:
+    low, high = entry.plateau
+    if low == high and entry.is_plateau_open == (True, True):  # a single rate
+        return NO_NUMBER
+    marks = ("≤ " if entry.is_plateau_open[0] else "", "≥ " if entry.is_plateau_open[1] else "")
+    return f"{''.join(marks)}{low:g}" if low == high else f"{marks[0]}{low:g} to {marks[1]}{high:g}"
+
+
+def seed_range(seeds: Sequence[int]) -> str:
+    """`0-2, 5`."""
+    parts: list[list[int]] = []
+    for seed in sorted(seeds):
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in parts) or NO_NUMBER
+
+
 def _differences(results: Results) -> Section:
-    rows = []
-    for place in results.places():
-        for pair in differences_at(results, place):
-            verdict = f"{pair.better} is better" if pair.better else "not decided"
-            numbers = interval(pair.mean, pair.interval)
-            rows.append((str(place), pair.a, pair.b, numbers, str(len(pair.by_seed)), verdict))
+    found = comparisons(results)
+    rows = [
+        (
+            str(one.place),
+            one.pair.a,
+            one.pair.b,
+            interval(one.pair.mean, one.pair.interval),
+            str(len(one.pair.by_seed)),
+            NO_NUMBER if one.p is None else significant(min(one.pair.p_lower(), one.pair.p_higher()), 2),
+            NO_NUMBER if one.p is None else significant(one.p, 2),
+            NO_NUMBER if one.detectable is None else significant(one.detectable, 2),
+            one.verdict,
+        )
+        for one in found
+    ]
+    tested = sum(one.p is not None for one in found)
+    alone = sum(one.p is not None and min(one.pair.p_lower(), one.pair.p_higher()) < ALPHA for one in found)
+    decided = sum(one.verdict != "not decided" for one in found)
     return Section(
         title="Pairwise differences",
         intro="Difference of the final validation losses, first minus second, each stabilizer at its best setting, "
-        "paired by seed. One is better if the 95% bootstrap interval of the difference excludes zero by more than "
-        f"{ROUNDING:g} nats. With three seeds the interval is the range, so one of four pairs of equal stabilizers "
-        "differs by chance (one of 2^(n-1) for n up to five seeds), and this page compares many pairs. With fewer "
-        "seeds there is no interval. If both runs of a seed diverged, their difference is zero. The settings were "
-        "selected on the same runs: a stabilizer with more settings has more tries.",
+        f"paired by seed, with its 95% t interval. {selection(results)} "
+        f"This page tests {tested} differences. {alone} have p below 5% by themselves; {decided} have it after Holm's "
+        "correction for their number. The verdict is on the first, by the corrected p-value, with "
+        f"{ROUNDING:g} nats to spare. Detectable: the smallest difference that seeds with this noise find with 80% "
+        "power at the level that the correction asks for. Where all losses are equal, nothing is tested; where both "
+        "runs of a seed diverged, their difference is zero.",
         table=Table(
-            header=("place", "first", "second", "difference (nats)", "pairs", "verdict"), rows=rows, numeric=(3, 4)
+            header=(
+                "place",
+                "first",
+                "second",
+                "difference (nats)",
+                "seeds",
+                "p",
+                "p, corrected",
+                "detectable",
+                "verdict",
+            ),
+            rows=rows,
+            numeric=range(3, 8),
         ),
     )
 
@@ -164,17 +246,32 @@ def _conditions(results: Results) -> Section:
     """One row per place, if the sweep varies settings beside stabilizer, attention, rate and seed; else no row."""
     places = results.places() if any(place.condition for place in results.places()) else []
     stabilizers = results.stabilizers()
+    best = {place: best_settings(results, place) for place in places}
+    found = {place: {name: losses(one.runs) for name, one in best[place].items()} for place in places}
+    means = {place: {n: fmean(v.values()) for n, v in found[place].items() if v} for place in places}
+    orders = {place: sorted(means[place], key=means[place].__getitem__) for place in places}
+    pairs: dict[tuple[int, str], Difference] = {}
+    for number, place in enumerate(places):
+        for low, high in itertools.pairwise(orders[place]):
+            if pair := difference(best[place][low], best[place][high]):
+                pairs[number, high] = pair
+    p_values = dict(zip(pairs, holm([pair.p_lower() for pair in pairs.values()]), strict=True))
+    alone = sum(pair.p_lower() < ALPHA for pair in pairs.values())
+    decided = sum(p < ALPHA for p in p_values.values())
     rows = []
-    for place in places:
-        found = {name: losses(runs) for name, runs in best_settings(results.at(place)).items()}
-        means = {name: fmean(values.values()) for name, values in found.items() if values}
-        texts = [_mean(list(found.get(name, {}).values())) for name in stabilizers]
-        order = " < ".join(sorted(means, key=means.__getitem__))
+    for number, place in enumerate(places):
+        order = "".join(
+            (f" {'<' if p_values.get((number, name), 1.0) < ALPHA else '~'} " if rank else "") + name
+            for rank, name in enumerate(orders[place])
+        )
+        texts = [_mean(list(found[place].get(name, {}).values())) for name in stabilizers]
         rows.append((f"{place.attention}, lr {place.lr:g}", place.condition or "most common settings", *texts, order))
     return Section(
         title="Comparison under other settings",
-        intro="Final validation loss of each stabilizer at its best setting, mean over seeds with its 95% bootstrap "
-        "interval; the last column orders the stabilizers by their means.",
+        intro="Final validation loss of each stabilizer at its best setting, mean over seeds with its 95% t interval. "
+        "The last column orders the stabilizers by their means, with < where the paired difference of neighbors is "
+        f"decided after Holm's correction for the {len(pairs)} neighbors of this table, and ~ where it is not: "
+        f"{alone} of them differ at 5% by themselves, {decided} after the correction.",
         table=Table(
             header=("place", "settings", *stabilizers, "order"),
             rows=rows,
@@ -209,21 +306,47 @@ def _speeds(results: Results) -> Section:
             speed.stabilizer,
             count(speed.tokens_per_s),
             f"{speed.ratio:.3f}" + _bounds(speed.interval),
-            str(speed.pairs),
+            str(len(speed.logs)),
         )
         for speed in speeds(results)
     ]
     return Section(
         title=f"Step time relative to {BASELINE}",
-        intro="Geometric mean over pairs of runs that differ only in the stabilizer, with 95% bootstrap intervals; "
-        "above 1 is slower. Validation, probe and checkpoints are not included. Runs that share a machine slow each "
-        "other down: measure speed with one run at a time (jobs=1).",
+        intro="Geometric mean over pairs of runs that differ only in the stabilizer, with 95% t intervals of the "
+        "logarithm; above 1 is slower. Validation, probe and checkpoints are not included. Runs that share a machine "
+        "slow each other down: measure speed with one run at a time (jobs=1).",
         table=Table(
             header=("attention", "stabilizer", "tok/s", f"step time / {BASELINE}", "pairs"),
             rows=rows,
             numeric=range(2, 5),
         ),
     )
+
+
+def _bounds_of_change(results: Results) -> Section:
+    """How far the bound on the change of the logits is above the change, where the probe measured both."""
+    rows = []
+    for place in results.places():
+        for label, members in by_label(results.at(place)).items():
+            if ratios := [ratio for run in members for ratio in _bound_ratios(run)]:
+                numbers = (significant(value) for value in (min(ratios), median(ratios), max(ratios)))
+                rows.append((str(place), label, *numbers, str(len(ratios))))
+    return Section(
+        title="Bound and measured change of the logits",
+        intro="The bound of the largest change of a logit by the layer's own weights (from the norms of weights and "
+        "updates), divided by the measured one: smallest, median and largest of all probes and seeds. 1 would be "
+        "tight.",
+        table=Table(
+            header=("place", "stabilizer", "smallest", "median", "largest", "probes"), rows=rows, numeric=range(2, 6)
+        ),
+    )
+
+
+def _bound_ratios(run: Result) -> list[float]:
+    measured, bound = (run.curve(f"logits/delta_weights_max{end}") for end in ("", "_bound"))
+    both = zip((value for _, value in measured), (value for _, value in bound), strict=False)
+    # A stabilizer that normalizes between weights and logits has no bound: nan.
+    return [above / change for change, above in both if change > 0 and math.isfinite(above / change)]
 
 
 def _probe_costs(results: Results) -> Section:
@@ -264,7 +387,7 @@ def _blowups(results: Results) -> Section:
 
 
 def _mean(values: Sequence[float]) -> str:
-    return loss(fmean(values)) + _bounds(bootstrap_interval(values)) if values else NO_NUMBER
+    return loss(fmean(values)) + _bounds(t_interval(values)) if values else NO_NUMBER
 
 
 def _bounds(bounds: tuple[float, float] | None) -> str:

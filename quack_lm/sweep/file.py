@@ -7,7 +7,7 @@ grid:
   method: {a: [stabilizer=quack, stabilizer.tau=1], b: [stabilizer=none]}   # a label for several overrides
 exclude: [{attention: mha, method: b}]          # cells that match all of it; seed is an axis, too
 extra: [[attention=mha, stabilizer=qk_norm]]
-seeds: [0, 1]
+seeds: [0, 1]                                   # or {tune: [0, 1, 2], judge: [3, 4, 5, 6, 7]}
 stop: {loss_above_best: 2.0, for_steps: 50}     # see rule.py
 scales:                                         # scale=big on the command line picks one
   big: [model=1b]                               # overrides that join the base
@@ -45,6 +45,16 @@ class StopRule:
         return f"training loss above {self.loss_above_best:g} x the best at the same step for {self.for_steps} steps"
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeparateSeeds:
+    """Seeds on which the setting of each stabilizer is selected, and others on which the stabilizers are compared."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    tune: Annotated[list[pydantic.NonNegativeInt], pydantic.Field(min_length=1)]
+    judge: Annotated[list[pydantic.NonNegativeInt], pydantic.Field(min_length=1)]
+
+
 _KEYS: dict[str, Any] = {
     "base": list[str],
     "grid": Axes,
@@ -53,6 +63,7 @@ _KEYS: dict[str, Any] = {
     "seeds": list[pydantic.NonNegativeInt],
     "stop": dict[str, Scalar] | None,
 }
+_SEPARATE_SEEDS: Any = dict[str, list[pydantic.NonNegativeInt]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +86,7 @@ class Sweep:
     extra: list[list[str]] = field(default_factory=list)
     exclude: list[dict[str, str]] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
+    tune_seeds: list[int] = field(default_factory=list)  # those of `seeds` that only select settings
     stop: StopRule | None = None
 
     def keys_of_points(self) -> set[str]:
@@ -160,7 +172,8 @@ def _check_types(raw: dict[str, Any], path: Path, where: str = "") -> None:
         if key not in _KEYS:
             raise UserError(f"{path}: unknown key {where}{key}; {nearest(str(key), [*_KEYS, 'scales'])}")
         try:
-            pydantic.TypeAdapter(_KEYS[key]).validate_python(value, strict=True)
+            kind = _SEPARATE_SEEDS if key == "seeds" and isinstance(value, dict) else _KEYS[key]
+            pydantic.TypeAdapter(kind).validate_python(value, strict=True)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in (key, *first["loc"]))
@@ -171,9 +184,7 @@ def _check(raw: dict[str, Any], question: str, name: str, path: Path) -> Sweep:
     _check_types(raw, path)
     grid = {axis: _axis(path, axis, values) for axis, values in raw.get("grid", {}).items()}
     exclude = [{axis: _text(value) for axis, value in entry.items()} for entry in raw.get("exclude", [])]
-    seeds = raw.get("seeds", [0])
-    if not seeds:
-        raise UserError(f"{path}: seeds is empty; give at least one, for example [0]")
+    seeds, tune_seeds = _seeds(raw.get("seeds", [0]), path)
     _check_exclusions(path, grid | {"seed": [str(seed) for seed in seeds]}, exclude)
     sweep = Sweep(
         name=name,
@@ -183,10 +194,30 @@ def _check(raw: dict[str, Any], question: str, name: str, path: Path) -> Sweep:
         extra=raw.get("extra", []),
         exclude=exclude,
         seeds=seeds,
+        tune_seeds=tune_seeds,
         stop=_stop_rule(raw.get("stop"), path),
     )
     check_size(sweep, str(path))
     return sweep
+
+
+def _seeds(raw: list[int] | dict[str, list[int]], path: Path) -> tuple[list[int], list[int]]:
+    """All seeds, and those of them that only select settings."""
+    if isinstance(raw, list):
+        if not raw:
+            raise UserError(f"{path}: seeds is empty; give at least one, for example [0]")
+        return raw, []
+    try:
+        separate = pydantic.TypeAdapter(SeparateSeeds).validate_python(raw)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{path}: seeds.{'.'.join(map(str, first['loc']))}: {first['msg']}; for example "
+            "seeds: {tune: [0, 1, 2], judge: [3, 4, 5, 6, 7]}"
+        ) from None
+    if common := sorted(set(separate.tune) & set(separate.judge)):
+        raise UserError(f"{path}: seeds.tune and seeds.judge both have {common[0]}; a seed that tunes cannot judge")
+    return [*separate.tune, *separate.judge], separate.tune
 
 
 def check_size(sweep: Sweep, where: str) -> None:

@@ -28,6 +28,7 @@ class SweepPlan:
     command: str
     cells: list[Cell]
     stop: StopRule | None = None
+    tune_seeds: Sequence[int] = ()  # select each stabilizer's setting; the other seeds judge it
 
 
 class _Choice(pydantic.BaseModel):
@@ -84,6 +85,7 @@ class _Document(pydantic.BaseModel):
     question: str
     command: str
     stop: StopRule | None = None
+    tune_seeds: list[int] = []
     cells: list[Record]
 
 
@@ -119,7 +121,8 @@ def write_plan(directory: Path, plan: SweepPlan, file: str = PLAN_FILE) -> None:
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"dir={directory} cannot be made: {error.strerror}; choose another") from None
-    write_json(directory / file, {**head, "stop": asdict(plan.stop) if plan.stop else None, "cells": cells})
+    rules = {"stop": asdict(plan.stop) if plan.stop else None, "tune_seeds": list(plan.tune_seeds)}
+    write_json(directory / file, {**head, **rules, "cells": cells})
 
 
 def read_plan(directory: Path, file: str = PLAN_FILE) -> SweepPlan:
@@ -137,6 +140,7 @@ def read_plan(directory: Path, file: str = PLAN_FILE) -> SweepPlan:
         command=written.command,
         cells=[record.cell(directory) for record in written.cells],
         stop=written.stop,
+        tune_seeds=written.tune_seeds,
     )
 
 
