@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,7 +177,14 @@ class Results:
 
     def at(self, place: Place) -> list[Result]:
         """The runs at a place, of all stabilizers and seeds."""
-        return [result for result in self.results if result.place == place]
+        return self._by_place.get(place, [])
+
+    @cached_property
+    def _by_place(self) -> dict[Place, list[Result]]:
+        groups: dict[Place, list[Result]] = {}
+        for result in self.results:
+            groups.setdefault(result.place, []).append(result)
+        return groups
 
     def not_in_plan(self) -> list[str]:
         """The names of run directories that the plan does not list: those of an earlier, larger plan."""
