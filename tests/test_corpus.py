@@ -716,6 +716,35 @@ def test_one_long_run_of_a_character_is_no_word_of_a_tokenizer(tmp_path: Path, t
     assert documents(directory, "train")[-1] == run
 
 
+# A word without a bound keeps the library busy for a minute, in which it sees no signal.
+TRAINING = """
+import sys
+from quack_lm.cli import main
+from quack_lm.data import tokenizer
+tokenizer.WORD_BYTES = 10**7
+sys.argv[0:1] = ["quack-lm", "prepare"]
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_ends_the_training_of_a_tokenizer(tmp_path: Path, texts: list[str]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [*texts, *(letter * 200_000 for letter in "abcdefgh")])
+    overrides = ["data=local", "data.format=jsonl", f"data.files=[{source}]", f"data.dir={tmp_path}/set"]
+    environment = os.environ | {"PYTHONPATH": str(CONFIG_DIR.parent)}
+    command = [sys.executable, "-c", TRAINING, *overrides, "data.workers=0", "data.vocab_size=300"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    try:
+        while not (tmp_path / "set.partial").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(2)  # the reading of the texts
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+    finally:
+        process.kill()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 # ------------------------------------------------------------------------------------------------ paths and manifests
 
 

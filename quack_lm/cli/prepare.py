@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     # Imported late: worker processes import this module and need none of these.
     from quack_lm.config import compose, instantiate, read_flags
     from quack_lm.data.prepare import is_prepared, prepare
-    from quack_lm.errors import UserError
+    from quack_lm.errors import UserError, exit_without_teardown
 
     if {"-h", "--help"} & set(arguments):
         print((__doc__ or "").replace("{choices}", data_choices()))
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         directory = prepare(corpus)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from here", file=sys.stderr)
-        return 130
+        exit_without_teardown(130)  # a library that trains a tokenizer would be waited for
     print_sizes(directory)
     return 0
 

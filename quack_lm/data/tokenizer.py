@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +103,26 @@ def _train_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
         first = next(texts, None)
         if first is None:
             raise UserError(f"{corpus.source()}: no documents to train a tokenizer on{_why_none(corpus)}")
-        bpe.train_from_iterator(itertools.chain([first], texts), trainer)
+        _run_interruptibly(lambda: bpe.train_from_iterator(itertools.chain([first], texts), trainer))
     bpe.pre_tokenizer = byte_level
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=corpus.eot_token, clean_up_tokenization_spaces=False)
+
+
+def _run_interruptibly(work: Callable[[], Any]) -> None:
+    """Call a library that does not see Ctrl-C meanwhile: it is raised here, and the work goes on in a thread."""
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _why_none(corpus: Corpus) -> str:
