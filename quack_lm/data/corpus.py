@@ -208,7 +208,7 @@ class LocalCorpus(RecordCorpus):
             paths,
             format=self.format,
             text_field=self.text_field,
-            separator=None if self._keeps_files_whole(paths) else separator,
+            separator=None if self._is_a_file_a_document(paths) else separator,
             eot_token=self.eot_token,
         )
 
@@ -219,7 +219,7 @@ class LocalCorpus(RecordCorpus):
 
     def notes(self) -> list[str]:
         paths = self.input_files()
-        if self.format != "text" or self.separator != "auto" or self._keeps_files_whole(paths):
+        if self.format != "text" or self.separator != "auto" or self._is_a_file_a_document(paths):
             return []
         names = {BLANK_LINES: "blank lines", "\n": "line breaks"}
         found = {path: find_separator(read_start(str(path), CHUNK_BYTES), self.eot_token) for path in paths}
@@ -228,7 +228,7 @@ class LocalCorpus(RecordCorpus):
     def source(self, file: int | None = None) -> str:
         return super().source(file) + (format_note(self.input_files()[file], self.format) if file is not None else "")
 
-    def _keeps_files_whole(self, paths: list[Path]) -> bool:
+    def _is_a_file_a_document(self, paths: list[Path]) -> bool:
         return self.separator is None or (self.separator == "auto" and len(paths) >= len(SPLITS))
 
 

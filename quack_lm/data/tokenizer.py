@@ -126,14 +126,16 @@ def _run_interruptibly(work: Callable[[], Any]) -> None:
 
 
 def _why_none(corpus: Corpus) -> str:
-    counts = Counter(error or bool(text) for text, error in read_texts(corpus, corpus.stream()))
-    errors = [key for key in counts if isinstance(key, str)]
-    if counts[True]:
+    documents, first_error = 0, None
+    for text, error in read_texts(corpus, corpus.stream()):
+        documents += bool(text)
+        first_error = first_error or error
+    if documents:
         return (
-            f": all {counts[True]} of the corpus fell into the other splits; lower data.val_fraction and "
+            f": all {documents} of the corpus fell into the other splits; lower data.val_fraction and "
             f"data.probe_fraction, or {corpus.more_documents}"
         )
-    return f"; bad records were left out, such as {errors[0]}" if errors else ""
+    return f"; bad records were left out, the first: {first_error}" if first_error else ""
 
 
 def _train_texts(corpus: Corpus, bar: "tqdm[Any]") -> Iterator[str]:
@@ -180,7 +182,7 @@ class Encoder:
             if not self.is_lossless:
                 written = "".join(text.split())
                 characters += len(written)
-                lost += lost_characters(written, self.tokenizer.decode(tokens, skip_special_tokens=True))
+                lost.update(lost_characters(written, self.tokenizer.decode(tokens, skip_special_tokens=True)))
             if not tokens:
                 empty += 1
                 continue
