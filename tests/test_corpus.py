@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import gzip
 import json
 import os
 import random
@@ -14,16 +15,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from quack_lm.config import CONFIG_DIR, choices, compose, instantiate
 from quack_lm.data.corpus import Corpus, HubCorpus, LocalCorpus, StdlibCorpus
 from quack_lm.data.manifest import SPLITS, SplitName, TokenData
-from quack_lm.data.prepare import prepare
+from quack_lm.data.prepare import is_prepared, prepare
 from quack_lm.errors import UserError
 
 EOT = "<|endoftext|>"
@@ -475,11 +478,297 @@ def test_a_data_set_of_the_hub_that_is_a_script_is_one_line(tmp_path: Path, monk
 
 
 def test_a_corpus_too_small_for_three_splits_names_the_fraction(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "few.jsonl", ["the only document there is, long enough for a few merges " * 5])
+    source = write_jsonl(tmp_path / "few.jsonl", [f"document {i} of the three there are" for i in range(3)])
     corpus = local(tmp_path / "set", [str(source)], vocab_size=257, val_fraction=0.001, probe_fraction=0.001)
     assert "raise data.val_fraction=0.001" in refusal(corpus)
     blank = write_jsonl(tmp_path / "blank.jsonl", ["", ""])
     assert "no documents" in refusal(local(tmp_path / "set", [str(blank)]))
+
+
+# ------------------------------------------------------------------------------------------------ files as they are
+
+
+def texts_of(corpus: Corpus) -> list[str | None]:
+    return [row["text"] for row in corpus.stream()]
+
+
+def gzipped(path: Path) -> Path:
+    path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+    return path.with_name(path.name + ".gz")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"text": "a", "id": 1}, {"text": "b", "id": "x1"}),
+        ({"text": "a", "date": None}, {"text": "b", "date": "2024-01-01"}),
+        ({"text": "a", "n": 1}, {"text": "b", "extra": "q"}),
+        ({"text": None, "n": 1}, {"text": "b", "n": 1}),
+        ({"n": 1, "text": "2024-01-01"}, {"text": "b"}),
+    ],
+)
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_only_the_text_column_of_each_file_is_read(
+    tmp_path: Path, format: str, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    for name, row in (("a", first), ("b", second)):
+        if format == "jsonl":
+            (tmp_path / name).write_text(json.dumps(row) + "\n\n" + json.dumps(row))
+        else:
+            pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / name)
+    corpus = local(tmp_path / "set", [f"{tmp_path}/a", f"{tmp_path}/b"], format=format)
+    assert texts_of(corpus) == [first["text"], first["text"], "b", "b"]
+
+
+def test_a_parquet_file_without_rows_has_no_documents(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["b"]}), tmp_path / "b.parquet")
+    assert texts_of(local(tmp_path / "set", [f"{tmp_path}/*.parquet"], format="parquet")) == ["b"]
+
+
+def test_text_may_be_inside_of_another_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"doc": {"text": "a", "n": 1}, "n": 2}, {"doc": None, "n": 2}, {"doc": {"text": None, "n": 3}, "n": 2}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for format in ("jsonl", "parquet"):
+        corpus = local(tmp_path / "set", [f"{tmp_path}/a.{format}"], format=format, text_field="doc.text")
+        assert texts_of(corpus) == ["a", None, None]
+    hub = instantiate(compose(["data=cosmopedia_v2", "data.text_field=doc.text"])["data"])
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    monkeypatch.setattr(HubCorpus, "_hub_stream", lambda self: stream)
+    assert texts_of(hub) == ["a", None, None]
+
+
+def test_a_json_array_is_its_items_and_a_dot_may_be_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"a.b": "one"}, {"a": {"b": "two"}}], indent=1))
+    assert texts_of(local(tmp_path / "set", [f"{tmp_path}/a.json"], text_field="a.b")) == ["one", "two"]
+
+
+@pytest.mark.parametrize("format", ["text", "jsonl"])
+def test_compression_and_a_byte_order_mark_change_nothing(tmp_path: Path, format: str) -> None:
+    content = "größer" if format == "text" else json.dumps({"text": "größer"}, ensure_ascii=False)
+    (tmp_path / "a").write_text(content, encoding="utf-8-sig")
+    (tmp_path / "b").write_text(content, encoding="utf-8")
+    gzipped(tmp_path / "a")
+    (tmp_path / "c.zst").write_bytes(pa.compress((tmp_path / "a").read_bytes(), codec="zstd", asbytes=True))
+    assert texts_of(local(tmp_path / "set", [f"{tmp_path}/*"], format=format, separator=None)) == ["größer"] * 4
+
+
+# ------------------------------------------------------------------------------------------------ parts of a text file
+
+STORIES = ["One.\nAnd more.", "Two.", "Three."]
+
+
+@pytest.mark.parametrize(
+    ("joint", "separator", "end"),
+    [
+        (f"\n{EOT}\n", "auto", EOT),
+        ("\n \n\n", "auto", "blank lines"),
+        ("\n\n", "blank_lines", None),
+        ("\n---\n", "---", None),
+        ("\n\n\n", r"\n\n\n", None),
+    ],
+)
+def test_documents_of_a_text_file_end_at_the_separator(tmp_path: Path, joint: str, separator: str, end: str) -> None:
+    (tmp_path / "a.txt").write_text(joint.join(STORIES) + "\n")
+    corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text", separator=separator)
+    assert [text for text in texts_of(corpus) if text] == STORIES
+    assert corpus.notes() == [f"{tmp_path}/a.txt: documents end at {end} (data.separator=auto)"] * (end is not None)
+
+
+def test_without_blank_lines_each_line_of_a_single_text_file_is_a_document(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("emma\nolivia\n")
+    assert [t for t in texts_of(local(tmp_path / "s", [f"{tmp_path}/*"], format="text")) if t] == ["emma", "olivia"]
+
+
+def test_a_separator_across_chunks_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("ein<end>größer<end>drei")
+    for size in range(1, 9):
+        monkeypatch.setattr("quack_lm.data.documents.CHUNK_BYTES", size)
+        corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text", separator="<end>")
+        assert texts_of(corpus) == ["ein", "größer", "drei"]
+
+
+def test_three_text_files_or_more_are_a_document_each_unless_a_separator_is_set(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_text(f"{name}\n\n{EOT}\n")
+    assert texts_of(local(tmp_path / "set", [f"{tmp_path}/?"], format="text")) == [f"{n}\n\n{EOT}\n" for n in "abc"]
+    split = local(tmp_path / "set", [f"{tmp_path}/?"], format="text", separator=EOT)
+    assert [text for text in texts_of(split) if text] == ["a", "b", "c"]
+
+
+def test_too_few_documents_for_the_splits_are_said_to_be_too_few(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the only document there is, long enough for a few merges " * 5)
+    corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text", val_fraction=0.01, vocab_size=257)
+    assert re.search(r"none of the 1 documents .*: add documents, or say where .*data\.separator", refusal(corpus))
+    corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text", val_fraction=0.99, probe_fraction=0.001)
+    assert "no documents to train a tokenizer on: all 1 of the corpus fell into the other splits" in refusal(corpus)
+
+
+# ------------------------------------------------------------------------------------------------ bad records
+
+
+def test_bad_records_are_left_out_and_counted_on_request(
+    tmp_path: Path, prepared: Path, texts: list[str], capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    lines = [json.dumps({"text": text}).encode() for text in texts]
+    bad = [b'{"text": "torn', b'{"text": "\\ud800"}', b'{"text": 5}', b'"\xff"', b'{"text": ' + 5000 * b"9" + b"}"]
+    for i, line in enumerate(bad):
+        lines.insert(9 * i + 1, line)
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    corpus = local(tmp_path / "set", [f"{tmp_path}/a.jsonl"], on_bad_record="skip")
+    message = f"data.files: {tmp_path}/a.jsonl line 2: not JSON"
+    assert message in refusal(dataclasses.replace(corpus, on_bad_record="error"))
+    # A preparation that stops after a commit, and goes on, has not forgotten the first of them.
+    monkeypatch.setattr("quack_lm.data.prepare.BATCH_DOCUMENTS", 5)
+    readings.clear()
+    with pytest.raises(UserError, match="broken"):
+        prepare(BreakingCorpus(**vars(corpus), error="RuntimeError", at=2), progress=False, commit_every_s=0)
+    progress = tmp_path / "set.partial/progress.json"
+    progress.write_text(progress.read_text().replace('"BreakingCorpus"', '"LocalCorpus"'))
+    prepare(corpus, progress=False)
+    assert f"left out 5 bad records, the first: {message}" in capsys.readouterr().out
+    for split in SPLITS:
+        assert documents(tmp_path / "set", split) == documents(prepared, split)
+
+
+def test_bytes_that_are_no_text_are_a_bad_record_of_a_parquet_file_at_its_row(tmp_path: Path) -> None:
+    values = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    rows = list(local(tmp_path / "set", [f"{tmp_path}/a.parquet"], format="parquet").stream())
+    assert [row["text"] for row in rows] == ["a", None, "c"]
+    assert rows[1]["error"].startswith(f"data.files: {tmp_path}/a.parquet row 2: expected text")
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers
+
+
+def other_tokenizer(path: Path, model: Any, *, normalizer: Any = None, added: list[Any] | None = None) -> str:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace() if not added else None
+    tokenizer.normalizer = normalizer
+    tokenizer.add_tokens(added or [])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    return str(path)
+
+
+def unigram(*pieces: str) -> Any:
+    letters = [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz </>|"]
+    return tokenizers.models.Unigram([("<unk>", -9.0), *((piece, -1.0) for piece in pieces), *letters], unk_id=0)
+
+
+@pytest.mark.parametrize("kind", ["piece", "added", "normalized"])
+def test_no_text_of_a_document_is_an_end_token_whatever_the_tokenizer(tmp_path: Path, kind: str) -> None:
+    added = {"added": [tokenizers.AddedToken("</s>", special=False)]}.get(kind)
+    model = unigram("a") if added else unigram("</s>")
+    normalizer = tokenizers.normalizers.Lowercase() if kind == "normalized" else None
+    name = other_tokenizer(tmp_path / "t", model, normalizer=normalizer, added=added)
+    size = len(AutoTokenizer.from_pretrained(name))
+    end = "</S>" if kind == "normalized" else "</s>"
+    source = write_jsonl(tmp_path / "a.jsonl", [f"a {'x' * i} b {end}{end} c {end}" for i in range(60)])
+    corpus = local(tmp_path / "set", [str(source)], tokenizer=name, vocab_size=size, eot_token="</s>")
+    manifest = TokenData.open(prepare(corpus, progress=False)).manifest
+    tokens = np.concatenate([np.fromfile(p, dtype="<u2") for p in (tmp_path / "set").glob("*.bin")])
+    assert np.sum(tokens == manifest.eot_id) == sum(manifest.split(split).documents for split in SPLITS) == 60
+
+
+def test_an_end_token_that_is_also_that_of_unknown_text_is_refused(tmp_path: Path) -> None:
+    model = tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]")
+    name = other_tokenizer(tmp_path / "t", model)
+    source = write_jsonl(tmp_path / "a.jsonl", ["a a b"] * 9)
+    message = refusal(local(tmp_path / "set", [str(source)], tokenizer=name, vocab_size=2, eot_token="[UNK]"))
+    assert re.search(r"data\.eot_token='\[UNK\]' is what data\.tokenizer=.* makes of text as well, of 'b'", message)
+
+
+@pytest.mark.parametrize("kind", ["unknown", "dropped", "changed"])
+def test_characters_that_a_tokenizer_loses_are_counted(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["ducks", "swim", "[UNK]", "</s>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    model: Any = tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]")
+    if kind == "dropped":  # a BPE without an unknown token
+        model = tokenizers.models.BPE({letter: i for i, letter in enumerate(["</s>", *"ducksim", "w"])}, [])
+    normalizer = tokenizers.normalizers.Lowercase() if kind == "changed" else None
+    name = other_tokenizer(tmp_path / "t", model, normalizer=normalizer)
+    odd = "Ducks swim" if kind == "changed" else "日日"
+    source = write_jsonl(tmp_path / "a.jsonl", [*(f"ducks swim {'swim ' * i}" for i in range(60)), odd])
+    size = len(AutoTokenizer.from_pretrained(name))
+    corpus = local(tmp_path / "set", [str(source)], tokenizer=name, vocab_size=size, eot_token="</s>", workers=2)
+    manifest = TokenData.open(prepare(corpus, progress=False)).manifest
+    said = capsys.readouterr().out
+    lost = {"changed": r"\(1\).*'D' \(1\)"}.get(kind, r"\(2\).*'日' \(2\)")
+    assert re.search(rf"warning: 0\.0\d+% of the characters {lost}", said), said
+    is_empty = kind == "dropped"
+    assert ("left out 1 documents of which data.tokenizer makes no tokens" in said) == is_empty
+    assert sum(manifest.split(split).documents for split in SPLITS) == 61 - is_empty
+
+
+def test_one_long_run_of_a_character_is_no_word_of_a_tokenizer(tmp_path: Path, texts: list[str]) -> None:
+    # As one word, which takes a minute, its merges doubled it up to a token of 131,072 letters.
+    corpus = local(tmp_path / "set", [str(tmp_path / "a.jsonl")])
+    run = next(run for letter in "abcdef" if corpus.split_of(run := letter * 200_000) == "train")
+    write_jsonl(tmp_path / "a.jsonl", [*texts, run])
+    directory = prepare(corpus, progress=False)
+    state = json.loads((directory / "tokenizer/tokenizer.json").read_text())
+    assert max(map(len, state["model"]["vocab"])) <= 1000
+    assert state["pre_tokenizer"]["type"] == "ByteLevel"
+    assert documents(directory, "train")[-1] == run
+
+
+# A word without a bound keeps the library busy for a minute, in which it sees no signal.
+TRAINING = """
+import sys
+from quack_lm.cli import main
+from quack_lm.data import tokenizer
+tokenizer.WORD_BYTES = 10**7
+sys.argv[0:1] = ["quack-lm", "prepare"]
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_ends_the_training_of_a_tokenizer(tmp_path: Path, texts: list[str]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [*texts, *(letter * 200_000 for letter in "abcdefgh")])
+    overrides = ["data=local", "data.format=jsonl", f"data.files=[{source}]", f"data.dir={tmp_path}/set"]
+    environment = os.environ | {"PYTHONPATH": str(CONFIG_DIR.parent)}
+    command = [sys.executable, "-c", TRAINING, *overrides, "data.workers=0", "data.vocab_size=300"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    try:
+        while not (tmp_path / "set.partial").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(2)  # the reading of the texts
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+    finally:
+        process.kill()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------ paths and manifests
+
+
+def test_a_quoted_tilde_is_the_home_directory(
+    tmp_path: Path, prepared: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(prepared / "tokenizer", tmp_path / "t")
+    shutil.copy(jsonl, tmp_path)
+    overrides = ['data.dir="~/set"', 'data.files=["~/*.jsonl"]', 'data.tokenizer="~/t"', "data.format=jsonl"]
+    overrides += ["data=local", "data.vocab_size=300", "data.val_fraction=0.2", "data.probe_fraction=0.1"]
+    assert prepare(instantiate(compose(overrides)["data"]), progress=False) == tmp_path / "set"
+    assert documents(tmp_path / "set", "val") == documents(prepared, "val")
+
+
+def test_a_manifest_older_than_a_setting_had_its_default(tmp_path: Path, prepared: Path, jsonl: Path) -> None:
+    shutil.copytree(prepared, tmp_path / "set")
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    for key in ("separator", "on_bad_record"):
+        del manifest["source"][key]
+    (tmp_path / "set/manifest.json").write_text(json.dumps(manifest))
+    assert is_prepared(local(tmp_path / "set", [str(jsonl)]))
+    with pytest.raises(UserError, match=r"data\.separator was 'auto', is 'x'"):
+        is_prepared(local(tmp_path / "set", [str(jsonl)], separator="x"))
 
 
 # ------------------------------------------------------------------------------------------------ the script

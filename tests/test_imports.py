@@ -28,7 +28,7 @@ OWNERS = {
     "flash_attn": {"quack_lm/attention/scores.py"},
     "matplotlib": {"quack_lm/report/draw.py"},
     "PIL": {"quack_lm/report/draw.py"},
-    "pyarrow": {"quack_lm/report/collected.py"},
+    "pyarrow": {"quack_lm/data/documents.py", "quack_lm/report/collected.py"},
 }
 
 # What reading a file with these could run, a file from somebody else could make us run.

@@ -741,7 +741,7 @@ ROWS_OF_TEXT = b"".join(json.dumps({"text": f"document {number} " * 9}).encode()
 def table_file(name: str, content: bytes, message: str = r"cannot read it", format: str = "jsonl") -> Bad:
     """The only file of the corpus, named in the message."""
     arguments = [f"data.format={format}", f"data.files=[TMP/{name}]"]
-    return Bad(arguments, rf"data\.files: TMP/{re.escape(name)}.*{message}", files={name: content})
+    return Bad(arguments, rf"data\.\w+.*: TMP/{re.escape(name)}.*{message}", files={name: content})
 
 
 # Each is appended to: data=local data.dir=TMP/new/set data.files=[TMP/text.txt] data.workers=0 data.vocab_size=300.
@@ -762,13 +762,30 @@ PREPARE: dict[str, Bad] = {
     "text_that_is_no_text": one(
         "data.files=[TMP/b.txt]", r"data\.files: TMP/b\.txt is not UTF-8", files={"b.txt": b"\xff\xfe" * 99}
     ),
-    "text_as_parquet": one("data.format=parquet", r"data\.files: TMP/text\.txt \(parquet\): cannot read it"),
-    "text_as_jsonl": one("data.format=jsonl", r"data\.files: .*TMP/text\.txt.*cannot read it"),
+    "text_as_parquet": one(
+        "data.format=parquet", r"data\.files: TMP/text\.txt \(by its name.*set data\.format=text\): cannot read it"
+    ),
+    "text_as_jsonl": one("data.format=jsonl", r"data\.files: TMP/text\.txt line 1: not JSON.*set data\.format=text"),
+    "jsonl_as_text": table_file("x.jsonl.gz", b"{}", r"set data\.format=jsonl", format="text"),
+    "parquet_as_text": table_file("x.parquet", parquet({"text": ["a"]}), r"set data\.format=parquet", format="text"),
+    "separator_of_nothing": one("data.separator=''", r"data\.separator='': .*at least 1"),
     "jsonl_empty": table_file("x.jsonl", b"", r"no documents"),
     "jsonl_of_a_blank_line": table_file("x.jsonl", b"\n", r"no documents"),
-    "jsonl_of_numbers": table_file("x.jsonl", b"1\n2\n", r""),
-    "jsonl_nested": table_file("x.jsonl", b'{"text": ' + b"[" * 99_999 + b"\n"),
-    "jsonl_torn_late": table_file("x.jsonl", ROWS_OF_TEXT + b'{"text": \n'),
+    "jsonl_of_numbers": table_file("x.jsonl", b"1\n2\n", r"line 1: expected an object.*found int 1"),
+    "jsonl_nested": table_file("x.jsonl", b'{"text": ' + b"[" * 99_999 + b"\n", r"line 1: .*recursion"),
+    "jsonl_torn_late": table_file("x.jsonl", ROWS_OF_TEXT + b'{"text": \n', r"line 1000: not JSON.*on_bad_record=skip"),
+    "jsonl_with_half_a_character": table_file(
+        "x.jsonl", ROWS_OF_TEXT + b'{"text": "a \\ud83e"}\n', r"line 1000: character 3 is half of a surrogate pair"
+    ),
+    "jsonl_not_utf8": table_file("x.jsonl", ROWS_OF_TEXT + b'{"text": "\xff"}\n', r"line 1000: not UTF-8"),
+    "column_of_one_file_missing": Bad(
+        ["data.format=parquet", "data.files=[TMP/a.parquet,TMP/b.parquet]"],
+        r"data\.files: TMP/b\.parquet has no column data\.text_field=text: its columns are body",
+        files={"a.parquet": parquet({"text": ["a"]}), "b.parquet": parquet({"body": ["a"]})},
+    ),
+    "column_of_numbers": table_file(
+        "x.parquet", parquet({"text": [1, 2]}), r"is int64, and not text", format="parquet"
+    ),
     "gzip_cut": table_file("x.jsonl.gz", gzip.compress(ROWS_OF_TEXT)[:-99]),
     "gzip_empty": table_file("x.jsonl.gz", gzip.compress(b""), r"no documents"),
     "gzip_that_is_none": table_file("x.jsonl.gz", b"\x1f\x8b" + ROWS_OF_TEXT),

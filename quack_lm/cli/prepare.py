@@ -16,10 +16,12 @@ Examples:
 
     # your own files: text (a document is a file), jsonl or parquet (a document is a row)
     quack-lm prepare data=local data.dir=data/notes 'data.files=[notes/**/*.md]' data.vocab_size=4096
+    quack-lm prepare data=local data.dir=data/book 'data.files=[book.txt]' data.separator=blank_lines
     quack-lm prepare data=local data.format=jsonl data.text_field=body 'data.files=[posts.jsonl]'
 
 What most people set: data.dir (where the shards go), data.tokenizer (a transformers tokenizer, directory or hub name;
-null trains a byte-level BPE of data.vocab_size entries), data.val_fraction, data.probe_fraction, data.workers.
+null trains a byte-level BPE of data.vocab_size entries), data.val_fraction, data.probe_fraction, data.workers;
+for own files data.separator (where documents end inside of a text file) and data.on_bad_record=skip.
 All keys, with comments: configs/data/*.yaml and quack_lm/data/corpus.py.
 
 Flags:
@@ -39,7 +41,7 @@ def main(arguments: list[str]) -> int:
     # Imported late: worker processes import this module and need none of these.
     from quack_lm.config import compose, instantiate, read_flags
     from quack_lm.data.prepare import is_prepared, prepare
-    from quack_lm.errors import UserError
+    from quack_lm.errors import UserError, exit_without_teardown
 
     if {"-h", "--help"} & set(arguments):
         print((__doc__ or "").replace("{choices}", data_choices()))
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> int:
         directory = prepare(corpus)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from here", file=sys.stderr)
-        return 130
+        exit_without_teardown(130)  # a library that trains a tokenizer would be waited for
     print_sizes(directory)
     return 0
 

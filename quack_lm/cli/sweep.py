@@ -125,7 +125,7 @@ class Command:
     def directory(self) -> Path:
         """Where the runs are, from dir=..., or from the sweep's name and scale."""
         if "dir" in self.own:
-            return Path(self.own["dir"])
+            return Path(self.own["dir"]).expanduser()
         if sweep := self.own.get("sweep"):
             name = Path(sweep).stem if sweep.endswith((".yaml", ".yml")) else sweep
             return Path("runs") / (f"{name}-{self.own['scale']}" if "scale" in self.own else name)

@@ -13,12 +13,25 @@ import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
-from quack_lm.data.manifest import SplitName
+from quack_lm.data.documents import (
+    BLANK_LINES,
+    CHUNK_BYTES,
+    Format,
+    Row,
+    find_separator,
+    format_note,
+    format_of_name,
+    read_files,
+    read_start,
+    text_error,
+)
+from quack_lm.data.manifest import SPLITS, SplitName
 from quack_lm.errors import UserError
 from quack_lm.files import relative_note
 
@@ -69,6 +82,8 @@ class Corpus(ABC):
     verify_checksums: bool = True
 
     def __post_init__(self) -> None:
+        # A shell leaves a quoted ~ as it is. The key is no part of what a data set is identified by.
+        object.__setattr__(self, "dir", os.path.expanduser(self.dir))
         if self.val_fraction + self.probe_fraction >= 1:
             raise UserError(
                 f"data.val_fraction={self.val_fraction} and data.probe_fraction={self.probe_fraction} leave nothing to "
@@ -82,6 +97,20 @@ class Corpus(ABC):
     @abstractmethod
     def input_files(self) -> list[Path]:
         """The local files that the documents come from."""
+
+    @property
+    def skips_bad_records(self) -> bool:
+        """Whether records that cannot be used are left out, and counted; else they are errors."""
+        return False
+
+    @property
+    def more_documents(self) -> str:
+        """What helps a corpus that has too few documents."""
+        return "add documents"
+
+    def notes(self) -> list[str]:
+        """What the settings left open, and was chosen for these files: a line each."""
+        return []
 
     def source(self, file: int | None = None) -> str:
         """The keys that say where the text comes from, for messages: from all files, or from that of a number."""
@@ -125,39 +154,93 @@ class StdlibCorpus(Corpus):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalCorpus(Corpus):
-    """The user's files: text (a document is a file), or jsonl or parquet (a document is a row).
+class RecordCorpus(Corpus):
+    """Text in records that others wrote, some of which may be damaged.
+
+    Args:
+        on_bad_record: what a record that is damaged, or has something other than text, does: error ends the
+            preparation, skip leaves the record out and counts it.
+    """
+
+    on_bad_record: Literal["error", "skip"] = "error"
+
+    @property
+    def skips_bad_records(self) -> bool:
+        return self.on_bad_record == "skip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalCorpus(RecordCorpus):
+    """The user's files: text (a document is a file, or a part of one), or jsonl or parquet (a document is a row).
 
     Args:
         files: paths or globs; ** crosses directories.
         format: kind of the files: in text a document is a file, in jsonl and parquet a row.
-        text_field: column that has the text.
+        text_field: column that has the text; doc.text is the field text of the column doc.
+        separator: what ends a document inside of a text file: blank_lines, or any text, in which \\n is a line break;
+            null: only the end of the file. auto: null for three files or more; for fewer, which could not fill the
+            three splits, eot_token where a file has it, else blank lines, else line breaks.
     """
 
     choice = "local"
 
     files: Annotated[list[str], Field(min_length=1)]
-    format: Literal["text", "jsonl", "parquet"]
+    format: Format
     text_field: str = "text"
+    separator: Annotated[str, Field(min_length=1)] | None = "auto"
 
     def input_files(self) -> list[Path]:
-        return _resolve_files(self.files)
+        paths = _resolve_files(self.files)
+        if self.format == "text":
+            formats = {format_of_name(path) if path.suffix != ".json" else None for path in paths}
+            if formats <= {"jsonl", "parquet"}:
+                raise UserError(
+                    f"data.format=text: {paths[0]} is {format_of_name(paths[0])} by its name, and each file would be "
+                    f"one document: set data.format={format_of_name(paths[0])}"
+                )
+        return paths
 
     def stream(self) -> "IterableDataset":
-        if self.format == "text":
-            return _stream_files(_text_documents, self.input_files())
-        return _stream_tables(self.format, self.input_files(), self.text_field)
+        paths = self.input_files()
+        separator = self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
+        return _stream_files(
+            read_files,
+            paths,
+            format=self.format,
+            text_field=self.text_field,
+            separator=None if self._is_a_file_a_document(paths) else separator,
+            eot_token=self.eot_token,
+        )
+
+    @property
+    def more_documents(self) -> str:
+        is_text = self.format == "text"
+        return super().more_documents + (", or say where they end in a file (data.separator)" if is_text else "")
+
+    def notes(self) -> list[str]:
+        paths = self.input_files()
+        if self.format != "text" or self.separator != "auto" or self._is_a_file_a_document(paths):
+            return []
+        names = {BLANK_LINES: "blank lines", "\n": "line breaks"}
+        found = {path: find_separator(read_start(str(path), CHUNK_BYTES), self.eot_token) for path in paths}
+        return [f"{path}: documents end at {names.get(end, end)} (data.separator=auto)" for path, end in found.items()]
+
+    def source(self, file: int | None = None) -> str:
+        return super().source(file) + (format_note(self.input_files()[file], self.format) if file is not None else "")
+
+    def _is_a_file_a_document(self, paths: list[Path]) -> bool:
+        return self.separator is None or (self.separator == "auto" and len(paths) >= len(SPLITS))
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubCorpus(Corpus):
+class HubCorpus(RecordCorpus):
     """A data set of the Hugging Face hub, or local parquet or jsonl files of the same columns in its place.
 
     Args:
         name: owner/name of the data set on the hub.
         subset: its configuration; null: the default one.
         split: its split.
-        text_field: column that has the text.
+        text_field: column that has the text; doc.text is the field text of the column doc.
         streaming: read it from the hub as it is needed; false: download it first.
         files: local parquet or jsonl files to read in its place.
     """
@@ -178,10 +261,10 @@ class HubCorpus(Corpus):
     def stream(self) -> "IterableDataset":
         if self.files:
             paths = self.input_files()
-            formats = {_table_format(path) for path in paths}
-            if len(formats) > 1:
-                raise UserError("data.files: parquet and jsonl files cannot be mixed")
-            return _stream_tables(formats.pop(), paths, self.text_field)
+            if unknown := [path for path in paths if format_of_name(path) not in ("jsonl", "parquet")]:
+                raise UserError(f"data.files: {unknown[0]} is neither .parquet nor .jsonl")
+            settings = {"text_field": self.text_field, "separator": None, "eot_token": self.eot_token}
+            return _stream_files(read_files, paths, format=None, **settings)
         with input_errors(self.source):
             return _select_text(self._hub_stream(), self.text_field)
 
@@ -220,54 +303,31 @@ def _resolve_files(patterns: list[str]) -> list[Path]:
     return [Path(path) for path in sorted(paths.values())]
 
 
-def _stream_files(documents: Callable[[list[str]], Iterator[dict[str, str]]], paths: list[Path]) -> "IterableDataset":
+def _stream_files(documents: Callable[..., Iterator[Row]], paths: list[Path], **settings: Any) -> "IterableDataset":
     import datasets
 
     # A list of arguments is a list of shards to datasets, so that a saved position is a file and not a count.
-    return datasets.IterableDataset.from_generator(documents, gen_kwargs={"paths": [str(path) for path in paths]})
+    arguments = {"paths": [str(path) for path in paths], **settings}
+    return datasets.IterableDataset.from_generator(documents, gen_kwargs=arguments)
 
 
-def _text_documents(paths: list[str]) -> Iterator[dict[str, str]]:
-    for path in paths:
-        try:
-            yield {"text": Path(path).read_bytes().decode()}
-        except UnicodeDecodeError as error:
-            raise UserError(f"data.files: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def _decodable_documents(paths: list[str]) -> Iterator[dict[str, str]]:
+def _decodable_documents(paths: list[str]) -> Iterator[Row]:
     for path in paths:
         with contextlib.suppress(UnicodeDecodeError):
-            yield {"text": Path(path).read_bytes().decode()}
-
-
-def _table_format(path: Path) -> str:
-    for name, suffixes in {"parquet": (".parquet",), "jsonl": (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst")}.items():
-        if path.name.endswith(suffixes):
-            return name
-    raise UserError(f"data.files: {path} is neither .parquet nor .jsonl")
-
-
-def _stream_tables(format: str, paths: list[Path], text_field: str) -> "IterableDataset":
-    import datasets
-
-    # Of what it raises over broken files, `input_errors` makes one line; it would log more.
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-    builder = {"jsonl": "json", "parquet": "parquet"}[format]
-    with input_errors(lambda: f"data.files: {paths[0]} ({format})"):
-        # It reads each path as a pattern, which could match another file.
-        patterns = [glob.escape(str(path)) for path in paths]
-        stream = datasets.load_dataset(builder, data_files=patterns, split="train", streaming=True)
-        return _select_text(stream, text_field)
+            yield {"text": Path(path).read_bytes().decode(), "error": None}
 
 
 def _select_text(stream: "IterableDataset", text_field: str) -> "IterableDataset":
     columns = stream.column_names or list(next(iter(stream)))
-    if text_field not in columns:
+    root, *inner = [text_field] if text_field in columns else text_field.split(".")
+    if root not in columns:
         raise UserError(f"data.text_field={text_field}: no such column; the columns are {', '.join(columns) or 'none'}")
     # Columns are dropped before rows become Python objects, which is where the time goes.
-    stream = stream.select_columns([text_field])
-    return stream if text_field == "text" else stream.rename_column(text_field, "text")
+    stream = stream.select_columns([root])
+    if inner:
+        stream = stream.map(lambda row: {"text": reduce(lambda value, name: (value or {}).get(name), inner, row[root])})
+        return stream.select_columns(["text"])
+    return stream if root == "text" else stream.rename_column(root, "text")
 
 
 @contextlib.contextmanager
@@ -300,14 +360,17 @@ def require_hub(what: str) -> None:
         ) from error
 
 
-def read_texts(corpus: Corpus, stream: "IterableDataset") -> Iterator[str]:
-    """The text of each row; "" where a row has none."""
+def read_texts(corpus: Corpus, stream: "IterableDataset") -> Iterator[tuple[str, str | None]]:
+    """(the text of each row, "" where it has none; what is wrong with a record that `on_bad_record` leaves out)."""
     with input_errors(lambda: corpus.source(_file_at(stream))):
         for row in stream:
-            text = row["text"]
-            if text is not None and not isinstance(text, str):
-                raise UserError(f"data.text_field: expected a column of text, found {type(text).__name__} {text!r:.60}")
-            yield text if text and not text.isspace() else ""
+            text, error = row["text"], row.get("error")
+            # The rows of a hub are checked here, and those of files where they are read, which knows where they are.
+            if error is None and "error" not in row and (found := text_error(text)):
+                error = f"{corpus.source()}: {found}"
+            if error is not None and not corpus.skips_bad_records:
+                raise UserError(f"{error}; correct it, or leave such records out with data.on_bad_record=skip")
+            yield ("" if error is not None or not text or text.isspace() else text), error
 
 
 def _file_at(stream: "IterableDataset") -> int | None:

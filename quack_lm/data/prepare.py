@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,13 +42,14 @@ from quack_lm.data.manifest import (
 )
 from quack_lm.data.tokenizer import (
     BAR_DELAY_S,
+    Encoded,
     dtype_name,
     encode_batches,
     locate_tokenizer,
     make_encoder,
     make_tokenizer,
 )
-from quack_lm.errors import UserError
+from quack_lm.errors import UserError, printable
 from quack_lm.files import (
     HASHING_THREADS,
     file_sha256,
@@ -140,18 +142,54 @@ def _shard_sizes(split: SplitName, tokens: int, shard_tokens: int) -> list[tuple
     return [(_shard_name(split, index), size) for index, size in enumerate(sizes)]
 
 
+@dataclass
+class LeftOut:
+    """What of the corpus is not in the shards: the bad records, and what the tokenizer lost."""
+
+    bad_records: int = 0
+    first_bad_record: str = ""
+    empty_documents: int = 0
+    characters: int = 0
+    lost: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def add(self, bad_records: list[str], encoded: Encoded) -> None:
+        """Count a batch: the errors of its bad records, and its encoding."""
+        self.bad_records += len(bad_records)
+        self.first_bad_record = self.first_bad_record or next(iter(bad_records), "")
+        self.empty_documents += encoded.empty_documents
+        self.characters += encoded.characters
+        self.lost = dict(Counter(self.lost) + encoded.lost)
+
+    def report(self, corpus: Corpus) -> list[str]:
+        """What to tell the user, a line each."""
+        lines = []
+        if self.bad_records:
+            lines.append(f"left out {self.bad_records:,} bad records, the first: {self.first_bad_record}")
+        if self.empty_documents:
+            lines.append(f"left out {self.empty_documents:,} documents of which data.tokenizer makes no tokens")
+        if self.lost:
+            n = sum(self.lost.values())
+            most = ", ".join(f"{c!r} ({count:,})" for c, count in Counter(self.lost).most_common(5))
+            lines.append(
+                f"warning: {100 * n / self.characters:.2g}% of the characters ({n:,}) cannot be decoded from the "
+                f"tokens of data.tokenizer={corpus.tokenizer}, most often {most}"
+            )
+        return [printable(line) for line in lines]
+
+
 @dataclass(frozen=True)
 class PrepareState:
     """The last commit of a preparation: what was read, and what of it is on the disk.
 
     `identity` says what has to be unchanged for an interrupted preparation to continue; `stream` is the position in the
-    documents; `written` has the tokens and documents of each split.
+    documents; `written` has the tokens and documents of each split, and `left_out` is a `LeftOut`.
     """
 
     identity: dict[str, Any]
     documents: int
     stream: dict[str, Any] | None
     written: dict[str, dict[str, int]]
+    left_out: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def start(cls, identity: dict[str, Any]) -> "PrepareState":
@@ -169,8 +207,8 @@ class PrepareState:
 
 def _identity(corpus: Corpus) -> dict[str, Any]:
     files = corpus.input_files()
-    if corpus.tokenizer and os.path.isdir(corpus.tokenizer):
-        files += sorted(path for path in Path(corpus.tokenizer).iterdir() if path.is_file())
+    if corpus.tokenizer and os.path.isdir(name := locate_tokenizer(corpus)):
+        files += sorted(path for path in Path(name).iterdir() if path.is_file())
     digest = hashlib.sha256()
     for path in files:
         stat = path.stat()
@@ -234,7 +272,9 @@ def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: fl
     try:
         if not _is_finished(corpus, partial):
             committed = _resume(corpus, partial) or _start_over(corpus, partial, progress=progress)
-            _write_shards(corpus, partial, committed, progress=progress, commit_every_s=commit_every_s)
+            left_out = _write_shards(corpus, partial, committed, progress=progress, commit_every_s=commit_every_s)
+            for line in [*corpus.notes(), *left_out.report(corpus)]:
+                print(line)
     except BaseException as error:
         if is_new and not _is_worth_keeping(partial, error):
             shutil.rmtree(partial)
@@ -280,8 +320,10 @@ def _is_complete(corpus: Corpus, target: Path) -> bool:
     shards = {shard.file for split in SPLITS for shard in manifest.split(split).shards}
     _refuse_other_files(target, lambda name: name in shards | {MANIFEST, TOKENIZER})
     settings = json.loads(json.dumps(corpus.settings()))
+    # A setting that is newer than the data set had its default then.
+    made_with = {field.name: field.default for field in dataclasses.fields(corpus)} | manifest.source
     for key in sorted(settings.keys() | manifest.source.keys()):
-        then, now = manifest.source.get(key), settings.get(key)
+        then, now = made_with.get(key), settings.get(key)
         if then != now:
             raise UserError(
                 f"data.dir={target} holds a data set made with other settings (data.{key} was {then!r}, is {now!r}): "
@@ -338,8 +380,9 @@ def _remove_ours(partial: Path) -> None:
 
 def _write_shards(
     corpus: Corpus, partial: Path, committed: PrepareState, *, progress: bool, commit_every_s: float
-) -> None:
+) -> LeftOut:
     encoder = make_encoder(corpus, partial)
+    left_out = LeftOut(**committed.left_out)
     writers = {
         split: SplitWriter(partial, split, encoder.dtype, corpus.shard_tokens, **committed.written[split])
         for split in SPLITS
@@ -353,33 +396,42 @@ def _write_shards(
         desc="preparing", unit=" documents", initial=committed.documents, disable=not progress, delay=BAR_DELAY_S
     )
     with bar, contextlib.closing(encode_batches(encoder, batches, corpus.workers)) as encoded:
-        for (documents, state), tokens_of in encoded:
+        for (documents, state, bad_records), batch in encoded:
             for split, writer in writers.items():
-                writer.write(*tokens_of[split])
+                writer.write(*batch.tokens[split])
+            left_out.add(bad_records, batch)
             bar.set_postfix_str(_token_rate(writers, committed, bar), refresh=False)
             bar.update(documents - bar.n)
             if time.monotonic() - committed_at >= commit_every_s:
-                _commit(partial, PrepareState(committed.identity, documents, state, _written(writers)), writers)
+                made = _written(writers), dataclasses.asdict(left_out)
+                _commit(partial, PrepareState(committed.identity, documents, state, *made), writers)
                 committed_at = time.monotonic()
     for writer in writers.values():
         writer.close()
-    _refuse_empty_splits(corpus, writers)
+    _refuse_empty_splits(corpus, writers, left_out)
     write_atomically(partial / MANIFEST, manifest_json(_make_manifest(corpus, partial, writers, encoder.eot_id)))
+    return left_out
 
 
-def _batches(corpus: Corpus, stream: "IterableDataset", documents: int) -> Iterator[tuple[tuple[int, Any], list[str]]]:
-    """Batches of texts, each with the number of documents read so far and the stream's position after it."""
+def _batches(
+    corpus: Corpus, stream: "IterableDataset", documents: int
+) -> Iterator[tuple[tuple[int, Any, list[str]], list[str]]]:
+    """Batches of texts, each with the number of documents read so far, the stream's position after it, and the errors
+    of the bad records in it."""
     texts: list[str] = []
+    errors: list[str] = []
     characters = 0
-    for text in read_texts(corpus, stream):
+    for text, error in read_texts(corpus, stream):
         documents += 1
         characters += len(text)
         if text:
             texts.append(text)
+        if error:
+            errors.append(error)
         if len(texts) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield (documents, stream.state_dict()), texts
-            texts, characters = [], 0
-    yield (documents, stream.state_dict()), texts
+            yield (documents, stream.state_dict(), errors), texts
+            texts, errors, characters = [], [], 0
+    yield (documents, stream.state_dict(), errors), texts
 
 
 def _commit(partial: Path, progress: PrepareState, writers: dict[SplitName, SplitWriter]) -> None:
@@ -398,20 +450,21 @@ def _token_rate(writers: dict[SplitName, SplitWriter], committed: PrepareState, 
     return f"{new / elapsed_s:,.0f} tokens/s" if elapsed_s else ""
 
 
-def _refuse_empty_splits(corpus: Corpus, writers: dict[SplitName, SplitWriter]) -> None:
+def _refuse_empty_splits(corpus: Corpus, writers: dict[SplitName, SplitWriter], left_out: LeftOut) -> None:
     total = sum(writer.documents for writer in writers.values())
+    skipped = "".join(f"; {line}" for line in left_out.report(corpus))
     if not total:
-        raise UserError(f"data.dir={corpus.dir}: the corpus has no documents")
-    suggestions = {
+        raise UserError(f"data.dir={corpus.dir}: the corpus has no documents{skipped}")
+    advice = {
         "train": f"lower data.val_fraction={corpus.val_fraction} or data.probe_fraction={corpus.probe_fraction}",
         "val": f"raise data.val_fraction={corpus.val_fraction}",
         "probe": f"raise data.probe_fraction={corpus.probe_fraction}",
     }
     for split, writer in writers.items():
         if not writer.documents:
-            raise UserError(
-                f"none of the {total} documents fell into the {split} split: {suggestions[split]}, or add documents"
-            )
+            # A document is in one split: with too few, no fraction helps.
+            suggestion = (f"{advice[split]}, or " if total >= len(SPLITS) else "") + corpus.more_documents
+            raise UserError(f"none of the {total} documents fell into the {split} split: {suggestion}{skipped}")
 
 
 def _make_manifest(corpus: Corpus, partial: Path, writers: dict[SplitName, SplitWriter], eot_id: int) -> Manifest:
@@ -421,6 +474,7 @@ def _make_manifest(corpus: Corpus, partial: Path, writers: dict[SplitName, Split
         counts = sum(
             threads.map(lambda path: _count_tokens(path, corpus), train), np.zeros(corpus.vocab_size, np.int64)
         )
+    assert counts[eot_id] == writers["train"].documents, "end-of-text tokens are where documents end, and only there"
     tokenizer_files = sorted((partial / TOKENIZER).iterdir())
     return Manifest(
         format_version=FORMAT_VERSION,

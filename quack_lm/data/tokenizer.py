@@ -2,12 +2,13 @@
 
 import contextlib
 import itertools
+import json
 import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ T = TypeVar("T")
 Tokenizer = Any  # a transformers tokenizer, or the `tokenizers.Tokenizer` inside it
 
 BAR_DELAY_S = 2.0  # no bar above the error message of what is refused at once
+# A longer word of a text, which can only be data, counts as several where a tokenizer is trained: the time that a word
+# takes is quadratic in its length.
+WORD_BYTES = 1000
 BYTES = 256  # the least vocabulary of a byte-level tokenizer, less its special tokens
 
 
@@ -85,7 +89,8 @@ def _train_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
     if corpus.vocab_size <= BYTES:
         raise UserError(f"data.vocab_size={corpus.vocab_size}: a byte-level tokenizer has at least {BYTES + 1} entries")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(length=WORD_BYTES)])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=corpus.vocab_size,
@@ -97,14 +102,45 @@ def _train_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
         texts = _train_texts(corpus, bar)
         first = next(texts, None)
         if first is None:
-            raise UserError(f"{corpus.source()}: no documents to train a tokenizer on")
-        bpe.train_from_iterator(itertools.chain([first], texts), trainer)
+            raise UserError(f"{corpus.source()}: no documents to train a tokenizer on{_why_none(corpus)}")
+        _run_interruptibly(lambda: bpe.train_from_iterator(itertools.chain([first], texts), trainer))
+    bpe.pre_tokenizer = byte_level
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=corpus.eot_token, clean_up_tokenization_spaces=False)
+
+
+def _run_interruptibly(work: Callable[[], Any]) -> None:
+    """Call a library that does not see Ctrl-C meanwhile: it is raised here, and the work goes on in a thread."""
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _why_none(corpus: Corpus) -> str:
+    documents, first_error = 0, None
+    for text, error in read_texts(corpus, corpus.stream()):
+        documents += bool(text)
+        first_error = first_error or error
+    if documents:
+        return (
+            f": all {documents} of the corpus fell into the other splits; lower data.val_fraction and "
+            f"data.probe_fraction, or {corpus.more_documents}"
+        )
+    return f"; bad records were left out, the first: {first_error}" if first_error else ""
 
 
 def _train_texts(corpus: Corpus, bar: "tqdm[Any]") -> Iterator[str]:
     characters = 0
-    for text in read_texts(corpus, corpus.stream()):
+    for text, _ in read_texts(corpus, corpus.stream()):
         bar.update()
         if text and corpus.split_of(text) == "train":
             yield text
@@ -117,6 +153,16 @@ def _train_texts(corpus: Corpus, bar: "tqdm[Any]") -> Iterator[str]:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """The tokens and the number of documents of each split, and what of the texts the tokens do not have."""
+
+    tokens: dict[SplitName, tuple[npt.NDArray[Any], int]]
+    empty_documents: int  # texts without a token, which are left out
+    characters: int  # of all texts, without white space; counted for tokenizers that may lose some
+    lost: Counter[str]  # characters that decoding does not give back, and how often each
+
+
+@dataclass(frozen=True)
 class Encoder:
     """Turns texts into the tokens of each split, an end-of-text token after each document; sent to the workers."""
 
@@ -124,34 +170,90 @@ class Encoder:
     tokenizer: Tokenizer
     eot_id: int
     dtype: np.dtype[Any]
+    is_lossless: bool  # whether every text can be decoded from its tokens
 
-    def __call__(self, texts: list[str]) -> dict[SplitName, tuple[npt.NDArray[Any], int]]:
-        """The tokens and the number of documents of each split."""
+    def __call__(self, texts: list[str]) -> Encoded:
+        """The tokens of a batch of texts."""
         ids: dict[SplitName, list[int]] = {split: [] for split in SPLITS}
         documents = dict.fromkeys(SPLITS, 0)
+        lost: Counter[str] = Counter()
+        characters = empty = 0
         for text, tokens in zip(texts, self._encode(texts), strict=True):
+            if not self.is_lossless:
+                written = "".join(text.split())
+                characters += len(written)
+                lost.update(lost_characters(written, self.tokenizer.decode(tokens, skip_special_tokens=True)))
+            if not tokens:
+                empty += 1
+                continue
             split = self.corpus.split_of(text)
             ids[split] += tokens
             ids[split].append(self.eot_id)
             documents[split] += 1
-        return {split: (np.array(ids[split], dtype=self.dtype), documents[split]) for split in SPLITS}
+        arrays = {split: (np.array(ids[split], dtype=self.dtype), documents[split]) for split in SPLITS}
+        return Encoded(arrays, empty, characters, lost)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # What a tokenizer lacks may show only at a text that needs it.
         with input_errors(lambda: f"data.tokenizer={self.corpus.tokenizer}", problem="it cannot encode a document"):
-            return self._encode_all(texts)
+            ids = self._encode_all(texts)
+        # A document that spells the end-of-text token gets the ids of its letters: only we end documents.
+        for i, text in enumerate(texts):
+            if self.eot_id in ids[i]:
+                ids[i] = self._encode_without_end(text)
+        return ids
 
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
         import tokenizers
 
         if isinstance(self.tokenizer, tokenizers.Tokenizer):
-            # A document that spells a special token gets the ids of its letters: only we end documents. It is set here
-            # because pickling, on the way to a worker, forgets it.
+            # It is set here because pickling, on the way to a worker, forgets it.
             self.tokenizer.encode_special_tokens = True
             return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+    def _encode_without_end(self, text: str) -> list[int]:
+        """The tokens of a text that is cut inside of whatever would be the end-of-text token.
+
+        A vocabulary may have it as an ordinary piece or an added token that is not special, which no setting of a
+        tokenizer turns off. UserError where a single character is it, or where the tokenizer does not tell.
+        """
+        import tokenizers
+
+        spans = [(0, 0)]
+        if isinstance(self.tokenizer, tokenizers.Tokenizer):
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == self.eot_id]
+            if not spans:
+                return list(encoding.ids)
+        if uncut := next((span for span in spans if span[1] - span[0] < 2), None):
+            raise UserError(
+                f"data.eot_token={self.corpus.eot_token!r} is what data.tokenizer={self.corpus.tokenizer} makes of "
+                f"text as well, of {text[slice(*uncut)] or text!r:.60}, so that it does not mark the ends of "
+                "documents: choose another data.eot_token or data.tokenizer"
+            )
+        cuts = [0, *(start + 1 for start, _ in spans), len(text)]
+        return [token for a, b in itertools.pairwise(cuts) for token in self._encode_without_end(text[a:b])]
+
+
+def lost_characters(text: str, decoded: str) -> Counter[str]:
+    """The characters, white space apart, that a text has more often than what was decoded from its tokens."""
+    decoded = "".join(decoded.split())
+    return Counter() if text == decoded else Counter(text) - Counter(decoded)
+
+
+def _is_lossless(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer has a token for each byte and changes no text; False where that cannot be told."""
+    import tokenizers
+    from tokenizers import pre_tokenizers
+
+    if not isinstance(tokenizer, tokenizers.Tokenizer):
+        return False
+    is_byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str())["pre_tokenizer"])
+    bytes_known = set(pre_tokenizers.ByteLevel.alphabet()) <= tokenizer.get_vocab().keys()
+    return is_byte_level and bytes_known and tokenizer.normalizer is None
 
 
 def make_encoder(corpus: Corpus, directory: Path) -> Encoder:
@@ -167,7 +269,8 @@ def make_encoder(corpus: Corpus, directory: Path) -> Encoder:
         tokenizer = tokenizer.backend_tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    return Encoder(corpus, tokenizer, eot_id, np.dtype(dtype_name(corpus)).newbyteorder("<"))
+    dtype = np.dtype(dtype_name(corpus)).newbyteorder("<")
+    return Encoder(corpus, tokenizer, eot_id, dtype, _is_lossless(tokenizer))
 
 
 def dtype_name(corpus: Corpus) -> Literal["uint16", "uint32"]:
@@ -194,13 +297,13 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(texts: list[str]) -> dict[SplitName, tuple[npt.NDArray[Any], int]]:
+def _encode_in_worker(texts: list[str]) -> Encoded:
     return _worker_encoder(texts)
 
 
 def encode_batches(
     encoder: Encoder, batches: Iterable[tuple[T, list[str]]], workers: int
-) -> Generator[tuple[T, dict[SplitName, tuple[npt.NDArray[Any], int]]], None, None]:
+) -> Generator[tuple[T, Encoded], None, None]:
     """Each batch's position and encoding, in order, with a bounded number of batches in flight."""
     if workers < 2:
         for position, texts in batches:
@@ -208,7 +311,7 @@ def encode_batches(
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
-    pending: deque[tuple[T, Future[dict[SplitName, tuple[npt.NDArray[Any], int]]]]] = deque()
+    pending: deque[tuple[T, Future[Encoded]]] = deque()
     try:
         for position, texts in batches:
             pending.append((position, pool.submit(_encode_in_worker, texts)))

@@ -69,7 +69,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
         check_memory(config, model, device=device, ranks_of_a_copy=world_size // settings.replicas)
     data = open_data(corpus, config["model"]["vocab_size"])
     sequences = {split: data.sequences(split, settings.seq_len) for split in SPLITS}
-    run_dir = RunDir(Path(config["run_dir"] or default_run_dir(config)))
+    run_dir = RunDir(Path(config["run_dir"] or default_run_dir(config)).expanduser())
     snapshot = checkpoint.snapshot(run_dir, settings.steps)
     resumes_from, finished = check_run_dir(run_dir, config, settings)
     if resumes_from:

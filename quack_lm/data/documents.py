@@ -1,0 +1,289 @@
+"""The documents in local files of text, jsonl and parquet, compressed or not; of a table only the text column is read.
+
+Each document is {"text": ..., "error": ...}: a record that cannot be used has an error, which says where it is and what
+is wrong with it, in place of a text. Whether that ends the preparation is for `read_texts` to decide.
+"""
+
+import codecs
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from quack_lm.errors import UserError
+
+Format = Literal["text", "jsonl", "parquet"]
+Row = dict[str, str | None]
+
+# After so many records without the text column, a file is not read to its end first.
+RECORDS_WITHOUT_TEXT = 1000
+ROWS_AT_ONCE = 1000  # of a parquet file: its row groups may be larger than memory
+CHUNK_BYTES = 1 << 26  # of a text file, to look for separators in
+
+FORMATS: dict[str, Format] = {
+    **dict.fromkeys((".txt", ".text", ".md"), "text"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+BLANK_LINES, LINES = "blank_lines", "\n"
+
+
+def read_files(
+    paths: list[str], *, format: Format | None, text_field: str, separator: str | None, eot_token: str
+) -> Iterator[Row]:
+    """The documents of each file in turn; a `format` of None is taken from each file's name.
+
+    Of a text file, documents end at `separator`; None: at the end of the file.
+    """
+    for path in paths:
+        kind = format or format_of_name(path)
+        if kind == "text":
+            yield from _text_documents(path, separator, eot_token)
+        elif kind == "jsonl":
+            yield from _jsonl_documents(path, text_field)
+        else:
+            yield from _parquet_documents(path, text_field)
+
+
+def format_of_name(path: str | Path) -> Format | None:
+    """The format that a file has by the last part of its name, None for any other than those of text and tables."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes if suffix.lower() not in COMPRESSED]
+    return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def format_note(path: str | Path, format: Format | None) -> str:
+    """What a message about a file that cannot be read adds where its name says that it has another format."""
+    named = format_of_name(path)
+    is_other = format is not None and named is not None and named != format
+    return f" (by its name it is {named}: set data.format={named})" if is_other else ""
+
+
+def text_error(text: object) -> str | None:
+    """What is wrong with a text; None for one that can be encoded, and for a missing one."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        return f"expected text in data.text_field, found {type(text).__name__} {text!r:.60}"
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start + 1} is half of a surrogate pair, {text[error.start]!a}"
+    return None
+
+
+def read_start(path: str, n_bytes: int) -> bytes:
+    """The first bytes of a file, decompressed."""
+    with _open(path) as stream:
+        return stream.read(n_bytes)
+
+
+def _row(path: str, unit: str, number: int, text: Any) -> Row:
+    error = text_error(text)
+    return _bad(path, f"{unit} {number}", error) if error else {"text": text, "error": None}
+
+
+def _bad(path: str, place: str, what: str) -> Row:
+    return _error(f"{path} {place}: {what}")
+
+
+def _error(what: str) -> Row:
+    return {"text": None, "error": f"data.files: {what}"}
+
+
+def _open(path: str) -> Any:
+    """A file's bytes, decompressed where they begin as a compressed file does, whatever its name is."""
+    import bz2
+    import gzip
+    import io
+    import lzma
+    import zipfile
+
+    import pyarrow
+
+    with open(path, "rb") as file:
+        start = file.read(10)
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.open(path)
+    if start.startswith(b"BZh") and start[4:] == b"1AY&SY":
+        return bz2.open(path)
+    if start.startswith(b"\xfd7zXZ\0"):
+        return lzma.open(path)
+    for magic, name in ((b"\x28\xb5\x2f\xfd", "zstd"), (b"\x04\x22\x4d\x18", "lz4")):
+        if start.startswith(magic):
+            return io.BufferedReader(pyarrow.input_stream(path, compression=name))
+    if start.startswith(b"PK\x03\x04"):
+        archive = zipfile.ZipFile(path)
+        if len(archive.namelist()) != 1:
+            raise UserError(f"data.files: {path} has {len(archive.namelist())} files in it: unpack it")
+        return archive.open(archive.namelist()[0])
+    return open(path, "rb")
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def _text_documents(path: str, separator: str | None, eot_token: str) -> Iterator[Row]:
+    start = read_start(path, CHUNK_BYTES if separator == "auto" else 4)
+    if separator == "auto":
+        separator = find_separator(start, eot_token)
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
+    if encoding:
+        yield _error(f"{path} is not UTF-8 text but {encoding}: convert it with iconv -f {encoding} -t UTF-8")
+        return
+    with _open(path) as stream:
+        if separator is None:
+            documents = iter([stream.read()])
+        elif separator == BLANK_LINES:
+            documents = _paragraphs(stream)
+        else:
+            documents = _pieces(stream, separator.encode())
+        for number, raw in enumerate(documents, start=1):
+            try:
+                text = raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
+            except UnicodeDecodeError as error:
+                place = f"document {number} of " if separator else ""
+                note = format_note(path, "text")
+                yield _error(f"{place}{path} is not UTF-8 text ({error.reason} at byte {error.start}){note}")
+            else:
+                yield {"text": text if separator is None else text.strip("\r\n"), "error": None}
+
+
+# UTF-32's begin with those of UTF-16.
+BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+
+def find_separator(start: bytes, eot_token: str) -> str:
+    """What the first bytes of a text file have to separate documents: the end-of-text token, blank lines, or lines."""
+    if eot_token.encode() in start:
+        return eot_token
+    is_blank_between = any(not line.strip() for line in start.strip().split(b"\n"))
+    return BLANK_LINES if is_blank_between else LINES
+
+
+def _paragraphs(stream: IO[bytes]) -> Iterator[bytes]:
+    for is_blank, lines in itertools.groupby(stream, key=bytes.isspace):
+        if not is_blank:
+            yield b"".join(lines)
+
+
+def _pieces(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
+    rest = b""
+    while chunk := stream.read(CHUNK_BYTES):
+        *pieces, rest = (rest + chunk).split(separator)
+        yield from pieces
+    yield rest
+
+
+# ------------------------------------------------------------------------------------------------ jsonl
+
+
+def _jsonl_documents(path: str, text_field: str) -> Iterator[Row]:
+    seen, has_column = 0, False
+    columns: list[str] = []
+    for unit, number, raw in _json_records(path):
+        try:
+            record = json.loads(raw.decode()) if isinstance(raw, bytes) else raw
+            text, is_there = _field(record, text_field)
+        except UnicodeDecodeError as error:
+            yield _bad(path, f"{unit} {number}", f"not UTF-8 ({error.reason} at byte {error.start} of it)")
+        except json.JSONDecodeError as error:
+            note = format_note(path, "jsonl")
+            yield _bad(path, f"{unit} {number}", f"not JSON ({error.msg} at character {error.pos + 1}){note}")
+        except (ValueError, RecursionError) as error:  # numbers of too many digits, and too many brackets
+            yield _bad(path, f"{unit} {number}", str(error))
+        else:
+            seen, has_column = seen + 1, has_column or is_there
+            columns = columns or list(record)
+            yield _row(path, unit, number, text)
+            if seen == RECORDS_WITHOUT_TEXT and not has_column:
+                yield _no_column(path, text_field, columns)
+    if 0 < seen < RECORDS_WITHOUT_TEXT and not has_column:
+        yield _no_column(path, text_field, columns)
+
+
+def _json_records(path: str) -> Iterator[tuple[str, int, Any]]:
+    """(what it is, its number, its bytes or what they say) of each record in a file of lines, or of one array."""
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+                if line.lstrip().startswith(b"["):
+                    try:
+                        records = json.loads(line + stream.read())
+                    except (ValueError, RecursionError):
+                        yield "line", number, line
+                    else:
+                        yield from (("item", i, record) for i, record in enumerate(records, start=1))
+                        return
+            if not line.isspace() and line:
+                yield "line", number, line
+
+
+def _field(record: object, name: str) -> tuple[Any, bool]:
+    """(the value of a field, whether there is one): `a.b` is field b inside of a, where there is no `a.b` itself."""
+    if isinstance(record, str):
+        return record, True
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, {{...}}, found {type(record).__name__} {record!r:.60}")
+    value: Any = record
+    for key in [name] if name in record else name.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return None, False
+        value = value[key]
+    return value, True
+
+
+def _no_column(path: str, text_field: str, columns: list[str]) -> Row:
+    names = ", ".join(columns) or "none"
+    return _error(f"{path} has no column data.text_field={text_field}: its columns are {names}")
+
+
+# ------------------------------------------------------------------------------------------------ parquet
+
+
+def _parquet_documents(path: str, text_field: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        if not file.metadata.num_rows:
+            return
+        schema = file.schema_arrow
+        root, *inner = [text_field] if text_field in schema.names else text_field.split(".")
+        kind: Any = schema.field(root).type if root in schema.names else None
+        for name in inner:
+            has_it = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
+            kind = kind.field(name).type if has_it else None
+        if kind is None:
+            yield _no_column(path, text_field, schema.names)
+            return
+        value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
+        is_text = pa.types.is_string(value_type) or pa.types.is_large_string(value_type)
+        if not is_text and not pa.types.is_string_view(value_type) and not pa.types.is_null(value_type):
+            yield _error(f"{path}: column data.text_field={text_field} is {kind}, and not text")
+            return
+        number = 0
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_field]):
+            values = batch.column(0)
+            for name in inner:
+                values = pc.struct_field(values, name)
+            for text in _python_values(values):
+                number += 1
+                yield _row(path, "row", number, text)
+
+
+def _python_values(values: Any) -> list[Any]:
+    try:
+        return list(values.to_pylist())
+    except UnicodeDecodeError:
+        return [_python_value(value) for value in values]
+
+
+def _python_value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return error.object  # bytes, which are no text
