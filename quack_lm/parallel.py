@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -79,7 +79,9 @@ class World:
         """A new group of all ranks for tensors on the host, whose collectives may run in a thread while others run."""
         if self.mesh is None:
             return None
-        return dist.new_group(backend="gloo", timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
+        timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+        # Every rank is a member; for one that is not, torch 2.14 says that it returns a number.
+        return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read on the host means something."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -259,7 +259,7 @@ def check_all_reduce(world: World, *, device: str, timeout_s: float) -> Row:
     backend = "nccl" if device == "cuda" else "gloo"
     try:
         # A separate group: that of the world is gloo, so that a broken GPU cannot keep the table from being made.
-        group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s))
+        group = cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s)))
         place = torch.device(device, world.local_rank) if device == "cuda" else torch.device(device)
         if device == "cuda":
             torch.cuda.set_device(place)
