@@ -347,7 +347,7 @@ def test_overrides_on_top_of_a_config_file_equal_overrides_on_top_of_the_groups(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model=1b", r"model=1b: .*choice of model; override single keys"),
+        ("model=1b", r"model=1b: .*already chosen by the config file; override single keys"),
         ("experiment=paper", r"experiment"),
         ("trainer.step=3", r"unknown key trainer\.step:.*trainer\.steps"),
         ("trainer.steps=many", r"trainer\.steps='many'"),

@@ -35,6 +35,6 @@ def test_the_notebook_prints_its_saved_output_and_agrees_with_the_report(monkeyp
     plt.close("all")
     measured = collected.load(ROOT / "docs" / "results" / "fig2-proxy")
     for place in measured.places():
-        for stabilizer, runs in best_settings(measured.at(place)).items():
+        for stabilizer, chosen in best_settings(measured, place).items():
             found = names["best"][place.attention, stabilizer, place.lr]
-            assert fmean(map(names["final_loss"], found)) == pytest.approx(fmean(losses(runs).values()))
+            assert fmean(map(names["final_loss"], found)) == pytest.approx(fmean(losses(chosen.runs).values()))

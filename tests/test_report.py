@@ -692,7 +692,7 @@ def test_changed_bytes_in_the_collected_files_are_detected(tmp_path, save):
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 3] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"curves\.parquet is damaged"):
+    with pytest.raises(UserError, match=r"curves\.parquet is invalid"):
         collected.load(tmp_path / "out")
 
 

@@ -351,7 +351,7 @@ def test_a_loss_that_stays_far_above_its_best_ends_as_diverged(tmp_path: Path, t
     overrides += ["trainer.diverged_patience=5"]
     seen = run_here([*tiny_data, *overrides, "trainer.steps=60"], tmp_path / "run")
     assert seen["status"] == "diverged"
-    assert "for 5 steps" in seen["reason"]
+    assert "mean of 5 steps" in seen["reason"]
 
 
 def test_a_run_with_a_bent_schedule_cannot_be_made_longer(tmp_path: Path, tiny_data: list[str]) -> None:

@@ -44,7 +44,7 @@ def test_the_wheel_prepares_trains_sweeps_and_reports_in_the_callers_directory(
     (tmp_path / "data").mkdir()
     (tmp_path / "data/stdlib").symlink_to(Path(tiny_data[-1].partition("=")[2]))
     (tmp_path / "two.yaml").write_text(TWO_RUNS)
-    assert "data/other is ready" in call(tmp_path, quack_lm, "prepare", "--check", "data=stdlib", "data.dir=data/other")
+    assert "not prepared yet" in call(tmp_path, quack_lm, "prepare", "--check", "data=stdlib", "data.dir=data/other")
     trained = call(tmp_path, quack_lm, "train", "experiment=tiny", "trainer.steps=5", "run_dir=runs/one")
     assert "completed at step 5" in trained
     assert "2 runs: 2 completed" in call(tmp_path, quack_lm, "sweep", "run", "sweep=two.yaml")

@@ -76,8 +76,9 @@ def refuse_moved_run(file: Path, config: dict[str, Any]) -> None:
 def train_config(config: dict[str, Any], *, is_check: bool) -> int:
     """Check a composed config and, unless `is_check`, train it; returns the exit code."""
     # Imported late: --help and a mistake in the settings need not wait for it.
+    from tqdm import tqdm
+
     from quack_lm.model import count_parameters
-    from quack_lm.parallel import launched_world
     from quack_lm.training.build import build_run
     from quack_lm.training.check import check_run, run_warnings
 
@@ -93,8 +94,9 @@ def train_config(config: dict[str, Any], *, is_check: bool) -> int:
     if plan.finished:
         print(f"{plan.run_dir} is finished already: {plan.finished}")
         return 0
-    sys.stderr.writelines(warnings if launched_world()[0] == 0 else [])
     run = build_run(plan)
+    for warning in warnings if run.world.is_main else []:
+        tqdm.write(warning, file=sys.stderr, end="")  # above the progress bar
     _train(run)
     return run.world.shutdown(0)
 

@@ -285,6 +285,8 @@ def unknown_key(key: str, known: list[str], chosen: dict[str, str], value: Any) 
     if owners := keys_by_choice().get(section, {}).get(key):
         return f"unknown key {key}: it belongs to {' and '.join(f'{section}={owner}' for owner in owners)}"
     found = suggest(key, chosen)
-    if found and found != key and (not section or found.rpartition(".")[2] == name or found in RENAMED.values()):
+    where, _, last = (found or "").rpartition(".")
+    is_here = where == section and last in known  # then the list of the keys here helps more
+    if found and not is_here and (not section or last == name or found in RENAMED.values()):
         return f"unknown key {key}: did you mean {found}={as_yaml(value)}?"
     return f"unknown key {key}: {nearest(name, known, section + '.' if section else '')}"
