@@ -157,6 +157,26 @@ def parquet_with_pickles(path: Path, proof: Path, columns: dict[str, list[Any]])
     pq.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata={b"huggingface": payload})), path)
 
 
+def test_a_collected_result_can_put_no_markup_or_escape_into_a_report(tmp_path: Path, monkeypatch, capsys) -> None:
+    hostile = "<img src=x onerror=alert(1)>\x1b[31m"
+    for name in ("results.parquet", "curves.parquet"):
+        shutil.copy(CONFIG_DIR.parent / "docs/results/fig1-proxy" / name, tmp_path)
+    table = pq.read_table(tmp_path / "results.parquet")
+    told = {**table.schema.metadata, b"quack_lm.question": hostile.encode(), b"quack_lm.sweep": hostile.encode()}
+    pq.write_table(table.replace_schema_metadata(told), tmp_path / "results.parquet")
+    assert call_here("report", [str(tmp_path), "-o", str(tmp_path / "out")], monkeypatch, capsys)[0] == 0
+    for page in ("report.md", "report.html"):
+        text = (tmp_path / "out" / page).read_text()
+        assert "\x1b" not in text
+        assert "<img src=x" not in text
+    column = pa.array([hostile] * len(table))
+    at = table.column_names.index("status")
+    pq.write_table(table.set_column(at, "status", column), tmp_path / "results.parquet")
+    code, _, stderr = call_here("report", [str(tmp_path), "-o", str(tmp_path / "two")], monkeypatch, capsys)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "unknown status" in stderr
+
+
 def test_pickles_in_parquet_never_run(tmp_path: Path, monkeypatch, capsys) -> None:
     proof = tmp_path / "pwned"
     parquet_with_pickles(tmp_path / "results.parquet", proof, {"run": ["a"], "status": ["completed"]})
