@@ -8,7 +8,7 @@ Hydra and OmegaConf are imported here and nowhere else.
 
 from quack_lm.config.command_line import help_topic, read_flags, take_flag, unknown_flag
 from quack_lm.config.compose import Axis, chosen_groups, compose, split_axes
-from quack_lm.config.groups import CONFIG_DIR, PACKAGE, choices, groups, nearest
+from quack_lm.config.groups import CONFIG_DIR, choices, groups, nearest
 from quack_lm.config.reference import help_text, reference_markdown
 from quack_lm.config.schema import (
     check,
@@ -17,14 +17,12 @@ from quack_lm.config.schema import (
     flatten,
     identity,
     instantiate,
-    refuse_other_version,
     refuse_password,
 )
 from quack_lm.config.yaml_file import read_yaml
 
 __all__ = [
     "CONFIG_DIR",
-    "PACKAGE",
     "Axis",
     "check",
     "choice",
@@ -42,7 +40,6 @@ __all__ = [
     "read_flags",
     "read_yaml",
     "reference_markdown",
-    "refuse_other_version",
     "refuse_password",
     "split_axes",
     "take_flag",

@@ -13,9 +13,9 @@ from typing import Any
 from quack_lm.config.yaml_file import ConfigLoader, read_yaml
 from quack_lm.errors import UserError
 
-PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout these lie beside the package, in an installed wheel inside it.
-CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 # Old names of keys: the error for one suggests the new name.
 RENAMED = {
@@ -67,7 +67,7 @@ def constructor_keys(target: str) -> tuple[str, ...]:
     A variant that cannot be read must not break the suggestions for all others; choosing it says what is wrong.
     """
     module, _, name = target.rpartition(".")
-    source = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
+    source = _PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
     try:
         tree = ast.parse(source.read_text(encoding="utf-8"))
     except (OSError, SyntaxError):
