@@ -79,9 +79,9 @@ class SplitWriter:
     ) -> None:
         self.tokens = tokens
         self.documents = documents
+        self.dtype = dtype
         self._directory = directory
         self._split = split
-        self._dtype = dtype
         self._shard_tokens = shard_tokens
         self._file: IO[bytes] | None = None
         self._cut_back()
@@ -125,7 +125,7 @@ class SplitWriter:
             if path not in committed:
                 path.unlink()
         for path, tokens in committed.items():
-            n_bytes = tokens * self._dtype.itemsize
+            n_bytes = tokens * self.dtype.itemsize
             if not path.is_file() or path.stat().st_size < n_bytes:
                 raise UserError(f"{path} has lost committed tokens; remove {self._directory} to start again")
             os.truncate(path, n_bytes)
@@ -470,10 +470,9 @@ def _refuse_empty_splits(corpus: Corpus, writers: dict[SplitName, SplitWriter], 
 def _make_manifest(corpus: Corpus, partial: Path, writers: dict[SplitName, SplitWriter], eot_id: int) -> Manifest:
     splits = {split: _make_split(writer) for split, writer in writers.items()}
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        train = [path for path, _ in writers["train"].shards()]
-        counts = sum(
-            threads.map(lambda path: _count_tokens(path, corpus), train), np.zeros(corpus.vocab_size, np.int64)
-        )
+        train, vocab = writers["train"], corpus.vocab_size
+        counted = threads.map(lambda shard: _count_tokens(shard[0], train.dtype, vocab), train.shards())
+        counts = sum(counted, np.zeros(vocab, np.int64))
     assert counts[eot_id] == writers["train"].documents, "end-of-text tokens are where documents end, and only there"
     tokenizer_files = sorted((partial / TOKENIZER).iterdir())
     return Manifest(
@@ -498,11 +497,11 @@ def _make_split(writer: SplitWriter) -> Split:
     return Split(tokens=writer.tokens, documents=writer.documents, shards=shards)
 
 
-def _count_tokens(path: Path, corpus: Corpus) -> npt.NDArray[np.int64]:
-    tokens = np.memmap(path, dtype=np.dtype(dtype_name(corpus)).newbyteorder("<"), mode="r")
-    counts = np.zeros(corpus.vocab_size, dtype=np.int64)
+def _count_tokens(path: Path, dtype: np.dtype[Any], vocab_size: int) -> npt.NDArray[np.int64]:
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), HASHING_BYTES):
-        counts += np.bincount(tokens[start : start + HASHING_BYTES], minlength=corpus.vocab_size)
+        counts += np.bincount(tokens[start : start + HASHING_BYTES], minlength=vocab_size)
     return counts
 
 
