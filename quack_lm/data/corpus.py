@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 # Settings that do not change what is prepared.
-NOT_IDENTITY = ("dir", "workers", "mask_documents", "verify_checksums")
+NOT_PREPARED = ("dir", "workers", "mask_documents", "verify_checksums")
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -128,7 +128,7 @@ class Corpus(ABC):
 
     def settings(self) -> dict[str, Any]:
         """What decides the contents of the data set."""
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in NOT_IDENTITY}
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in NOT_PREPARED}
         return {"corpus": type(self).__name__, **values}
 
 
