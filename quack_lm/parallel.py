@@ -140,6 +140,13 @@ def default_device() -> str:
     return "cpu"
 
 
+def set_determinism(is_deterministic: bool) -> None:
+    """Whether this process uses deterministic algorithms only; before it first multiplies matrices on a GPU."""
+    if is_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
+    torch.use_deterministic_algorithms(is_deterministic)
+
+
 def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: float = 600.0) -> World:
     """Join the other ranks: gloo on CPU, NCCL on GPUs. `replicas` > 1 gives HSDP: shards inside, copies across."""
     rank, size, local_rank = launched_world()
@@ -150,14 +157,16 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
         return World(rank, size, local_rank, place)
     # Gloo in addition to NCCL: checkpoints and small objects travel between hosts without touching a GPU.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    bound = place if device == "cuda" else None  # NCCL connects at once, and an error shows here
     if size == 1 and ("RANK" not in os.environ or "MASTER_ADDR" not in os.environ):
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
     else:
         if "RANK" not in os.environ:  # tasks of srun, which says who they are but not the rendezvous
             address, port = slurm.rendezvous()
             os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
         try:
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+            timeout = timedelta(seconds=timeout_s)
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, device_id=bound)
         except RuntimeError as error:  # no mistake in the settings: a slow or broken machine, and another try may work
             if "EADDRINUSE" in str(error):
                 hint = f"another program listens at port {os.environ['MASTER_PORT']}; set MASTER_PORT to a free one"
@@ -233,6 +242,12 @@ def materialize(
         # The only buffers are running maxima.
         assert name.endswith("max_logits_H"), name
         model.get_buffer(name).fill_(-torch.inf)
+
+
+def set_gradient_reduction(model: nn.Module, is_reduced: bool) -> None:
+    """Whether the next backward reduces the gradients over the ranks, or adds them up on each."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_reduced)
 
 
 @contextmanager

@@ -71,8 +71,10 @@ class LogitWeights:
             attention.max_logits_H.fill_(-torch.inf)
         return world.max(maxima_LH)
 
-    def _per_row(self, name: str, scale_LN: Tensor) -> Tensor:
+    def _per_row(self, name: str, scale_LN: Tensor | float) -> Tensor | float:
         """[layers, blocks] -> this rank's rows, [layers or 1, local rows, 1]: shard edges may cut a head anywhere."""
+        if not isinstance(scale_LN, Tensor):
+            return scale_LN
         weight = self.parameters[name][0]
         start, stop = local_rows(weight)
         per_row = scale_LN.to(local(weight.detach()).device).repeat_interleave(

@@ -5,12 +5,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from models import LONE, small_model
+import torch.distributed as dist
+from models import LONE, small_config, small_model, tokens
 from sharding_worker import ATTENTIONS, COUNTS, N_STEPS, SHAPES, combinations, compose_configs, everything
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
+
+from quack_lm.parallel import World
+from quack_lm.training.loop import accumulate_gradients
 
 ROOT = Path(__file__).resolve().parents[1]
 # (ranks, replicas): 3 heads on 2 ranks cut the middle one; 2 rows on 3 ranks leave one without any.
@@ -108,3 +115,28 @@ def test_the_cases_cut_heads_and_leave_a_rank_without_rows(ranks: list[dict[str,
     # groups of keys are 8 rows, 3 + 3 + 2, so that both key blocks are cut.
     assert (3 * 10 // 2) % 10 != 0
     assert -(-8 // 3) % 4 != 0
+
+
+@pytest.mark.parametrize(("every", "expected"), [(True, 3), (False, 1)])
+def test_gradients_are_reduced_as_often_as_asked(every: bool, expected: int) -> None:
+    dist.init_process_group("fake", rank=0, world_size=2)
+    try:
+        world = World(0, 2, 0, torch.device("cpu"), init_device_mesh("cpu", (2,)))
+        model = small_model(small_config("mla"), world=world)
+        numbers = tokens(6)
+        batches = [numbers[start : start + 2] for start in (0, 2, 4)]
+        run: Any = SimpleNamespace(
+            model=model,
+            world=world,
+            settings=SimpleNamespace(reduce_every_micro_batch=every),
+            state=SimpleNamespace(step=0),
+            batches=SimpleNamespace(micro_batches=lambda step: batches, n_micro_batches=3),
+            batch_tokens=12 * 8,
+        )
+        with CommDebugMode() as seen:
+            accumulate_gradients(run)
+    finally:
+        dist.destroy_process_group()
+    # Once for each block, and once for what is outside of them.
+    n_groups = len(model.blocks) + 1
+    assert seen.get_comm_counts()[torch.ops.c10d._reduce_scatter_base_] == expected * n_groups

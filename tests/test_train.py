@@ -118,7 +118,8 @@ def test_one_two_and_three_ranks_write_the_same_curves(
         overrides += ["stabilizer.threshold=0.1"]
     run_here(overrides, tmp_path / "1")
     for ranks in (2, 3):
-        done = run_process(overrides, tmp_path / str(ranks), ranks)
+        once = [f"trainer.reduce_every_micro_batch={str(ranks == 2).lower()}"]
+        done = run_process([*overrides, *once], tmp_path / str(ranks), ranks)
         assert done.returncode == 0, done.stderr
         assert summary(tmp_path / str(ranks))["world_size"] == ranks
         assert_close_records(tmp_path / "1", tmp_path / str(ranks), 2e-4)
@@ -142,7 +143,11 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit(tmp_path: Path, tiny_dat
     run_here(overrides, tmp_path / "one")
     run_here(overrides, tmp_path / "two")
     assert records(tmp_path / "one") == records(tmp_path / "two")
+    run_here([*overrides, "trainer.deterministic=true"], tmp_path / "asked")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert records(tmp_path / "asked") == records(tmp_path / "one")
     run_here([*overrides, "seed=1"], tmp_path / "other")
+    assert not torch.are_deterministic_algorithms_enabled()
     assert records(tmp_path / "one") != records(tmp_path / "other")
 
 

@@ -143,16 +143,19 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     width, length, scale = v.shape[-1], q.shape[-2], q.shape[-1] ** -0.5
+    is_deterministic = torch.are_deterministic_algorithms_enabled()  # of the backward; flash-attn does not ask torch
     q, k, v = (x.transpose(1, 2) for x in _equal_widths(q, k, v))
     if mask.documents_BT is None:
-        out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+        out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, deterministic=is_deterministic)
     else:
         # For the kernel every document is a sequence: cut where the number changes, and between sequences.
         starts_BT = torch.ones_like(mask.documents_BT, dtype=torch.bool)
         starts_BT[:, 1:] = mask.documents_BT[:, 1:] != mask.documents_BT[:, :-1]
         cuts = F.pad(starts_BT.flatten().nonzero().flatten(), (0, 1), value=starts_BT.numel()).int()
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        out = flash_attn_varlen_func(*flat, cuts, cuts, length, length, softmax_scale=scale, causal=True)
+        out = flash_attn_varlen_func(
+            *flat, cuts, cuts, length, length, softmax_scale=scale, causal=True, deterministic=is_deterministic
+        )
         out = out.unflatten(0, (-1, length))
     return out.transpose(1, 2)[..., :width], None
 

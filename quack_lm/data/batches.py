@@ -93,6 +93,7 @@ class TrainBatches:
         self._micro_batch_size = micro_batch_size
         self._rank = rank
         self._rank_batch_size = global_batch_size // world_size
+        self.n_micro_batches = self._rank_batch_size // micro_batch_size
         self._order: tuple[int, npt.NDArray[np.integer]] = (-1, np.empty(0, dtype=np.uint8))
 
     def micro_batches(self, step: int) -> Iterator[torch.Tensor]:

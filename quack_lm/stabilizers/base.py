@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from quack_lm.logit_paths import LogitPath
 
-Scales = dict[str, Tensor]
+# weight -> [layers, blocks], or one number for the whole weight in all layers.
+Scales = Mapping[str, Tensor | float]
 Paths = tuple[LogitPath, ...]
 
 
@@ -31,11 +32,11 @@ class Stabilizer:
         """
 
     def step_scale(self, paths: Paths, norms: Mapping[str, Tensor]) -> Scales:
-        """The factor on this step's learning rate for each weight block: weight -> [layers, blocks]."""
+        """The factor on this step's learning rate for each weight block."""
         return {}
 
     def weight_scale(self, paths: Paths, max_logits_LH: Tensor) -> Scales:
-        """The factor on the weights themselves after the step: weight -> [layers, blocks]."""
+        """The factor on the weights themselves after the step."""
         return {}
 
     def metrics(self) -> dict[str, Tensor]:

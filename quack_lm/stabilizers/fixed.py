@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
@@ -23,5 +22,5 @@ class Fixed(Stabilizer):
         self.scales_weight_decay = scales_weight_decay
 
     def step_scale(self, paths: Paths, norms: Mapping[str, Tensor]) -> Scales:
-        """The same number for every block: [1, 1]."""
-        return {weight: torch.full((1, 1), self.tau) for weight in declared_weights(paths)}
+        """The same number for every block."""
+        return dict.fromkeys(declared_weights(paths), self.tau)

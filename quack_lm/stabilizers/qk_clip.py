@@ -37,7 +37,7 @@ class QKClip(Stabilizer):
         self.last = {"max_logits": max_logits_LH, "gamma": gamma_LH}
         if self.read_only:
             return {}
-        scales: Scales = {}
+        scales: dict[str, Tensor] = {}
         for path in paths:
             own = [factor.weight for factor in path.factors if factor.heads == max_logits_LH.shape[-1]]
             scales |= {weight: gamma_LH ** (1 / len(own)) for weight in own}

@@ -36,7 +36,7 @@ class QuacK(Stabilizer):
         self.needs_norms = norm
         self.scales_weight_decay = scales_weight_decay
         self.initial: dict[str, Tensor] = {}
-        self.scales: Scales = {}
+        self.scales: dict[str, Tensor] = {}
 
     def initialize(self, paths: Paths, norms: Mapping[str, Tensor]) -> None:
         """Keep the partners' norms at initialization: they are the reference for the whole run."""

@@ -27,7 +27,7 @@ from quack_lm.errors import UserError
 from quack_lm.files import LOCK_WAIT_S
 from quack_lm.model import ModelSizes, Transformer, count_parameters
 from quack_lm.optim.recipe import Recipe
-from quack_lm.parallel import World, launched_world, materialize, shard, start_world
+from quack_lm.parallel import World, launched_world, materialize, set_determinism, shard, start_world
 from quack_lm.probe import Probe
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
@@ -146,6 +146,7 @@ def initialize_stabilizer(stabilizer: Stabilizer, weights: LogitWeights) -> None
 def build_run(plan: RunPlan) -> Run:
     """Start the process group, claim the run directory, and build every object of the run."""
     settings, config = plan.settings, plan.config
+    set_determinism(settings.deterministic)
     world = _start_world(plan)
     # From here on the ranks wait for each other, and none may hang; of a restart, one may wait for the lock.
     startup = Watchdog(settings.timeout_s + (LOCK_WAIT_S if slurm.is_restart() else 0.0), rank=world.rank)

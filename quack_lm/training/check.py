@@ -43,6 +43,8 @@ CHANGEABLE = {
     "trainer.compile",
     "trainer.activation_checkpointing",
     "trainer.loss_chunk",
+    "trainer.reduce_every_micro_batch",
+    "trainer.deterministic",
     "trainer.timeout_s",
 }
 
@@ -119,6 +121,8 @@ def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ran
     """Raise UserError where a rank's part of the weights, gradients and optimizer state cannot fit into its memory."""
     n_params = count_parameters(model)["total"]
     needed, available = BYTES_PER_PARAMETER * n_params / ranks_of_a_copy, memory_of_a_rank(device)
+    if not config["trainer"]["reduce_every_micro_batch"]:
+        needed += 4 * n_params * (1 - 1 / ranks_of_a_copy)  # the other ranks' part of the gradients
     if needed > available:
         sizes = flatten({name: config[name] for name in ("model", "attention")})
         key = max((k for k, v in sizes.items() if isinstance(v, int)), key=sizes.__getitem__)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from quack_lm.data.batches import EvalBatches, TrainBatches
 from quack_lm.model import Transformer
 from quack_lm.optim.recipe import set_lr
-from quack_lm.parallel import World, clip_gradients, evaluating
+from quack_lm.parallel import World, clip_gradients, evaluating, set_gradient_reduction
 from quack_lm.probe import Probe
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights, stabilized_step
@@ -117,7 +117,9 @@ def accumulate_gradients(run: Run) -> Tensor:
     Every token of the global batch weighs the same, whatever the ranks and micro-batches.
     """
     share = torch.zeros((), device=run.world.device)
-    for tokens in run.batches.micro_batches(run.state.step):
+    for number, tokens in enumerate(run.batches.micro_batches(run.state.step), start=1):
+        is_last = number == run.batches.n_micro_batches
+        set_gradient_reduction(run.model, run.settings.reduce_every_micro_batch or is_last)
         tokens = run.world.to_device(tokens)
         loss = run.model(tokens[:, :-1], tokens[:, 1:]).sum() / run.batch_tokens
         # FSDP averages gradients over ranks; the loss is already this rank's share of a sum.

@@ -37,6 +37,9 @@ class TrainerSettings(StabilityRules):
         compile: torch.compile each block.
         activation_checkpointing: recompute activations in the backward instead of keeping them.
         loss_chunk: tokens whose vocabulary logits exist at once; null: all.
+        reduce_every_micro_batch: reduce the gradients over the ranks after every micro-batch; false: once per step, for
+            which each rank holds all of them in float32.
+        deterministic: only deterministic algorithms, which cost speed on GPUs, so that a run repeats bit for bit.
         timeout_s: seconds without progress after which the run ends with the stack of every rank on stderr.
         probe_parts: split the change of the logits into the parts of the query weights, the key weights and everything
             before them, for one more forward per probe.
@@ -61,6 +64,8 @@ class TrainerSettings(StabilityRules):
     compile: bool = False
     activation_checkpointing: bool = False
     loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | None = None
+    reduce_every_micro_batch: bool = True
+    deterministic: bool = False
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 600.0
     probe_parts: bool = False
 
