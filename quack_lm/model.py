@@ -97,7 +97,7 @@ class Transformer(nn.Module):
         return _cross_entropy(x, weight, targets_BT, self.loss_chunk)
 
     def initial_value(self, name: str, shape: torch.Size, *, seed: int, device: torch.device) -> Tensor:
-        """The whole initial value of a parameter: a function of its name and the seed alone.
+        """The whole initial value of a parameter: a function of its name, the seed and the type of device alone.
 
         So the same matrix starts equal for every stabilizer, attention, world size and sharding.
         """

@@ -21,6 +21,7 @@ from test_train import (
 )
 
 from quack_lm.config import choices, compose
+from quack_lm.model import Transformer
 from quack_lm.training import loop
 from quack_lm.training.build import build_run
 from quack_lm.training.check import check_run
@@ -39,8 +40,15 @@ def settings(attention: str, stabilizer: str, data: list[str], *more: str) -> li
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
 def test_a_gpu_writes_the_curves_of_the_cpu(
-    attention: str, stabilizer: str, tmp_path: Path, tiny_data: list[str]
+    attention: str, stabilizer: str, tmp_path: Path, tiny_data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # From the same weights, which each type of device draws from a generator of its own.
+    drawn = Transformer.initial_value
+
+    def moved(self: Transformer, name: str, shape: torch.Size, *, seed: int, device: torch.device) -> torch.Tensor:
+        return drawn(self, name, shape, seed=seed, device=torch.device("cpu")).to(device)
+
+    monkeypatch.setattr(Transformer, "initial_value", moved)
     overrides = settings(attention, stabilizer, tiny_data, "optimizer.ns_dtype=float32")
     run_here([*overrides, "trainer.device=cpu"], tmp_path / "cpu")
     run_here([*overrides, "trainer.device=cuda"], tmp_path / "cuda")
@@ -54,6 +62,8 @@ def test_a_deterministic_run_continued_has_the_same_bits(
 ) -> None:
     overrides = settings(attention, "qk_clip", tiny_data, f"attention.backend={backend}", "logger.log_every=1")
     overrides += ["trainer.deterministic=true", "trainer.precision=bfloat16"]
+    # Due at the step where it stops, too.
+    overrides += ["trainer.val_every=2", "trainer.probe_every=2"]
     # Each start in a process of its own, as of a job that was preempted.
     for run_dir, more in (("straight", []), ("stopped", ["trainer.steps=4"]), ("stopped", [])):
         done = run_process([*overrides, *more], tmp_path / run_dir)

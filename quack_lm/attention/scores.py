@@ -24,6 +24,8 @@ Backend = Literal["sdpa", "eager", "flash", "flex"]
 
 # Query rows for which logits are materialized at once when a backend does not report its maxima.
 MAX_ROWS = 512
+# FlexAttention's kernels multiply tiles of this many columns; narrower heads are filled up with zeros.
+LEAST_FLEX_WIDTH = 16
 
 
 @dataclass(frozen=True)
@@ -172,11 +174,13 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple[
 
     # max_scores is [B, H, T], after the softmax scale and the mask: this project's logit.
     request = AuxRequest(max_scores=True) if want_max else None
-    grouped = q.shape[1] != k.shape[1]
-    result = _compiled_flex()(q, k, v, block_mask=mask.flex, enable_gqa=grouped, return_aux=request)
-    if not want_max:
-        return result, None
-    out, aux = result
+    width, scale, grouped = v.shape[-1], q.shape[-1] ** -0.5, q.shape[1] != k.shape[1]
+    q, k, v = (F.pad(x, (0, max(0, LEAST_FLEX_WIDTH - x.shape[-1]))) for x in (q, k, v))
+    result = _compiled_flex()(q, k, v, block_mask=mask.flex, scale=scale, enable_gqa=grouped, return_aux=request)
+    out, aux = result if want_max else (result, None)
+    out = out[..., :width]
+    if aux is None:
+        return out, None
     return out, aux.max_scores.detach().amax((0, 2)).float()
 
 
