@@ -113,6 +113,7 @@ def test_info_defaults_prints_the_choice_of_every_group(monkeypatch, capsys) -> 
         (["sweep=quickstart"], "quack-lm sweep run sweep=quickstart"),
         (["data.files=[a,"], "quote a list for the shell, like 'data.files=[a,b]'"),
         (["logger.tags=x"], "write a list as 'logger.tags=[a,b]'"),
+        (["logger.tags=[a]", "logger.tags.x=b"], "Error merging override ++logger.tags.x=b"),
         (["seed=1,2"], "seed=1,2 has several values: quack-lm train -m"),
         (["~seed"], "keys cannot be deleted; where a key may be empty, write seed=null"),
         (["hydra.run.dir=x"], "run_dir=... is the directory of a run"),

@@ -7,7 +7,7 @@ Hydra and OmegaConf are imported here and nowhere else.
 """
 
 from quack_lm.config.command_line import help_topic, read_flags, take_flag, unknown_flag
-from quack_lm.config.compose import Axis, chosen_groups, compose, split_axes
+from quack_lm.config.compose import Axis, chosen_groups, compose, compose_all, split_axes
 from quack_lm.config.groups import CONFIG_DIR, choices, groups, nearest
 from quack_lm.config.reference import help_text, reference_markdown
 from quack_lm.config.schema import (
@@ -29,6 +29,7 @@ __all__ = [
     "choices",
     "chosen_groups",
     "compose",
+    "compose_all",
     "fingerprint",
     "flatten",
     "groups",

@@ -1,9 +1,11 @@
 """From the yaml files of `configs/` and command-line overrides to one checked dictionary; the only user of Hydra."""
 
+import copy
+import functools
 import itertools
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, ValueType
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from quack_lm.config.groups import CONFIG_DIR, choices, groups, nearest
@@ -44,17 +46,19 @@ def compose(overrides: Iterable[str] = (), *, file: Path | None = None) -> dict[
     `overrides` follow Hydra's grammar (`optimizer.lr=3e-3`, `attention=mla`). `file` is the `config.yaml` of an earlier
     run, which then takes the place of `configs/`. Raises UserError that names the key and suggests a fix.
     """
-    try:
-        parsed = [_parse_one(override) for override in overrides]
-        raw = _compose_file(file, parsed) if file else _compose_groups(parsed)[0]
-        return check(_resolve(raw, raw, ()))
-    except RecursionError:
-        raise UserError("the config is nested too deeply, or refers to itself too often") from None
+    return _compose(overrides, file, _compose_choices)
+
+
+def compose_all(runs: Iterable[Iterable[str]]) -> Iterator[dict[str, Any]]:
+    """The config of each of many runs, as `compose` makes it; Hydra composes every distinct choice of groups once."""
+    compose_choices = functools.cache(_compose_choices)
+    return (_compose(overrides, None, compose_choices) for overrides in runs)
 
 
 def chosen_groups(overrides: Iterable[str]) -> dict[str, str | None]:
     """{"model": "tiny", ...}: the choice of each group after the defaults list, the experiment and the overrides."""
-    return _compose_groups([_parse_one(override) for override in overrides])[1]
+    chosen, _ = _split_choices([_parse_one(override) for override in overrides])
+    return _compose_choices(chosen)[1]
 
 
 @dataclass(frozen=True)
@@ -93,18 +97,44 @@ def split_axes(overrides: Iterable[str]) -> tuple[list[str], list[Axis]]:
 # ------------------------------------------------------------------------------------------------ Hydra
 
 
-def _compose_groups(overrides: list[Override]) -> tuple[dict[Any, Any], dict[str, str | None]]:
-    ready = [_prepare(override) for override in overrides]
+# A config of the yaml files alone, and the choice of each group.
+_Composed = tuple[DictConfig, dict[str, str | None]]
+_ComposeChoices = Callable[[tuple[str, ...]], _Composed]
+
+
+def _compose(overrides: Iterable[str], file: Path | None, compose_choices: _ComposeChoices) -> dict[str, Any]:
+    try:
+        parsed = [_parse_one(override) for override in overrides]
+        raw = _compose_file(file, parsed) if file else _compose_groups(parsed, compose_choices)
+        return check(_resolve(raw, raw, ()))
+    except RecursionError:
+        raise UserError("the config is nested too deeply, or refers to itself too often") from None
+
+
+def _compose_groups(overrides: list[Override], compose_choices: _ComposeChoices) -> dict[Any, Any]:
+    chosen, values = _split_choices(overrides)
+    config = copy.deepcopy(compose_choices(chosen)[0])
+    for override in values:
+        # What Hydra does with ++key=value: keys may be new, so that `check` names them.
+        try:
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=True)
+        except (OmegaConfBaseException, ValueError):  # ValueError: a name where a list has numbers
+            raise UserError(f"Error merging override ++{str(override.input_line).lstrip('+')}") from None
+    # References stay unread: OmegaConf's resolvers, which can do more, never run.
+    return typing.cast(dict, OmegaConf.to_container(config, resolve=False))
+
+
+def _compose_choices(overrides: tuple[str, ...]) -> _Composed:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-            config = hydra_compose("train", overrides=ready, return_hydra_config=True)
-        # References stay unread: OmegaConf's resolvers, which can do more, never run.
-        composed = typing.cast(dict, OmegaConf.to_container(config, resolve=False))
+            config = hydra_compose("train", overrides=list(overrides), return_hydra_config=True)
+        choices_made = typing.cast(dict, OmegaConf.to_container(config.hydra.runtime.choices))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from None
-    chosen = composed.pop("hydra")["runtime"]["choices"]
-    return composed, {group: name for group, name in reversed(chosen.items()) if not group.startswith("hydra/")}
+    with open_dict(config):
+        del config["hydra"]
+    return config, {group: name for group, name in reversed(choices_made.items()) if not group.startswith("hydra/")}
 
 
 def _compose_file(file: Path, overrides: list[Override]) -> dict[Any, Any]:
@@ -128,6 +158,7 @@ def _compose_file(file: Path, overrides: list[Override]) -> dict[Any, Any]:
     return config
 
 
+@functools.lru_cache(1024)  # the runs of a sweep have most overrides in common
 def _parse_one(text: str, *, allow_several: bool = False) -> Override:
     try:
         override = OverridesParser.create().parse_override(text)
@@ -159,23 +190,25 @@ def _unreadable(text: str, reason: str) -> str:
     )
 
 
-def _prepare(override: Override) -> str:
-    """The override as Hydra gets it: group choices are checked here, and other keys may be new, so that `check` names
-    them."""
-    key, line = override.key_or_group, str(override.input_line)
-    if not key:
-        raise UserError(f"cannot read {line!r}: write key=value")
-    _answer_hydra(override)
-    if key == "sweep":
-        raise UserError(f"{line} is not a setting of a single run: quack-lm sweep run {line} trains it")
-    if key not in groups():
-        return "++" + line.lstrip("+")
-    options = choices(key)
-    value = override.value()
-    if value not in options:
-        raise UserError(f"{key}={value}: {nearest(str(value), options)}")
-    # Only `experiment` may be absent from the defaults; Hydra wants a plus sign for nothing here.
-    return line.lstrip("+")
+def _split_choices(overrides: list[Override]) -> tuple[tuple[str, ...], list[Override]]:
+    """The choices of groups, checked, as Hydra gets them; and the overrides of single values."""
+    chosen, values, known = [], [], groups()
+    for override in overrides:
+        key, line = override.key_or_group, str(override.input_line)
+        if not key:
+            raise UserError(f"cannot read {line!r}: write key=value")
+        _answer_hydra(override)
+        if key == "sweep":
+            raise UserError(f"{line} is not a setting of a single run: quack-lm sweep run {line} trains it")
+        if key not in known:
+            values.append(override)
+            continue
+        value, options = override.value(), choices(key)
+        if value not in options:
+            raise UserError(f"{key}={value}: {nearest(str(value), options)}")
+        # Only `experiment` may be absent from the defaults; Hydra wants a plus sign for nothing here.
+        chosen.append(line.lstrip("+"))
+    return tuple(chosen), values
 
 
 def _answer_hydra(override: Override) -> None:

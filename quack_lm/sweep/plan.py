@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
+from tqdm import tqdm
 
-from quack_lm.config import choice, compose, fingerprint
+from quack_lm.config import choice, compose_all, fingerprint
 from quack_lm.errors import UserError
 from quack_lm.files import write_json
 from quack_lm.sweep.cell import Cell, readable
@@ -101,9 +102,12 @@ def make_cells(sweep: Sweep, directory: Path, overrides: Sequence[str] = ()) -> 
     """Every run of the sweep, composed and checked; `overrides` join the base of each."""
     points = sweep.points()
     _refuse_lost_settings(sweep, points, overrides)
+    runs = [[*sweep.base, f"seed={point.seed}", *overrides, *point.overrides] for point in points]
     cells: dict[str, Cell] = {}
-    for point in points:
-        cell = _cell([*sweep.base, f"seed={point.seed}", *overrides, *point.overrides], directory, sweep.name)
+    # No bar where the output is a file.
+    bar = tqdm(compose_all(runs), "plan", len(runs), unit="run", disable=None, leave=False, dynamic_ncols=True)
+    for config, own in zip(bar, runs, strict=True):
+        cell = _cell(config, own, directory, sweep.name)
         # An extra point may repeat one of the grid.
         cells.setdefault(cell.fingerprint, cell)
     if not cells:
@@ -144,8 +148,7 @@ def read_plan(directory: Path, file: str = PLAN_FILE) -> SweepPlan:
     )
 
 
-def _cell(overrides: list[str], directory: Path, sweep: str) -> Cell:
-    config = compose(overrides)
+def _cell(config: dict[str, Any], overrides: list[str], directory: Path, sweep: str) -> Cell:
     identity = fingerprint(config)
     run_dir = RunDir(directory / f"{readable(config)}-{identity}")
     # One W&B group per sweep, and tags to group and filter by; what the user set himself comes later and wins.
