@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,15 @@ def file_sha256s(paths: Sequence[Path]) -> list[str]:
     """The sha256 of each file, several at a time."""
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
         return list(threads.map(file_sha256, paths))
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files by so many, as far as its hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def relative_note(path: str | Path) -> str:

@@ -3,6 +3,9 @@
 import copy
 import hashlib
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +32,17 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write_data_set(tmp_path: Path) -> Path:
-    """A small valid data set, written by hand: train in two shards of 10 and 5 tokens, val and probe of 6."""
+def write_data_set(tmp_path: Path, train: Sequence[int] = (10, 5)) -> Path:
+    """A small valid data set, written by hand: the train shards have so many tokens, val and probe one of 6."""
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     splits: dict[str, Any] = {}
-    for split, lengths in {"train": (10, 5), "val": (6,), "probe": (6,)}.items():
+    for split, lengths in {"train": train, "val": (6,), "probe": (6,)}.items():
         shards = []
         for number, length in enumerate(lengths):
             path = tmp_path / f"{split}_{number:05d}.bin"
             first = {"train": 10 * number, "val": 20, "probe": 30}[split]
-            np.arange(first, first + length, dtype="<u2").tofile(path)
+            (np.arange(first, first + length) % 300).astype("<u2").tofile(path)
             shards.append({"file": path.name, "tokens": length, "sha256": sha256(path)})
         splits[split] = {"tokens": sum(lengths), "documents": 2, "shards": shards}
     manifest = {
@@ -174,6 +177,27 @@ def test_a_data_set_opens_and_reads_back(data_set: Path) -> None:
     assert data.manifest_sha256 == sha256(data_set / "manifest.json")
     assert sequences.read(np.array([2, 0])).tolist() == [[8, 9, 10, 11, 12], [0, 1, 2, 3, 4]]
     assert len(data.sequences("val", 5)) == 1
+
+
+READ_WITH_FEW_FILES = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from quack_lm.data.manifest import SPLITS, TokenData
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+data = TokenData.open(Path(sys.argv[1]))
+train, *_ = [data.sequences(split, seq_len=5) for split in SPLITS]
+print(train.read(np.array([0, len(train) - 1])).tolist())
+"""
+
+
+def test_a_data_set_may_have_more_shards_than_a_process_may_usually_open(tmp_path: Path) -> None:
+    # At the usual limit of 1024 files, a data set of more shards was refused with a traceback.
+    directory = write_data_set(tmp_path, train=[10] * 100)
+    done = subprocess.run([sys.executable, "-c", READ_WITH_FEW_FILES, directory], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [row % 300 for row in (np.arange(0, 6), np.arange(990, 996))]
+    assert json.loads(done.stdout) == [row.tolist() for row in rows]
 
 
 def test_a_split_shorter_than_a_sequence_names_seq_len_and_the_split(data_set: Path) -> None:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from quack_lm.data.batches import Sequences
 from quack_lm.errors import UserError
-from quack_lm.files import file_sha256, file_sha256s, relative_note
+from quack_lm.files import allow_open_files, file_sha256, file_sha256s, relative_note
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -146,6 +146,7 @@ class TokenData:
             )
         shards = self.manifest.split(split).shards
         files = [self.directory / shard.file for shard in shards]
+        allow_open_files(len(files))  # Python keeps the file of each mapping open
         mapped = [np.memmap(file, dtype=self.manifest.token_dtype, mode="r") for file in files]
         return Sequences(list(mapped), seq_len, files=files)
 
