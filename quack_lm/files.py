@@ -39,8 +39,9 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)  # on a full disk every byte counts
+        error.filename = str(path)  # of a write that fails, the system names none
         raise
     sync_directory(path.parent)
 
@@ -51,10 +52,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none, or the file is damaged."""
+    """The object in a file; empty where there is none, or it is damaged. Raises PermissionError."""
     try:
         with open_regular(path) as file:
             found = json.load(file)
+    except PermissionError:
+        raise
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

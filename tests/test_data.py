@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -183,21 +184,31 @@ READ_WITH_FEW_FILES = """
 import resource, sys
 from pathlib import Path
 import numpy as np
+from quack_lm.cli import exit_on_user_error
 from quack_lm.data.manifest import SPLITS, TokenData
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-data = TokenData.open(Path(sys.argv[1]))
-train, *_ = [data.sequences(split, seq_len=5) for split in SPLITS]
-print(train.read(np.array([0, len(train) - 1])).tolist())
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+with exit_on_user_error():
+    data = TokenData.open(Path(sys.argv[1]))
+    train, *_ = [data.sequences(split, seq_len=5) for split in SPLITS]
+    print(train.read(np.array([0, len(train) - 1])).tolist())
 """
+
+
+def read_with_few_files(directory: Path, hard_limit: int) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", READ_WITH_FEW_FILES, str(directory), str(hard_limit)]
+    return subprocess.run(line, capture_output=True, text=True)
 
 
 def test_a_data_set_may_have_more_shards_than_a_process_may_usually_open(tmp_path: Path) -> None:
     # At the usual limit of 1024 files, a data set of more shards was refused with a traceback.
     directory = write_data_set(tmp_path, train=[10] * 100)
-    done = subprocess.run([sys.executable, "-c", READ_WITH_FEW_FILES, directory], capture_output=True, text=True)
+    done = read_with_few_files(directory, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     assert done.returncode == 0, done.stderr
     rows = [row % 300 for row in (np.arange(0, 6), np.arange(990, 996))]
     assert json.loads(done.stdout) == [row.tolist() for row in rows]
+    done = read_with_few_files(directory, 64)
+    assert done.returncode == 2
+    assert done.stderr == "error: Too many open files; allow more open files with ulimit -n\n"
 
 
 def test_a_split_shorter_than_a_sequence_names_seq_len_and_the_split(data_set: Path) -> None:

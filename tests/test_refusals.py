@@ -24,10 +24,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from calls import SCRIPTS, call_here, snapshot, write_files
+from calls import SCRIPTS, as_any_user, call_here, snapshot, write_files
 
+from quack_lm.cli import exit_on_user_error
 from quack_lm.config import compose
 from quack_lm.files import file_sha256
+from quack_lm.report import collected
 from quack_lm.training.build import build_run
 from quack_lm.training.check import check_run
 from quack_lm.training.loop import train
@@ -478,7 +480,7 @@ TRAIN: dict[str, Bad] = {
     "manifest_is_a_link": bad_data(linked_out("manifest.json"), r"link to a file outside"),
     "manifest_is_a_pipe": bad_data(replaced_by_a_pipe("manifest.json"), r"not a regular file"),
     "manifest_is_a_directory": one(
-        "data.dir=TMP/d", r"data\.dir: cannot read TMP/d/manifest\.json", files={"d/manifest.json/x": b""}
+        "data.dir=TMP/d", r"data\.dir: TMP/d/manifest\.json", files={"d/manifest.json/x": b""}
     ),
     "shard_is_a_link": bad_data(linked_out("val_00000.bin"), r"link to a file outside"),
     "shard_is_a_pipe": bad_data(replaced_by_a_pipe("val_00000.bin"), r"not a regular file"),
@@ -488,7 +490,7 @@ TRAIN: dict[str, Bad] = {
     "shard_has_tokens_beyond_the_vocabulary": bad_data(
         lambda data: foreign_tokens(data), r"it has tokens beyond the vocabulary"
     ),
-    "data_dir_has_a_long_name": one("data.dir=TMP/" + 300 * "a", r"data\.dir: cannot read TMP/a+"),
+    "data_dir_has_a_long_name": one("data.dir=TMP/" + 300 * "a", r"data\.dir: TMP/a+.*: File name too long"),
     # run directories
     "run_dir_where_nothing_can_be_made": one(
         "run_dir=/proc/quack_lm/run", r"run_dir=/proc/quack_lm/run.*another run_dir"
@@ -969,7 +971,7 @@ REPORT: dict[str, Bad] = {
     "directory_is_a_file": one("TMP/f", r"TMP/f: no plan\.json here", files={"f": b""}),
     "plan_is_a_directory": one("TMP", r"TMP: no plan\.json here", files={"plan.json/x": b""}),
     "output_is_a_file": Bad(
-        ["TMP", "-o", "TMP/f"], r"cannot write the report to TMP/f: .* -o", files=plan_json() | {"f": b""}
+        ["TMP", "-o", "TMP/f"], r"-o TMP/f: .* choose another directory with -o", files=plan_json() | {"f": b""}
     ),
     "plan_is_cut": bad_plan({"plan.json": plan_json()["plan.json"][:100]}, r"Invalid JSON"),
     "plan_is_empty": bad_plan({"plan.json": b""}, r"Invalid JSON"),
@@ -994,10 +996,10 @@ REPORT: dict[str, Bad] = {
         plan_json(config={"trainer": {"steps": 1, "global_batch_size": 2, "seq_len": 4, "unstable_logit": "x"}}),
         r"cells\.0\.config",
     ),
-    "directory_with_a_name_without_end": one("TMP/" + "x" * 300, r"x{300} cannot be read: File name too long"),
+    "directory_with_a_name_without_end": one("TMP/" + "x" * 300, r"x{300}/results\.parquet: File name too long"),
     "page_is_a_directory": Bad(
         ["TMP", "-o", "TMP/out"],
-        r"cannot write the report to TMP/out: .* -o",
+        r"-o TMP/out: report\.html is a directory; .*choose another directory with -o",
         files=plan_json() | {"out/report.html/x": b"", "out/figures/x": b""},
     ),
     "results_are_no_parquet": one("TMP", r"TMP: results\.parquet .* is invalid", files={"results.parquet": b"PAR1"}),
@@ -1012,6 +1014,24 @@ REPORT: dict[str, Bad] = {
 }
 
 # ------------------------------------------------------------------------------------------------ the tests
+
+# By command, what a user may have no permission for; `data`, `run` and `sweep` are copies of the given ones.
+LOCKED_UP = {
+    "train experiment=tiny data=stdlib data.dir=TMP/data run_dir=TMP/run": [
+        *("data", "data/manifest.json", "data/tokenizer", "data/tokenizer/tokenizer.json", "data/train_00000.bin"),
+        *("run", "run/.lock", "run/config.yaml", "run/environment.json", "run/summary.json", "run/metrics.jsonl"),
+        *("run/checkpoints", "run/checkpoints/step_00000002/state.json"),
+    ],
+    "prepare_data data=local data.dir=TMP/out/set data.files=[TMP/data/*.json] data.workers=0": [
+        *("data/manifest.json", "out"),
+    ],
+    "sweep status dir=TMP/sweep": [
+        *("sweep", "sweep/plan.json", "sweep/run/summary.json", "sweep/run/metrics.jsonl", "sweep/run/train.log")
+    ],
+    "sweep collect dir=TMP/sweep out=TMP/out": ["sweep/run/metrics.jsonl", "out"],
+    "report TMP/sweep -o TMP/out": ["sweep/run/environment.json", "out"],
+    "report TMP/out": ["out/results.parquet", "out/curves.parquet"],
+}
 
 # What keeps the ranks from meeting keeps preflight from making its table; what else is wrong is a line of that table.
 PREFLIGHT = LAUNCHES | {
@@ -1086,6 +1106,39 @@ def test_bad_input_ends_with_one_line_that_names_it_and_leaves_nothing(
     before = snapshot(tmp_path, given.data, given.run)
     assert_refused(*call_here(script, arguments, monkeypatch, capsys), bad.message, tmp_path)
     assert snapshot(tmp_path, given.data, given.run) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "locked"), [(command, path) for command, paths in LOCKED_UP.items() for path in paths]
+)
+def test_a_file_without_permission_is_named_in_one_line(
+    command: str, locked: str, given: Given, tmp_path, monkeypatch, capsys
+) -> None:
+    # Unless the code at hand expected it, each of these was a traceback; an unreadable summary.json, a run not begun.
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(given.data, "data")
+    shutil.copytree(given.run, "run")
+    write_files(tmp_path / "sweep", plan_json() | {"run/train.log": b"", "run/summary.json": b"{}"})
+    (tmp_path / "sweep/run/metrics.jsonl").write_text('{"step": 0}\n')
+    (tmp_path / "sweep/run/environment.json").write_text("{}")
+    collected.write(Path("sweep"), Path("out"))
+    before = snapshot(tmp_path)
+    script, *arguments = command.replace("TMP", str(tmp_path)).split() + (RUN if command.startswith("train") else [])
+    mode = (tmp_path / locked).stat().st_mode
+    (tmp_path / locked).chmod(0)
+    try:
+        with as_any_user():
+            code, stdout, stderr = call_here(script, arguments, monkeypatch, capsys)
+    finally:
+        (tmp_path / locked).chmod(mode)
+    assert_refused(code, stdout, stderr, "Permission denied|not writable|not a writable directory", tmp_path)
+    assert str(tmp_path / locked) in stderr
+    assert snapshot(tmp_path) == before
+
+
+def test_only_what_a_system_refuses_is_a_line_and_an_error_of_the_program_keeps_its_traceback(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError), exit_on_user_error():
+        (tmp_path / "nowhere").read_text()
 
 
 @pytest.fixture(scope="module")

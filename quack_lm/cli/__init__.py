@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from quack_lm import __version__, slurm
-from quack_lm.errors import UserError, exit_without_teardown, one_line
+from quack_lm.errors import UserError, exit_without_teardown, explaining, one_line
 
 VERBS = ("train", "prepare", "sweep", "report", "preflight", "submit", "completion")
 
@@ -52,12 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the program on a UserError with one line on stderr and exit code 2.
+    """End the program on a UserError, or a file that the system refuses, with one line on stderr and exit code 2.
 
     Under srun, that line or the traceback of another error reaches the job's log before the other ranks are ended.
     """
     try:
-        yield
+        with explaining():
+            yield
     except UserError as error:
         slurm.tell_job("user_error")
         if slurm.is_first_on_node():

@@ -37,10 +37,12 @@ ConfigLoader.add_implicit_resolver(
 
 
 def read_yaml(path: Path, what: str, loader: type[yaml.SafeLoader] = _PlainLoader) -> Any:
-    """The values of a yaml file; UserError, beginning with `what`, if it cannot be read."""
+    """The values of a yaml file; UserError, beginning with `what`, if it cannot be read. Raises PermissionError."""
     try:
         with open_regular(path) as file:
             return loader(file.read()).get_single_data()
+    except PermissionError:
+        raise
     except OSError as error:
         reason = error.strerror or str(error)
         where = "" if path.is_absolute() else f" (looked for in {Path.cwd()})"

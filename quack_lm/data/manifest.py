@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from quack_lm.data.batches import Sequences
-from quack_lm.errors import UserError
+from quack_lm.errors import UserError, explained
 from quack_lm.files import allow_open_files, file_sha256, file_sha256s, relative_note
 
 FORMAT_VERSION: Literal[1] = 1
@@ -164,7 +164,7 @@ def read_manifest(directory: Path, *, choice: str = "...") -> tuple[Manifest, st
             f"with this run's data settings, for example: {command}"
         ) from None
     except OSError as error:
-        raise UserError(f"data.dir: cannot read {path}: {error.strerror}") from None
+        raise UserError(explained(error, "data.dir")) from None
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:

@@ -49,12 +49,13 @@ from quack_lm.data.tokenizer import (
     make_encoder,
     make_tokenizer,
 )
-from quack_lm.errors import UserError, printable
+from quack_lm.errors import UserError, explaining, printable
 from quack_lm.files import (
     HASHING_THREADS,
     file_sha256,
     file_sha256s,
     nearest_existing_parent,
+    read_json,
     sync_directory,
     take_lock,
     write_atomically,
@@ -200,8 +201,8 @@ class PrepareState:
     def read(cls, path: Path) -> "PrepareState | None":
         """The state in a file; None where there is none, or it was not written by a preparation."""
         try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
+            return cls(**read_json(path))
+        except TypeError:
             return None
 
 
@@ -229,7 +230,7 @@ def prepare(corpus: Corpus, *, progress: bool = True, commit_every_s: float = 30
     UserError where the corpus cannot be read, its settings do not fit, or its directory cannot be written to.
     """
     target = Path(corpus.dir).absolute()
-    try:
+    with explaining(f"data.dir={corpus.dir}", "and run the same command again, or choose another data.dir"):
         if is_prepared(corpus):
             print(f"{target} is prepared already, with the same settings")
             return target
@@ -237,11 +238,6 @@ def prepare(corpus: Corpus, *, progress: bool = True, commit_every_s: float = 30
             # Another process may have finished it in the meantime.
             if not _is_complete(corpus, target):
                 _prepare(corpus, target, progress=progress, commit_every_s=commit_every_s)
-    except OSError as error:
-        raise UserError(
-            f"data.dir={corpus.dir}: {error.filename or target}: {error.strerror or error}; fix that and run the same "
-            "command again, or choose another data.dir"
-        ) from error
     return target
 
 

@@ -10,7 +10,7 @@ import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from quack_lm.errors import UserError
+from quack_lm.errors import explaining
 from quack_lm.report import collected, figures, page
 from quack_lm.report.draw import draw, point_values, save
 from quack_lm.report.figures import Plot
@@ -59,14 +59,10 @@ def write(
     files["report.md"] = page.as_markdown(results, pictures, command, sections).encode()
     files["report.html"] = page.as_html(results, pictures, command, sections).encode()
     # Written last: an error above leaves an older report as it is.
-    try:
+    with explaining(f"-o {out_dir}", "or choose another directory with -o"):
         (out_dir / "figures").mkdir(parents=True, exist_ok=True)
         if in_the_way := [name for name in files if (out_dir / name).is_dir()]:
             raise IsADirectoryError(errno.EISDIR, f"{in_the_way[0]} is a directory")
         for name, content in files.items():
             (out_dir / name).write_bytes(content)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the report to {out_dir}: {error.strerror}; choose another directory with -o"
-        ) from None
     return out_dir / "report.html"

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quack_lm.config import flatten
-from quack_lm.errors import UserError, printable
+from quack_lm.errors import UserError, explaining, printable
 from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results, numeric_fields
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import Record, SweepPlan, reason
@@ -42,10 +42,8 @@ def write(directory: Path, out: Path | None = None) -> list[Path]:
     about = {"sweep": plan.sweep, "question": plan.question, "command": plan.command, "stop": _json(plan.stop)}
     about["tune_seeds"] = json.dumps(list(plan.tune_seeds))
     table = _table(rows).replace_schema_metadata({f"quack_lm.{k}": v for k, v in about.items()})
-    try:
+    with explaining(f"out={directory}", "or choose another"):
         return _write(directory, table, rows, _curves(results))
-    except OSError as error:
-        raise UserError(f"out={directory} cannot be written to: {error.strerror}; choose another") from None
 
 
 def _write(directory: Path, table: pa.Table, rows: list[dict[str, Any]], curves: pa.Table) -> list[Path]:
@@ -61,13 +59,13 @@ def _write(directory: Path, table: pa.Table, rows: list[dict[str, Any]], curves:
 
 def load(directory: Path) -> Results:
     """The results of a sweep directory: from its runs where there is a plan, else from the collected files alone."""
-    try:
+    with explaining(str(directory), "or name another"):
         is_collected = (directory / RESULTS_FILE).is_file() and not (directory / "plan.json").is_file()
-    except OSError as error:
-        raise UserError(f"{directory} cannot be read: {error.strerror}") from None
     if is_collected:
         try:
             return _read(directory)
+        except PermissionError:
+            raise
         # ArrowException, and what missing columns or columns of another type raise.
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from quack_lm import slurm
 from quack_lm.config import instantiate
-from quack_lm.errors import UserError
+from quack_lm.errors import UserError, explaining
 from quack_lm.files import LOCK_WAIT_S, take_lock
 from quack_lm.slurm import Resources
 from quack_lm.sweep.cell import Cell
@@ -118,11 +118,9 @@ def _numbers(directory: Path) -> list[int]:
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     """Hold the directory's lock: two submissions at the same time would queue the same cells twice."""
-    try:
+    with explaining(f"dir={directory}", "or choose another"):
         (directory / FOLDER).mkdir(parents=True, exist_ok=True)
         file = open(directory / FOLDER / ".lock", "wb")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"dir={directory} cannot be written to: {error.strerror}; choose another") from None
     with file:
         if not take_lock(file):
             raise UserError(f"dir={directory}: another submission is running here; wait for it")

@@ -11,7 +11,7 @@ import pydantic
 from tqdm import tqdm
 
 from quack_lm.config import choice, compose_all, fingerprint
-from quack_lm.errors import UserError
+from quack_lm.errors import UserError, explaining
 from quack_lm.files import write_json
 from quack_lm.sweep.cell import Cell, readable
 from quack_lm.sweep.file import Point, StopRule, Sweep, override_value
@@ -121,12 +121,10 @@ def write_plan(directory: Path, plan: SweepPlan, file: str = PLAN_FILE) -> None:
         {"name": c.name, "fingerprint": c.fingerprint, "overrides": c.overrides, "config": c.config} for c in plan.cells
     ]
     head = {"sweep": plan.sweep, "question": plan.question, "command": plan.command}
-    try:
-        (directory / file).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"dir={directory} cannot be made: {error.strerror}; choose another") from None
     rules = {"stop": asdict(plan.stop) if plan.stop else None, "tune_seeds": list(plan.tune_seeds)}
-    write_json(directory / file, {**head, **rules, "cells": cells})
+    with explaining(f"dir={directory}", "or choose another"):
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        write_json(directory / file, {**head, **rules, "cells": cells})
 
 
 def read_plan(directory: Path, file: str = PLAN_FILE) -> SweepPlan:

@@ -23,7 +23,7 @@ from quack_lm.config import choice, fingerprint, identity, instantiate
 from quack_lm.data.batches import EvalBatches, Sequences, TrainBatches
 from quack_lm.data.corpus import Corpus
 from quack_lm.data.manifest import SplitName, TokenData
-from quack_lm.errors import UserError
+from quack_lm.errors import UserError, explained
 from quack_lm.files import LOCK_WAIT_S
 from quack_lm.model import ModelSizes, Transformer, count_parameters
 from quack_lm.optim.recipe import Recipe
@@ -313,7 +313,7 @@ def _on_main_rank(world: World, run_dir: RunDir, work: Callable[[], T]) -> T | N
         except UserError as raised:
             error = str(raised)
         except OSError as raised:
-            error = f"run_dir={run_dir} is not writable ({raised.strerror}); fix that and run the same command again"
+            error = explained(raised, f"run_dir={run_dir}", "and run the same command again")
     error = world.all_gather(error)[0]
     if error:
         raise UserError(error)

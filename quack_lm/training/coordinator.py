@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import NamedTuple, Protocol
 
-from quack_lm.errors import UserError
+from quack_lm.errors import UserError, explained
 from quack_lm.parallel import World
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.watchdog import Watchdog
@@ -86,8 +86,5 @@ class Coordinator:
         try:
             yield
         except OSError as error:
-            what = f"{error.filename or self.run_dir}: {error.strerror or error}"
-            self.error = self.error or (
-                f"run_dir={self.run_dir} is not writable ({what}); "
-                "fix that and run the same command again: it continues from the last complete checkpoint"
-            )
+            fix = "and run the same command again: it continues from the last complete checkpoint"
+            self.error = self.error or explained(error, f"run_dir={self.run_dir}", fix)

@@ -24,7 +24,7 @@ from quack_lm.attention.scores import check_backend
 from quack_lm.config import instantiate
 from quack_lm.data.corpus import Corpus
 from quack_lm.data.manifest import SPLITS, TokenData
-from quack_lm.errors import UserError
+from quack_lm.errors import UserError, explaining
 from quack_lm.files import nearest_existing_parent
 from quack_lm.model import Transformer, count_parameters
 from quack_lm.parallel import World, check_world, default_device, launched_world
@@ -78,7 +78,8 @@ def check_this_rank(config: dict[str, Any], *, device: str, ranks: int | None) -
     rows = []
     for name, check in CHECKS.items():
         try:
-            rows.append(Row(name, True, check(context)))
+            with explaining():
+                rows.append(Row(name, True, check(context)))
         except UserError as error:
             rows.append(Row(name, False, " ".join(str(error).split())))
     return rows
@@ -140,13 +141,10 @@ def _check_disk(context: Context) -> str:
 def check_write_access(run_dir: RunDir) -> str:
     """Write a file without a name, which is gone when closed; the permission bits alone do not decide on NFS."""
     place = nearest_existing_parent(run_dir.path)
-    try:
-        with tempfile.TemporaryFile(dir=place) as file:
-            file.write(b"\0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir}: {place} is not writable: {error.strerror}; choose another") from None
+    with explaining(f"run_dir={run_dir}", "or choose another"), tempfile.TemporaryFile(dir=place) as file:
+        file.write(b"\0" * 4096)
+        file.flush()
+        os.fsync(file.fileno())
     if not os.access(place, os.W_OK):
         raise UserError(f"run_dir={run_dir} is not writable; choose another")
     return f"{place} is writable"

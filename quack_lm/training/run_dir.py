@@ -18,7 +18,7 @@ import yaml
 
 from quack_lm import __version__
 from quack_lm.config import read_yaml
-from quack_lm.errors import UserError
+from quack_lm.errors import UserError, explaining
 from quack_lm.files import (
     metrics_line,
     nearest_existing_parent,
@@ -210,10 +210,8 @@ class RunDir:
 
     def check_writable(self) -> None:
         """UserError unless this directory can be made or written to, and its checkpoints too."""
-        try:
+        with explaining(f"run_dir={self}", "or choose another run_dir"):
             existing = nearest_existing_parent(self.path)
-        except OSError as error:
-            raise UserError(f"run_dir={self}: {error.strerror}; choose another run_dir") from None
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise UserError(f"run_dir={self}: {existing} is not a writable directory; choose another run_dir")
         place = self.checkpoints
@@ -227,12 +225,10 @@ class RunDir:
 
         A process that reads the state of the run holds the lock for a moment, so one waits a little.
         """
-        try:
+        with explaining(f"run_dir={self}", "or choose another run_dir"):
             self.path.mkdir(parents=True, exist_ok=True)
             # Appending: a run that is refused does not even change the time of the file.
             lock: IO[str] = open_regular(self.lock_file, "a")
-        except OSError as error:
-            raise UserError(f"run_dir={self} is not writable: {error.strerror}; choose another run_dir") from None
         if not take_lock(lock, wait_s=wait_s):
             raise UserError(f"run_dir={self} is in use by another process; wait for it or choose another run_dir")
         return lock
