@@ -527,6 +527,32 @@ def test_a_sweep_trains_its_cells_and_a_second_call_reuses_them(start, tmp_path)
     assert not (copy / "checkpoints").exists()
 
 
+def test_only_settings_that_the_tuning_seeds_select_are_judged(start, tmp_path):
+    text = """# Why?
+base: [experiment=tiny, optimizer.lr=0.3]
+grid:
+  method:
+    none: [stabilizer=none]
+    slow: [stabilizer=fixed, stabilizer.tau=0.001]
+    full: [stabilizer=fixed, stabilizer.tau=1]
+seeds: {tune: [0], judge: [1, 2]}
+"""
+    file = tmp_path / "runs/plan.json"
+    code, out, err = finish(start(text, "jobs=2"))
+    assert code == 0, err
+    assert "7 runs: 7 completed" in out
+    cells = read_plan(tmp_path / "runs").cells
+    losses = {
+        c.config["stabilizer"].get("tau"): c.run_dir.summary()["val_loss"] for c in cells if c.config["seed"] == 0
+    }
+    selected = min((loss, tau) for tau, loss in losses.items() if tau)[1]
+    judged = sorted((c.config["seed"], c.config["stabilizer"].get("tau") or 0) for c in cells if c.config["seed"])
+    assert judged == [(1, 0), (1, selected), (2, 0), (2, selected)]
+    before = file.read_bytes()
+    assert finish(start(text))[0] == 0
+    assert file.read_bytes() == before.replace(b" jobs=2", b"")
+
+
 def test_train_m_makes_an_unnamed_sweep_that_the_same_line_continues(tmp_path, data):
     fixed = [
         *SMALL,

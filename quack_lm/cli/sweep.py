@@ -190,13 +190,15 @@ def usage() -> str:
 
 
 def make_plan(command: Command, directory: Path) -> SweepPlan:
-    """Expand and check the sweep; writes nothing."""
+    """Expand and check the sweep, as far as its finished runs say which settings are judged; writes nothing."""
+    from quack_lm.report.comparison import judge_selected  # late, as everywhere here: it needs more libraries
+
     settings, axes = split_axes(command.overrides)
     if "sweep" in command.own:
         sweep = multirun.with_axes(file.load(command.own["sweep"], command.own.get("scale")), axes)
     else:
         sweep = multirun.unnamed_sweep(command.overrides)
-    return SweepPlan(
+    plan = SweepPlan(
         sweep=sweep.name,
         question=sweep.question,
         command=shell_line(["quack-lm", "sweep", *command.arguments]),
@@ -204,6 +206,14 @@ def make_plan(command: Command, directory: Path) -> SweepPlan:
         stop=sweep.stop,
         tune_seeds=sweep.tune_seeds,
     )
+    return judge_selected(plan, directory)
+
+
+def print_what_follows(plan: SweepPlan) -> None:
+    """That a plan with tuning seeds grows when these have selected the settings."""
+    seeds = plan.tune_seeds
+    if any(cell.config["seed"] in seeds and not cell.is_finished() for cell in plan.cells):
+        print("when the tuning runs have finished, the same command plans the judging seeds of the selected settings")
 
 
 def print_plan(plan: SweepPlan, command: Command) -> None:
@@ -226,6 +236,7 @@ def print_plan(plan: SweepPlan, command: Command) -> None:
         print(f"device-hours: {total.hours:.3g} in all, {left} (at {basis}, without the start of each run)")
     if plan.stop:
         print(f"stop rule: {plan.stop}")
+    print_what_follows(plan)
 
 
 def _flops_per_token(config: dict[str, Any]) -> float:
@@ -244,6 +255,7 @@ def submit(plan: SweepPlan, command: Command, directory: Path) -> int:
     before = len(plan.cells) - now - ending
     print(f"{len(plan.cells)} runs: {before} finished, running or queued before, {now} submitted now")
     print(f"quack-lm sweep status {shlex.quote(f'dir={directory}')}")
+    print_what_follows(plan)
     if ending:
         names = ", ".join(cell.name for cell in done.still_ending)
         print(f"{ending} still ending, submit again in a moment: {names}", file=sys.stderr)
@@ -304,7 +316,17 @@ def train(plan: SweepPlan, command: Command, directory: Path) -> int:
 
     take_over(plan, command)
     _check_data(plan)
-    outcome = local.run(plan.cells, stop=plan.stop, jobs=command.own.get("jobs"), threads=command.own.get("threads", 1))
+    limits = {"jobs": command.own.get("jobs"), "threads": command.own.get("threads", 1)}
+    outcome = local.run(plan.cells, stop=plan.stop, **limits)
+    # The tuning runs have selected the settings that are judged now.
+    while (
+        plan.tune_seeds
+        and not outcome.exit_code
+        and len((grown := make_plan(command, directory)).cells) > len(plan.cells)
+    ):
+        plan = grown
+        write_plan(directory, plan)
+        outcome = local.run(plan.cells, stop=plan.stop, **limits)
     print(runs.as_text(collected.load(directory)))
     if outcome.signal:
         print("stopped; the same command continues", file=sys.stderr)

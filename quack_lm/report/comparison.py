@@ -9,10 +9,11 @@ settings that each side has tried (`Difference` says how).
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean, stdev
 
-from quack_lm.report.results import Place, Result, Results
+from quack_lm.report.results import Entry, Place, Result, Results, make_results
 from quack_lm.report.statistics import (
     ALPHA,
     detectable_effect,
@@ -27,6 +28,7 @@ from quack_lm.report.statistics import (
     t_interval,
     t_quantile,
 )
+from quack_lm.sweep.plan import SweepPlan
 
 # A smaller difference of losses, in nats per token, is rounding.
 ROUNDING = 1e-3
@@ -89,11 +91,31 @@ def _rank(runs: Sequence[Result]) -> tuple[int, float]:
 
 def best_settings(results: Results, place: Place) -> dict[str, Best]:
     """Each stabilizer at its best setting at one place; those that have no run of a judging seed are left out."""
+    tune_seeds = results.plan.tune_seeds
+    best = {name: select_best(settings, tune_seeds) for name, settings in _settings(results, place).items()}
+    return {name: found for name, found in best.items() if found.runs}
+
+
+def _settings(results: Results, place: Place) -> dict[str, list[list[Result]]]:
+    """The runs of each setting of each stabilizer at one place."""
     groups: dict[str, list[list[Result]]] = {}
     for runs in by_label(results.at(place)).values():
         groups.setdefault(runs[0].stabilizer, []).append(runs)
-    best = {name: select_best(members, results.plan.tune_seeds) for name, members in groups.items()}
-    return {name: found for name, found in best.items() if found.runs}
+    return groups
+
+
+def judge_selected(plan: SweepPlan, directory: Path) -> SweepPlan:
+    """The plan without the judging seeds of settings that the finished tuning runs do not select, or not yet."""
+    if not plan.tune_seeds:
+        return plan
+    entries: list[Entry] = [(c, c.run_dir.status(), c.run_dir.summary(), [], {}, {}, None) for c in plan.cells]
+    results = make_results(directory, plan, entries)
+    needed = {cell.name for cell in plan.cells if cell.config["seed"] in plan.tune_seeds}
+    for settings in itertools.chain.from_iterable(_settings(results, p).values() for p in results.places()):
+        tuning = [run for runs in settings for run in runs if run.seed in plan.tune_seeds]
+        if len(settings) == 1 or all(run.is_finished for run in tuning):
+            needed |= {run.cell.name for run in select_best(settings, plan.tune_seeds).runs}
+    return replace(plan, cells=[cell for cell in plan.cells if cell.name in needed])
 
 
 # ------------------------------------------------------------------------------------------------ differences
