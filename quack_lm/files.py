@@ -8,7 +8,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -32,18 +32,27 @@ def open_regular(path: Path, mode: str = "r", *, errors: str | None = None) -> I
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that a reader, or a crash, sees the old or the new text and nothing between."""
-    temporary = path.with_name(path.name + ".tmp")
+    write_together({path: text.encode()})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Replace the files of a set, each atomically, and none before all are written: a full disk leaves the old set."""
+    temporaries = {path: path.with_name(path.name + ".tmp") for path in files}
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for path, temporary in temporaries.items():
+            with temporary.open("wb") as file:
+                file.write(files[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)  # on a full disk every byte counts
         error.filename = str(path)  # of a write that fails, the system names none
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)  # on a full disk every byte counts
         raise
-    sync_directory(path.parent)
+    for directory in {path.parent for path in files}:
+        sync_directory(directory)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 import fcntl
 import os
+import subprocess
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 # The tests' matrices are small: threads cost more than they give. Set before torch starts, and for child processes too.
@@ -37,6 +39,22 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             write_documents(root / "documents")
             prepare(tiny_corpus(root), progress=False)
     return ["data=stdlib", f"data.dir={root / 'tokens'}"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MB, for root on Linux."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"NO SMALL DISK CAN BE MOUNTED HERE, A FULL DISK IS NOT TESTED: {mounted.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def write_documents(directory: Path) -> None:

@@ -191,22 +191,6 @@ def test_a_checkpoint_of_four_ranks_continues_on_fewer(tmp_path: Path, tiny_data
         assert_close_records(tmp_path / "straight", tmp_path / str(ranks), 2e-4)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MB, for root on Linux."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"NO SMALL DISK CAN BE MOUNTED HERE, A FULL DISK IS NOT TESTED: {mounted.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_ends_the_run_in_one_line_and_space_lets_it_go_on(
     ranks: int, small_disk: Path, tmp_path: Path, tiny_data: list[str]

@@ -3,14 +3,17 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from calls import call_here, snapshot
 
 from quack_lm import report
 from quack_lm.config import choices
@@ -682,6 +685,76 @@ def test_the_first_head_above_the_threshold_is_found(tmp_path, save):
         text = as_markdown(directory)
         assert row in text
         assert "first head above the threshold: layer 2, head 4, at step 12" in text
+
+
+def collected_runs(directory: Path) -> list[tuple[Any, ...]]:
+    """What the collected files say of each run, read where there is no plan."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        for name in (collected.RESULTS_FILE, collected.CURVES_FILE):
+            shutil.copy(directory / name, elsewhere)
+        found = collected.load(Path(elsewhere)).results
+    return [(r.cell.fingerprint, r.status, r.summary, r.curve("val/loss"), r.blowup) for r in found]
+
+
+@pytest.mark.parametrize("out", ["sweep", "out"])
+def test_a_run_whose_directory_is_gone_stays_in_the_collected_files(out, tmp_path, monkeypatch, capsys):
+    # Collected again, such runs became "pending", and their curves went.
+    directory, target = tmp_path / "sweep", tmp_path / out
+    cells = [make_cell(directory, "mha", "quack", seed=seed) for seed in range(4)]
+    for cell in cells:
+        write_run(cell)
+    write_plan(directory, SweepPlan(sweep="demo", question="Which?", command="c", cells=cells))
+    line = ["collect", f"dir={directory}", f"out={target}"]
+    assert call_here("sweep", line, monkeypatch, capsys)[0] == 0
+    results_file, before = target / collected.RESULTS_FILE, collected_runs(target)
+    # One directory is deleted, one run begun anew, and one out of the plan and deleted; one is as it was.
+    for cell in cells[:3]:
+        shutil.rmtree(cell.run_dir.path)
+    write_run(cells[1], status="running", last_step=5)
+    write_plan(directory, SweepPlan(sweep="demo", question="Which?", command="c", cells=[*cells[:2], cells[3]]))
+    code, stdout, _ = call_here("sweep", line, monkeypatch, capsys)
+    assert code == 0
+    assert f"3 finished runs that are no longer in {directory} are kept" in stdout
+    assert f"remove {results_file} first" in stdout
+    assert collected_runs(target) == before
+    # As the line says.
+    results_file.unlink()
+    assert call_here("sweep", line, monkeypatch, capsys)[0] == 0
+    assert [status for _, status, *_ in collected_runs(target)] == ["pending", "killed", "completed"]
+
+
+def test_the_collected_files_of_another_sweep_are_not_replaced(tmp_path, monkeypatch, capsys):
+    for name, stabilizer in (("one", "quack"), ("other", "none")):
+        cell = make_cell(tmp_path / name, "mha", stabilizer)
+        write_run(cell)
+        write_plan(tmp_path / name, SweepPlan(sweep=name, question="Which?", command="c", cells=[cell]))
+    assert call_here("sweep", ["collect", f"dir={tmp_path}/one", f"out={tmp_path}/out"], monkeypatch, capsys)[0] == 0
+    before = snapshot(tmp_path)
+    line = ["collect", f"dir={tmp_path}/other", f"out={tmp_path}/out"]
+    code, _, stderr = call_here("sweep", line, monkeypatch, capsys)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "out has the collected results of another sweep, one, and none of" in stderr
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("room", ["for nothing", "for all but the last file"])
+def test_on_a_full_disk_the_collected_files_stay_as_they_were(room, small_disk, tmp_path, save, monkeypatch, capsys):
+    # The old files were cut before the new ones met the end of the disk.
+    cells = [make_cell(tmp_path, "mha", "quack", seed=seed) for seed in range(8)]
+    write_run(cells[0])
+    line = ["collect", f"dir={save(*cells)}"]
+    assert call_here("sweep", [*line, f"out={small_disk}"], monkeypatch, capsys)[0] == 0
+    before = snapshot(small_disk)
+    for cell in cells[1:]:  # of other curves, so that they are not compressed to the size of one
+        write_run(cell, final=3.0 + cell.config["seed"] / 7, max_logit=71.0 + cell.config["seed"])
+    pages = [-(-path.stat().st_size // 4096) for path in collected.write(tmp_path, tmp_path / "elsewhere")]
+    left = 0 if room == "for nothing" else 4096 * (sum(pages) - 1)
+    (small_disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - left))
+    code, _, stderr = call_here("sweep", [*line, f"out={small_disk}"], monkeypatch, capsys)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert re.search(rf"{small_disk}/\S*: No space left on device; free some space, or choose another", stderr)
+    (small_disk / "ballast").unlink()
+    assert snapshot(small_disk) == before
 
 
 def test_changed_bytes_in_the_collected_files_are_detected(tmp_path, save):

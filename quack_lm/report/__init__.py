@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from quack_lm.errors import explaining
+from quack_lm.files import write_together
 from quack_lm.report import collected, figures, page
 from quack_lm.report.draw import draw, point_values, save
 from quack_lm.report.figures import Plot
@@ -63,6 +64,5 @@ def write(
         (out_dir / "figures").mkdir(parents=True, exist_ok=True)
         if in_the_way := [name for name in files if (out_dir / name).is_dir()]:
             raise IsADirectoryError(errno.EISDIR, f"{in_the_way[0]} is a directory")
-        for name, content in files.items():
-            (out_dir / name).write_bytes(content)
+        write_together({out_dir / name: content for name, content in files.items()})
     return out_dir / "report.html"

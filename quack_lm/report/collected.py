@@ -4,6 +4,7 @@ The Parquet files hold all that the report needs. In curves.parquet null means n
 """
 
 import csv
+import io
 import json
 import math
 from dataclasses import asdict
@@ -15,12 +16,13 @@ import pyarrow.parquet as pq
 
 from quack_lm.config import flatten
 from quack_lm.errors import UserError, explaining, printable
+from quack_lm.files import write_together
 from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results, numeric_fields
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import Record, SweepPlan, reason
-from quack_lm.training.run_dir import STATUSES, checked_summary
+from quack_lm.training.run_dir import STATUSES, RunDir, checked_summary
 
-RESULTS_FILE, CURVES_FILE = "results.parquet", "curves.parquet"
+RESULTS_FILE, CSV_FILE, CURVES_FILE = "results.parquet", "results.csv", "curves.parquet"
 
 # Tables over heads that no figure shows: most of the bytes of metrics.jsonl.
 KEPT_TABLES = ("logits/max_per_head", "logits/delta_mean_per_head")
@@ -34,9 +36,14 @@ PRIVATE = ("command", "host")
 
 
 def write(directory: Path, out: Path | None = None) -> list[Path]:
-    """Collect the runs of a sweep directory there, or in `out`; returns the paths of the files."""
+    """Collect the runs of a sweep directory there, or in `out`; returns the paths of the files.
+
+    Finished runs of the files that are there already are kept, with a line, where they are no longer finished on disk.
+    """
     results = from_runs(directory)
     directory = out or directory
+    if (directory / RESULTS_FILE).is_file():
+        results = _with_lost_runs(results, _read_valid(directory))
     rows = [_row(result) for result in results.results]
     plan = results.plan
     about = {"sweep": plan.sweep, "question": plan.question, "command": plan.command, "stop": _json(plan.stop)}
@@ -46,15 +53,48 @@ def write(directory: Path, out: Path | None = None) -> list[Path]:
         return _write(directory, table, rows, _curves(results))
 
 
+def _with_lost_runs(results: Results, collected: Results) -> Results:
+    """The results of the runs on disk, and those of finished runs that only the collected files still have."""
+    lost = [
+        result
+        for result in collected.results
+        if result.is_finished and not RunDir(results.directory / result.cell.name).has_ended()
+    ]
+    if not lost:
+        return results
+    here = {result.cell.name for result in results.results}
+    if here.isdisjoint(result.cell.name for result in collected.results):
+        raise UserError(
+            f"{collected.directory} has the collected results of another sweep, {collected.plan.sweep}, and none of "
+            f"{results.directory}; choose another out"
+        )
+    print(
+        f"{len(lost)} finished runs that are no longer in {results.directory} are kept (to leave them out, remove "
+        f"{collected.directory / RESULTS_FILE} first)"
+    )
+    names = {result.cell.name for result in lost}
+    return results.with_results([*(r for r in results.results if r.cell.name not in names), *lost])
+
+
 def _write(directory: Path, table: pa.Table, rows: list[dict[str, Any]], curves: pa.Table) -> list[Path]:
-    directory.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, directory / RESULTS_FILE, compression="zstd", write_page_checksum=True)
-    _write_csv(directory / "results.csv", rows)
     # Measured values rarely repeat: leaving out dictionaries and splitting the bytes of floats saves two fifths.
     floats = [name + ".list.element.list.element" * name.endswith("_per_head") for name in curves.column_names[3:]]
-    options: dict[str, Any] = {"use_dictionary": ["run"], "use_byte_stream_split": floats, "write_page_checksum": True}
-    pq.write_table(curves, directory / CURVES_FILE, compression="zstd", compression_level=19, **options)
-    return [directory / name for name in (RESULTS_FILE, "results.csv", CURVES_FILE)]
+    dense = {"compression_level": 19, "use_dictionary": ["run"], "use_byte_stream_split": floats}
+    contents = {
+        CURVES_FILE: _parquet(curves, **dense),
+        CSV_FILE: _csv(rows).encode(),
+        # Last: the curves of runs that it does not know do no harm.
+        RESULTS_FILE: _parquet(table),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    write_together({directory / name: content for name, content in contents.items()})
+    return [directory / name for name in (RESULTS_FILE, CSV_FILE, CURVES_FILE)]
+
+
+def _parquet(table: pa.Table, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **options)
+    return sink.getvalue()
 
 
 def load(directory: Path) -> Results:
@@ -62,17 +102,21 @@ def load(directory: Path) -> Results:
     with explaining(str(directory), "or name another"):
         is_collected = (directory / RESULTS_FILE).is_file() and not (directory / "plan.json").is_file()
     if is_collected:
-        try:
-            return _read(directory)
-        except PermissionError:
-            raise
-        # ArrowException, and what missing columns or columns of another type raise.
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{directory}: {RESULTS_FILE} or {CURVES_FILE} is invalid ({reason(error)}); create "
-                "them again with quack-lm sweep collect"
-            ) from None
+        return _read_valid(directory)
     return from_runs(directory)
+
+
+def _read_valid(directory: Path) -> Results:
+    try:
+        return _read(directory)
+    except PermissionError:
+        raise
+    # ArrowException, and what missing columns or columns of another type raise.
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{directory}: {RESULTS_FILE} or {CURVES_FILE} is invalid ({reason(error)}); remove both, and create them "
+            "again with quack-lm sweep collect"
+        ) from None
 
 
 def _read(directory: Path) -> Results:
@@ -143,12 +187,13 @@ def _column(values: list[Any]) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values])
 
 
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+def _csv(rows: list[dict[str, Any]]) -> str:
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if not key.endswith("_json")]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, keys, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _curves(results: Results) -> pa.Table:

@@ -186,6 +186,11 @@ class Results:
             groups.setdefault(result.place, []).append(result)
         return groups
 
+    def with_results(self, results: Sequence[Result]) -> "Results":
+        """The same sweep with these results: what differs between its runs is named anew."""
+        entries = [(r.cell, r.status, r.summary, r.metrics, r.environment, r.stop_record, r.blowup) for r in results]
+        return make_results(self.directory, self.plan, entries)
+
     def not_in_plan(self) -> list[str]:
         """The names of run directories that the plan does not list: those of an earlier, larger plan."""
         planned = {cell.name for cell in self.plan.cells}
