@@ -197,8 +197,9 @@ def build_run(plan: RunPlan) -> Run:
             lock=lock,
         )
         _on_main_rank(world, plan.run_dir, lambda: run.log.rewind(state.step if resumes_from else -1))
-        environment = _environment(world, n_params)
-        _on_main_rank(world, plan.run_dir, lambda: plan.run_dir.write_description(config, environment))
+        _on_main_rank(
+            world, plan.run_dir, lambda: plan.run_dir.write_description(config, _environment(world, n_params))
+        )
     if world.is_main:
         _start_logging(plan, run, resumes_from)
     return run
