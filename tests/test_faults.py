@@ -303,6 +303,53 @@ def test_a_rank_that_hangs_before_the_first_step_ends_the_run_with_every_ranks_s
     assert re.search(r"build\.py\", line \d+, in _on_main_rank", second)
 
 
+# A rank that reports progress ten times a second, until its stdin says what else to do.
+WATCHED = """
+import ctypes, select, sys, time
+from quack_lm.training.watchdog import Watchdog
+watchdog = Watchdog(1.0, rank=3)
+with watchdog.watching():
+    print("watched", flush=True)
+    while not select.select([sys.stdin], [], [], 0.1)[0]:
+        watchdog.feed()
+    if sys.stdin.readline() == "hang\\n":
+        ctypes.PyDLL(None).sleep(100)  # in C, and with the interpreter's lock
+print("done")
+"""
+
+
+@pytest.fixture
+def watched() -> Iterator[subprocess.Popen[str]]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", WATCHED], cwd=REPOSITORY, text=True, **pipes) as process:
+        assert process.stdout.readline() == "watched\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("kind", ["process", "job"])
+def test_time_in_which_a_process_is_stopped_is_no_hang(kind: str, watched: subprocess.Popen[str]) -> None:
+    # Continued after more than trainer.timeout_s, a run was ended by its own watchdog.
+    children = Path(f"/proc/{watched.pid}/task/{watched.pid}/children").read_text().split()
+    for number, seconds in ((signal.SIGSTOP, 4), (signal.SIGCONT, 2)):
+        for pid in (watched.pid, *(map(int, children) if kind == "job" else ())):
+            os.kill(pid, number)
+        time.sleep(seconds)
+    assert watched.communicate("end\n", timeout=30) == ("done\n", "")
+    assert watched.returncode == 0
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_a_hang_that_holds_the_interpreters_lock_ends_the_process_with_its_stack(
+    watched: subprocess.Popen[str],
+) -> None:
+    _, errors = watched.communicate("hang\n", timeout=60)
+    assert watched.returncode == -signal.SIGABRT
+    headline, *stack = errors.splitlines()
+    assert headline == "rank 3: nothing happened for trainer.timeout_s=1 s, so the run ends here:"
+    assert '  File "<string>", line 10 in <module>' in stack
+
+
 # The first of two ranks; the other never comes.
 ALONE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
