@@ -169,6 +169,11 @@ def tell_job(word: str) -> None:
             os.rename(file, f"{file}.{word}")
 
 
+def is_first_rank() -> bool:
+    """Whether this is rank 0 of all, by what the launcher says; true without one."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def is_first_on_node() -> bool:
     """Whether this is the first rank on its machine, or its rank cannot be read, which may be the error to report."""
     rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))

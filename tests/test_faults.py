@@ -286,17 +286,22 @@ def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stack(tmp_path: Path, t
     assert summary(run_dir)["status"] == "completed"
 
 
+def slow_git(tmp_path: Path) -> str:
+    """A PATH with a git that takes a minute to answer."""
+    git = tmp_path / "bin/git"
+    git.parent.mkdir()
+    git.write_text("#!/bin/sh\nexec sleep 60\n")
+    git.chmod(0o755)
+    return f"{git.parent}:{os.environ['PATH']}"
+
+
 @pytest.mark.slow
 def test_a_rank_that_hangs_before_the_first_step_ends_the_run_with_every_ranks_stack(
     tmp_path: Path, tiny_data: list[str]
 ) -> None:
     # The main rank asks git for the revision, and this git does not answer; the other rank waits for it.
-    git = tmp_path / "bin/git"
-    git.parent.mkdir()
-    git.write_text("#!/bin/sh\nexec sleep 60\n")
-    git.chmod(0o755)
-    run_dir, path = tmp_path / "run", f"{git.parent}:{os.environ['PATH']}"
-    process = start([*tiny_data, *FAULTS, *LONG], run_dir, 2, PATH=path)
+    run_dir = tmp_path / "run"
+    process = start([*tiny_data, *FAULTS, *LONG], run_dir, 2, PATH=slow_git(tmp_path))
     assert process.wait(timeout=100) != 0
     first, second = stacks_of(run_dir)
     assert re.search(r"build\.py\", line \d+, in _git", first)
@@ -532,6 +537,45 @@ def test_a_second_interrupt_stops_at_once_and_both_leave_a_run_that_continues(
     assert run_process([*overrides, *end], run_dir).returncode == 0
     assert run_process([*overrides, *end], tmp_path / "straight").returncode == 0
     assert_same_end(tmp_path / "straight", run_dir)
+
+
+def is_listening(port: int) -> bool:
+    sockets = "".join(Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6"))
+    return any(f":{port:04X} " in line and " 0A " in line for line in sockets.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGINT, "after its directory is claimed"),
+        (signal.SIGTERM, "while another rank does not come"),  # in C code, which no Python handler interrupts
+        pytest.param(signal.SIGHUP, "after its directory is claimed", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_before_the_first_step_ends_a_run_in_one_line(
+    number: signal.Signals, moment: str, tmp_path: Path, tiny_data: list[str]
+) -> None:
+    run_dir, environment = tmp_path / "run", {"PATH": slow_git(tmp_path)}
+    if "rank" in moment:
+        environment |= {**ALONE, "MASTER_PORT": "29742"}
+    process = start([*tiny_data, *FAULTS], run_dir, **environment)
+    deadline = time.monotonic() + 60
+    while not (is_listening(29742) if "rank" in moment else (run_dir / ".lock").exists()):
+        assert time.monotonic() < deadline, log_of(run_dir)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number, log_of(run_dir)
+    assert log_of(run_dir) == f"stopped by {number.name} before the first step; the same command starts it again\n"
+    assert not (run_dir / "summary.json").exists()
+
+
+def test_a_run_under_nohup_is_not_stopped_by_a_closed_terminal(tmp_path: Path, tiny_data: list[str]) -> None:
+    line = ["nohup", *command([*tiny_data, *FAULTS], tmp_path / "run")]
+    process = subprocess.Popen(line, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert summary(tmp_path / "run")["status"] == "completed"
 
 
 # Thousands of collectives under way at the end of a program, so that the group's threads are still freeing tensors.

@@ -624,6 +624,69 @@ def test_runs_left_by_a_killed_sweep_are_waited_for_and_not_started_twice(start,
 ONE = TWO.replace("none, quack", "none")
 
 
+def is_loaded(pid: int, library: str) -> bool:
+    return library in Path(f"/proc/{pid}/maps").read_text()
+
+
+# Moments of a run's start, each as a condition on its process and its directory.
+MOMENTS = {
+    "its log is made": lambda pid, run_dir: run_dir.log_file.exists(),
+    "torch is imported": lambda pid, run_dir: is_loaded(pid, "libtorch_cpu.so"),
+    "its directory is claimed": lambda pid, run_dir: run_dir.lock_file.exists(),
+}
+
+
+# A sweep passes the signal on; slurm sends it to the task itself, which becomes the run.
+@pytest.mark.parametrize(
+    ("verb", "moment", "number"),
+    [
+        ("run", "its log is made", signal.SIGINT),
+        ("run", "its directory is claimed", signal.SIGHUP),
+        ("task", "its log is made", signal.SIGTERM),
+        ("task", "torch is imported", signal.SIGTERM),
+        pytest.param("run", "torch is imported", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("task", "its directory is claimed", signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_stopped_at_its_start_is_interrupted_and_not_failed(verb, moment, number, write, tmp_path, data):
+    # Without a handler yet, it ended like a crash: a log, and no summary.
+    runs, settings = tmp_path / "runs", [*SMALL, "trainer.steps=4", "data.vocab_size=300"]
+    settings += [f"data.dir={override_value(str(data))}"]
+    (cell,) = make_cells(load(write(ONE)), runs, settings)
+    write_plan(runs, SweepPlan(sweep="mine", question="Why?", command="c", cells=[cell]), "submitted/0001.json")
+    arguments = {
+        "run": ["run", f"sweep={write(ONE)}", f"dir={runs}", *settings],
+        "task": ["task", f"file={runs / 'submitted/0001.json'}", "index=0"],
+    }
+    command, run_dir = [sys.executable, SCRIPT, *arguments[verb]], cell.run_dir
+    # A git that takes its time keeps a run at the end of its start.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/git").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "bin/git").chmod(0o755)
+    slow = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    with subprocess.Popen(command, env=slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not run_dir.log_file.exists() or (verb == "run" and not children_of(process.pid)):
+            assert time.monotonic() < deadline
+        pid = child_of(process.pid) if verb == "run" else process.pid
+        while not MOMENTS[moment](pid, run_dir):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, run_dir.log_file.read_text()
+        process.send_signal(number)
+        code, _, err = finish(process)
+    log = run_dir.log_file.read_text()
+    assert code == 128 + number, err + log
+    assert log == f"stopped by {number.name} before the first step; the same command starts it again\n"
+    assert run_dir.status() == "interrupted"
+    assert run_dir.summary()["reason"] == f"asked to stop by {number.name}"
+    if moment != "its directory is claimed":
+        return
+    code, _, err = finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    assert code == 0, err + run_dir.log_file.read_text()
+    assert run_dir.status() == "completed"
+    assert [line["step"] for line in metrics(cell)] == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_starts_again_from_its_checkpoint(start, tmp_path):
     process = start(ONE, "jobs=1", steps=400)

@@ -18,20 +18,26 @@ and every key inside a group can be set individually. Flags:
 
 The run directory gets config.yaml, environment.json, metrics.jsonl, summary.json and checkpoints/. Calling the same
 command again continues an unfinished run. On a slurm cluster, quack-lm submit starts it. Exit codes: 0 completed,
-diverged or interrupted; 2 a mistake in the settings; 1 a crash.
+diverged or interrupted; 2 a mistake in the settings; 1 a crash; 128 + the number of a signal before the first step.
 """
 
 import os
+import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
 from quack_lm import slurm
 from quack_lm.config import choices, chosen_groups, compose, groups, help_text, help_topic, read_flags, take_flag
 from quack_lm.errors import UserError, exit_without_teardown
+from quack_lm.training.run_dir import RunDir
+from quack_lm.training.state import RunStatus
+from quack_lm.training.stop_signals import ending, hold
 
 if TYPE_CHECKING:
     from quack_lm.training.loop import Run
@@ -60,7 +66,7 @@ def main(arguments: list[str]) -> int:
     config = compose(overrides, file=file)
     if file and not any(override.startswith("run_dir=") for override in overrides):
         refuse_moved_run(file, config)
-    return train_config(config, is_check=is_check)
+    return check_config(config) if is_check else train_config(config)
 
 
 def refuse_moved_run(file: Path, config: dict[str, Any]) -> None:
@@ -73,45 +79,71 @@ def refuse_moved_run(file: Path, config: dict[str, Any]) -> None:
         )
 
 
-def train_config(config: dict[str, Any], *, is_check: bool) -> int:
-    """Check a composed config and, unless `is_check`, train it; returns the exit code."""
-    # Imported late: --help and a mistake in the settings need not wait for it.
-    from tqdm import tqdm
-
+def check_config(config: dict[str, Any]) -> int:
+    """Check a composed config, and print what a run of it would be; returns the exit code."""
+    # Imported late, here and below: --help and a mistake in the settings need not wait for it.
     from quack_lm.model import count_parameters
-    from quack_lm.training.build import build_run
     from quack_lm.training.check import check_run, run_warnings
 
-    if is_check:
-        print(yaml.safe_dump(config, sort_keys=False))
-    plan = check_run(config, is_rehearsal=is_check)
-    warnings = [f"warning: {text}\n" for text in run_warnings(plan)]
-    if is_check:
-        print("\n".join(f"{n:>15,}  {component}" for component, n in count_parameters(plan.model).items()))
-        sys.stderr.writelines(warnings)
-        print(f"ready to train in {plan.run_dir}")
-        return 0
-    if plan.finished:
-        print(f"{plan.run_dir} is finished already: {plan.finished}")
-        return 0
-    run = build_run(plan)
-    for warning in warnings if run.world.is_main else []:
-        tqdm.write(warning, file=sys.stderr, end="")  # above the progress bar
+    print(yaml.safe_dump(config, sort_keys=False))
+    plan = check_run(config, is_rehearsal=True)
+    print("\n".join(f"{n:>15,}  {component}" for component, n in count_parameters(plan.model).items()))
+    sys.stderr.writelines(f"warning: {text}\n" for text in run_warnings(plan))
+    print(f"ready to train in {plan.run_dir}")
+    return 0
+
+
+def train_config(config: dict[str, Any]) -> int:
+    """Train a composed config; returns the exit code."""
+    with ending(partial(end_at_start, RunDir.of(config))):
+        from tqdm import tqdm
+
+        from quack_lm.training.build import build_run
+        from quack_lm.training.check import check_run, run_warnings
+
+        plan = check_run(config)
+        if plan.finished:
+            print(f"{plan.run_dir} is finished already: {plan.finished}")
+            return 0
+        run = build_run(plan)
+        for warning in run_warnings(plan) if run.world.is_main else []:
+            tqdm.write(f"warning: {warning}", file=sys.stderr)  # above the progress bar
+        hold()  # until the loop listens
     _train(run)
     return run.world.shutdown(0)
 
 
+def end_at_start(run_dir: RunDir, stop_signal: signal.Signals) -> NoReturn:
+    """End this process before its first step, with nothing to save; say so, also to the sweep that has started it."""
+
+    def summarize(status: RunStatus) -> None:
+        # Without a sweep, nothing has shown yet that this is the run's own directory.
+        if run_dir.logs_this_process() and not run_dir.has_ended():
+            run_dir.write_summary({**run_dir.summary(), "status": status.name, "reason": status.reason})
+
+    if slurm.is_first_rank():
+        name = stop_signal.name
+        print(f"stopped by {name} before the first step; the same command starts it again", file=sys.stderr)
+        with suppress(OSError):
+            summarize(RunStatus.interrupted(name))
+            if name == "SIGTERM":  # a time limit that leaves no step, SIGUSR1, would only come again
+                _tell_job(name, summarize)
+    slurm.flush_before_srun_kills()
+    exit_without_teardown(128 + stop_signal)
+
+
 def _train(run: "Run") -> None:
     """Train; whatever ends the run is in its summary before this returns or raises."""
-    from quack_lm.slurm import WORDS, tell_job, was_canceled
     from quack_lm.training.loop import summarize, train
-    from quack_lm.training.state import RunStatus
+
+    def end_as(status: RunStatus) -> None:
+        run.status = status
+        summarize(run)
 
     try:
         status = train(run)
     except KeyboardInterrupt:
-        run.status = RunStatus("interrupted", "stopped at once by a second SIGINT")
-        summarize(run)
+        end_as(RunStatus("interrupted", "stopped at once by a second SIGINT"))
         exit_without_teardown(130)  # nor waiting for a checkpoint that is being written
     except BaseException as error:
         run.status = RunStatus("failed", f"{type(error).__name__}: {error}")
@@ -124,12 +156,16 @@ def _train(run: "Run") -> None:
     if not run.world.is_main:
         return
     print(f"{status.name} at step {run.state.step}: validation loss {run.state.val_loss:.4f}, {run.run_dir}")
-    if status.stop_signal in WORDS:
-        tell_job(WORDS[status.stop_signal])
-        # Asked when all is saved: a controller may take its time to answer.
-        if status.stop_signal == "SIGTERM" and was_canceled():
-            run.status = RunStatus("interrupted", "the job was canceled (SIGTERM)", status.stop_signal)
-            summarize(run)
+    if status.stop_signal in slurm.WORDS:
+        _tell_job(status.stop_signal, end_as)
+
+
+def _tell_job(stop_signal: str, summarize: Callable[[RunStatus], None]) -> None:
+    """Tell a job of slurm which signal has ended the run, and the summary whether that was a cancellation."""
+    slurm.tell_job(slurm.WORDS[stop_signal])
+    # Asked when all is saved: a controller may take its time to answer.
+    if stop_signal == "SIGTERM" and slurm.was_canceled():
+        summarize(RunStatus("interrupted", "the job was canceled (SIGTERM)", stop_signal))
 
 
 def usage() -> str:

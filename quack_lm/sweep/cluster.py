@@ -28,6 +28,7 @@ from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.local import TRAIN
 from quack_lm.sweep.plan import PLAN_FILE, SweepPlan, read_plan, write_plan
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
+from quack_lm.training.stop_signals import hold
 
 FOLDER = "submitted"
 # Many tasks read the files of all runs from a shared file system.
@@ -213,6 +214,7 @@ def run_task(file: Path, index: int) -> NoReturn:
     cell.run_dir.path.mkdir(parents=True, exist_ok=True)
     if is_main and plan.stop:
         _start_watch(cell, plan, directory)
+    hold()  # from the first trace of the run until it is ready for signals
     log = open(cell.run_dir.log_file, "ab")  # noqa: SIM115
     # The lock belongs to the open file, which the trainer keeps as its output; the other ranks only write. A process
     # that reads the run's state holds it for a moment, a node that died for longer.

@@ -18,6 +18,7 @@ from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.label import titles
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
+from quack_lm.training.stop_signals import handled, held
 
 # This interpreter, because `quack-lm` may not be on PATH.
 TRAIN = [sys.executable, "-m", "quack_lm", "train"]
@@ -67,8 +68,8 @@ def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None
     """Train every unfinished cell, `jobs` at a time, each on its own `threads` cores or GPU.
 
     A failed cell is printed with the end of its log, and the others go on. A killed one, by its watchdog or from
-    outside, is restarted as long as each start reaches a new checkpoint. The stop rule stops runs early. SIGINT and
-    SIGTERM are passed on once; the runs save and end, and the next call continues them. A second signal kills.
+    outside, is restarted as long as each start reaches a new checkpoint. The stop rule stops runs early. Stop
+    signals are passed on once; the runs save and end, and the next call continues them. A second signal kills.
     """
     forget_other_rules(cells, stop)
     pending = [cell for cell in cells if not cell.is_finished()]
@@ -139,7 +140,7 @@ def _start(cell: Cell, slot: Slot, threads: int) -> subprocess.Popen[bytes] | No
     with open(cell.run_dir.log_file, "ab") as log:
         if not take_lock(log):
             return None
-        with _pinned(slot.cores):
+        with _pinned(slot.cores), held():
             return subprocess.Popen(
                 [*TRAIN, *cell.arguments()],
                 stdin=subprocess.DEVNULL,
@@ -214,15 +215,10 @@ def _steps_settled(cells: Sequence[Cell]) -> int:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP instead of ending."""
+    """Collect stop signals instead of ending."""
     received: list[int] = []
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda number, _: received.append(number)) for number in caught]
-    try:
+    with handled(lambda number, _: received.append(number)):
         yield received
-    finally:
-        for number, handler in zip(caught, before, strict=True):
-            signal.signal(number, handler)
 
 
 @contextmanager

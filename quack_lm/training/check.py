@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quack_lm.attention.scores import check_backend
-from quack_lm.config import choice, fingerprint, flatten, identity, instantiate, refuse_password
+from quack_lm.config import flatten, identity, instantiate, refuse_password
 from quack_lm.data.corpus import Corpus
 from quack_lm.data.manifest import SPLITS, TokenData
 from quack_lm.errors import UserError
@@ -71,7 +71,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
         check_memory(config, model, device=device, ranks_of_a_copy=world_size // settings.replicas)
     data = open_data(corpus, config["model"]["vocab_size"])
     sequences = {split: data.sequences(split, settings.seq_len) for split in SPLITS}
-    run_dir = RunDir(Path(config["run_dir"] or default_run_dir(config)).expanduser())
+    run_dir = RunDir.of(config)
     snapshot = checkpoint.snapshot(run_dir, settings.steps)
     resumes_from, finished = check_run_dir(run_dir, config, settings)
     if resumes_from:
@@ -110,11 +110,6 @@ def run_warnings(plan: RunPlan) -> list[str]:
             "reaches optimizer.lr"
         ]
     return []
-
-
-def default_run_dir(config: dict[str, Any]) -> Path:
-    """runs/<attention>-<stabilizer>-<fingerprint>: the same for the same run, so that calling again continues it."""
-    return Path("runs", f"{choice(config['attention'])}-{choice(config['stabilizer'])}-{fingerprint(config)}")
 
 
 def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ranks_of_a_copy: int) -> None:

@@ -15,9 +15,8 @@ from typing import NamedTuple, Protocol
 from quack_lm.errors import UserError, explained
 from quack_lm.parallel import World
 from quack_lm.training.run_dir import RunDir
+from quack_lm.training.stop_signals import handled
 from quack_lm.training.watchdog import Watchdog
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # SIGHUP: the terminal was closed
 
 
 class Fallible(Protocol):
@@ -50,18 +49,13 @@ class Coordinator:
 
     @contextmanager
     def supervising(self) -> Iterator[None]:
-        """Within, a hang ends the process, and the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 only asks the loop to stop.
+        """Within, a hang ends the process, and the first stop signal only asks the loop to stop.
 
         A second SIGINT raises KeyboardInterrupt.
         """
         self._signal = 0
-        previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
-        try:
-            with self.watchdog.watching():
-                yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with handled(self._remember), self.watchdog.watching():
+            yield
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:

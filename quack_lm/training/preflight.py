@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -29,7 +28,7 @@ from quack_lm.files import nearest_existing_parent
 from quack_lm.model import Transformer, count_parameters
 from quack_lm.parallel import World, check_world, default_device, launched_world
 from quack_lm.training.build import make_model, open_data
-from quack_lm.training.check import check_memory, check_run_dir, check_same_data, default_run_dir
+from quack_lm.training.check import check_memory, check_run_dir, check_same_data
 from quack_lm.training.environment import MISSING, package_versions
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
@@ -73,8 +72,7 @@ class Context:
 def check_this_rank(config: dict[str, Any], *, device: str, ranks: int | None) -> list[Row]:
     """The checks that a rank makes alone, the same ones in the same order on each."""
     settings = instantiate(config["trainer"])
-    run_dir = RunDir(Path(config["run_dir"] or default_run_dir(config)))
-    context = Context(config, device, ranks, settings, run_dir)
+    context = Context(config, device, ranks, settings, RunDir.of(config))
     rows = []
     for name, check in CHECKS.items():
         try:

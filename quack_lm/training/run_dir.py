@@ -17,7 +17,7 @@ import pydantic
 import yaml
 
 from quack_lm import __version__
-from quack_lm.config import read_yaml
+from quack_lm.config import choice, fingerprint, read_yaml
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import (
     metrics_line,
@@ -67,6 +67,15 @@ class RunDir:
     """A run's directory, which need not exist yet."""
 
     path: Path
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "RunDir":
+        """The directory of a config's run; unless it names one, runs/<attention>-<stabilizer>-<fingerprint>.
+
+        That is the same for the same run, so that calling again continues it.
+        """
+        default = f"runs/{choice(config['attention'])}-{choice(config['stabilizer'])}-{fingerprint(config)}"
+        return cls(Path(config["run_dir"] or default).expanduser())
 
     def __str__(self) -> str:
         return str(self.path)
@@ -169,6 +178,10 @@ class RunDir:
     def is_running(self) -> bool:
         """Whether a process is alive that trains here, or that a sweep started here: each holds a lock."""
         return _is_locked(self.log_file) or _is_locked(self.lock_file)
+
+    def logs_this_process(self) -> bool:
+        """Whether this process writes its output to `log_file`: then a sweep has started it here."""
+        return self.log_file.exists() and os.path.samestat(os.fstat(1), self.log_file.stat())
 
     def has_ended(self) -> bool:
         """Whether its files say that it is finished; unlike `status`, this touches no lock."""
