@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from quack_lm.cli.sweep import KEYS
 from quack_lm.config import compose, fingerprint, flatten, split_axes
 from quack_lm.errors import UserError
 from quack_lm.model import count_parameters
+from quack_lm.report.status import status_table
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.cost import Speed, count_flops, estimate
 from quack_lm.sweep.file import Point, StopRule, known_sweeps, load, override_value
@@ -434,6 +436,21 @@ def test_a_run_that_no_sweep_started_is_running_too(tmp_path):
         assert run_dir.status() == "running"
     run_dir.summary_file.write_text(json.dumps({"status": "running", "step": 1}))
     assert run_dir.status() == "killed"
+
+
+def test_status_reads_step_loss_and_rate_from_lines_of_any_length(write, tmp_path):
+    # The last line was longer than the part of the file that was read.
+    cell = make_cells(load(write(TWO)), tmp_path)[0]
+    cell.run_dir.path.mkdir()
+    heads = [[1.0] * 128] * 200
+    lines = [
+        {"step": 1, "train/loss": 4.0, "throughput/tokens_per_s": 41234.5},
+        {"step": 2, "train/loss": 3.5, "logits/max_per_head": heads},
+        {"step": 3, "val/loss": 3.25, "logits/max_per_head": heads, "logits/delta_mean_per_head": heads},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + json.dumps({"step": 4, "train/loss": 3.0})[:-3]
+    cell.run_dir.metrics_file.write_text(text)
+    assert re.search(r"pending +3 +400 +3\.500 +41\.2k ", status_table([cell]))
 
 
 def test_the_end_of_a_log_counts_a_repainted_progress_bar_once(tmp_path):

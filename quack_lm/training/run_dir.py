@@ -8,7 +8,9 @@ A sweep adds train.log, the output of its runs, whose lock the process that it s
 Reading needs no torch.
 """
 
+import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -194,10 +196,11 @@ class RunDir:
         return summary["status"] if is_complete or summary.get("status") == "diverged" else None
 
     def last_line(self, key: str) -> dict[str, Any]:
-        """The newest line of metrics.jsonl that has this key; empty if there is none near the end."""
-        for line in reversed(tail(self.metrics_file).split("\n") if self.metrics_file.is_file() else []):
-            # A line that is cut by the window, or still being written, is empty.
-            if key in (record := metrics_line(line)):
+        """The newest line of metrics.jsonl that has this key; empty if there is none."""
+        name = json.dumps(key).encode()
+        for line in lines_backwards(self.metrics_file) if self.metrics_file.is_file() else []:
+            # Tables over heads make a line of megabytes, which is not parsed in vain. One still being written is empty.
+            if name in line and key in (record := metrics_line(line)):
                 return record
         return {}
 
@@ -267,6 +270,18 @@ def _is_locked(path: Path) -> bool:
 def _series(version: str) -> str:
     """`0.2.1` -> `0.2`: releases of one series continue each other's runs."""
     return ".".join(version.split(".")[:2])
+
+
+def lines_backwards(path: Path, size: int = 1 << 18) -> Iterator[bytes]:
+    """The lines of a file from the last to the first, read in pieces of `size` bytes."""
+    with open(path, "rb") as file:
+        start, rest = file.seek(0, os.SEEK_END), b""
+        while start:
+            end, start = start, max(0, start - size)
+            file.seek(start)
+            rest, *lines = (file.read(end - start) + rest).split(b"\n")
+            yield from reversed(lines)
+        yield rest
 
 
 def tail(path: Path, size: int = 1 << 18) -> str:
