@@ -78,7 +78,8 @@ def metrics_line(line: str | bytes) -> dict[str, Any]:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) and type(record.get("step")) is int else {}
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int and 0 <= step < 2**63 else {}
 
 
 def file_sha256(path: Path) -> str:

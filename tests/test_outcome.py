@@ -114,7 +114,7 @@ def test_no_healthy_run_of_the_collected_sweep_is_called_diverged() -> None:
     measured = collected.load(CONFIG_DIR.parent / "docs" / "results" / "fig2-proxy")
     judged = 0
     for result in measured.results:
-        losses = [line["train/loss"] for line in result.metrics if line.get("train/loss") is not None]
+        losses = [loss for _, loss in result.curve("train/loss") if math.isfinite(loss)]
         if result.is_healthy and losses:
             assert follow_by(losses, StabilityRules(diverged_patience=10)) is None, result.cell.name
             judged += 1

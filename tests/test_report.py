@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from calls import call_here, snapshot
 
@@ -304,7 +306,61 @@ def test_a_line_that_is_still_being_written_is_left_for_later(tmp_path, save):
     write_run(cell, status="running", last_step=12)
     with open(cell.run_dir.metrics_file, "a") as file:
         file.write('{"step": 13, "tok')
-    assert results.from_runs(save(cell)).results[0].metrics[-1]["step"] == 12
+    assert results.from_runs(save(cell)).results[0].curve("train/loss")[-1][0] == 12
+
+
+# ------------------------------------------------------------------------------------------------ long runs
+
+
+def write_long_run(cell: Cell, n_lines: int, every: int = 10) -> None:
+    """A run of so many steps whose loss has one spike, of 99 in its middle, and at that step one head has another."""
+    cell.config["trainer"] |= {"steps": n_lines, "unstable_logit": 50.0}
+    write_run(cell)
+    middle = n_lines // 2
+    with cell.run_dir.metrics_file.open("w") as file:
+        for step in range(1, n_lines + 1):
+            heads = [[1.0] * N_HEADS for _ in range(N_LAYERS)]
+            heads[1][2] = 99.0 if step == middle else 1.0
+            line = {"step": step, "tokens": 512 * step, "train/loss": 99.0 if step == middle else 4.0 + step % 2}
+            line |= {"logits/max_per_head": heads} if step % every == 0 else {}
+            file.write(json.dumps(line) + "\n")
+
+
+def test_a_long_curve_has_few_values_and_the_spike_of_a_single_step(tmp_path, save):
+    cells = [make_cell(tmp_path, "mha", "none", seed=seed) for seed in range(2)]
+    for cell in cells:
+        write_long_run(cell, 6000)
+    with cells[1].run_dir.metrics_file.open("a") as file:
+        file.write('{"step": 7, "train/loss": null}\n')
+    collected.write(save(*cells), tmp_path / "collected")
+    for directory in (tmp_path, tmp_path / "collected"):
+        measured = collected.load(directory)
+        loss, heads = (measured.results[0].curves[key] for key in ("train/loss", "logits/max_per_head"))
+        assert (len(loss.steps), len(heads.steps)) == (1000, 100)
+        # The losses of the steps 3000 to 3005: 99, 5, 4, 5, 4, 5.
+        assert loss.steps[499:502].tolist() == [2999, 3005, 3011]
+        assert (loss.low[500], loss.mean[500], loss.high[500]) == (4.0, pytest.approx(122 / 6), 99.0)
+        assert [i for i, table in enumerate(heads.high) if table.max() == 99] == [50]
+        assert measured.results[0].blowup == (3000, 1, 2)
+        assert np.flatnonzero(np.isnan(measured.results[1].curves["train/loss"].mean)).tolist() == [1]
+        # The seeds have the same parts: their mean is no zigzag.
+        line = lines_of(figures.plots(measured), "train_loss")["mha, lr 0.3 none"]
+        assert (len(line.points), len(line.band), max(high for *_, high in line.band)) == (1000, 1000, 99.0)
+
+
+def test_reading_a_run_takes_no_more_memory_for_more_lines(tmp_path, save):
+    # A million lines took 1.7 GB.
+    cell = make_cell(tmp_path, "mha", "none")
+    peaks = []
+    for n_lines in (10_000, 40_000):
+        shutil.rmtree(cell.run_dir.path, ignore_errors=True)
+        write_long_run(cell, n_lines, every=50)
+        save(cell)
+        tracemalloc.start()
+        results.from_runs(tmp_path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0]
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -784,7 +840,7 @@ def test_entries_of_the_wrong_type_are_ignored(tmp_path, save):
             file.write(json.dumps({"step": 50, "tokens": 9} | dict.fromkeys(keys, value)) + "\n")
     measured = results.from_runs(save(*cells)).results
     assert [bool(result.summary) for result in measured] == [False] * len(summaries) + [True]
-    assert measured[-1].metrics[-len(values) :] == [{"step": 50, "tokens": 9}] * len(values)
+    assert {key: int(measured[-1].curves[key].steps[-1]) for key in keys} == dict.fromkeys(keys, STEPS)
     report.write(tmp_path, tmp_path / "out", command="")
 
 

@@ -1,9 +1,10 @@
 """Figures of the paper (arXiv 2511.21377) that a general report lacks: the norms of Fig. 3, the head of Fig. 4."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from quack_lm.report.comparison import by_label
+from quack_lm.report.curves import EMPTY, Curve
 from quack_lm.report.figures import DELTA, MAX_LOGIT, VAL_LOSS, Panel, Plot, curve, curves, loss_ceiling, relabeled
 from quack_lm.report.results import Reader, Result, Results
 
@@ -31,13 +32,13 @@ def plots(results: Results) -> list[Plot]:
 
 
 def middle_head(key: str) -> Reader:
-    """Reads the middle head of the middle layer from a [layer][head] table."""
+    """Reads the middle head of the middle layer from the tables over [layers, heads] of a metric."""
 
-    def read(line: dict[str, Any]) -> Any:
-        if key not in line:
-            return ...
-        layer = line[key][len(line[key]) // 2]
-        return layer[len(layer) // 2]
+    def read(curves: Mapping[str, Curve]) -> Curve:
+        if key not in curves:
+            return EMPTY
+        _, layers, heads = curves[key].mean.shape
+        return curves[key].head(layers // 2, heads // 2)
 
     return read
 
@@ -45,10 +46,9 @@ def middle_head(key: str) -> Reader:
 def _middle(results: Results) -> str:
     """The sentence that says which head this is; empty before anything was probed."""
     for result in results.results:
-        for line in result.metrics:
-            if table := line.get("logits/max_per_head"):
-                layers, heads = len(table), len(table[0])
-                return f"Layer {layers // 2} of 0 to {layers - 1}, head {heads // 2} of 0 to {heads - 1}."
+        if table := result.curves.get("logits/max_per_head"):
+            _, layers, heads = table.mean.shape
+            return f"Layer {layers // 2} of 0 to {layers - 1}, head {heads // 2} of 0 to {heads - 1}."
     return ""
 
 

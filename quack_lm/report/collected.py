@@ -1,33 +1,34 @@
 """A sweep in three files: results.parquet and results.csv (a row per run), curves.parquet (a row per run and step).
 
-The Parquet files hold all that the report needs. In curves.parquet null means not due at this step, NaN not finite.
+The Parquet files hold all that the report needs: long curves in parts, as `curves.py` makes them, with the smallest and
+the largest value of a part in columns of their own. In curves.parquet null means not due at this step, NaN not finite.
 """
 
 import csv
 import io
 import json
-import math
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quack_lm.config import flatten
 from quack_lm.errors import UserError, explaining, printable
 from quack_lm.files import write_together
-from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results, numeric_fields
+from quack_lm.report.curves import TABLE, Array, Curve, CurveReader, as_table
+from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import Record, SweepPlan, reason
 from quack_lm.training.run_dir import STATUSES, RunDir, checked_summary
 
 RESULTS_FILE, CSV_FILE, CURVES_FILE = "results.parquet", "results.csv", "curves.parquet"
 
-# Tables over heads that no figure shows: most of the bytes of metrics.jsonl.
-KEPT_TABLES = ("logits/max_per_head", "logits/delta_mean_per_head")
-KEPT_PREFIXES = ("train/", "val/", "logits/", "throughput/tokens")
-
+# Ends of the names of columns: the smallest and the largest value of each part of a curve.
+LOW, HIGH = ":min", ":max"
 
 BLOWUP = ("blowup_step", "blowup_layer", "blowup_head")
 
@@ -78,7 +79,7 @@ def _with_lost_runs(results: Results, collected: Results) -> Results:
 
 def _write(directory: Path, table: pa.Table, rows: list[dict[str, Any]], curves: pa.Table) -> list[Path]:
     # Measured values rarely repeat: leaving out dictionaries and splitting the bytes of floats saves two fifths.
-    floats = [name + ".list.element.list.element" * name.endswith("_per_head") for name in curves.column_names[3:]]
+    floats = [name + ".list.element.list.element" * _is_table(name) for name in curves.column_names[3:]]
     dense = {"compression_level": 19, "use_dictionary": ["run"], "use_byte_stream_split": floats}
     contents = {
         CURVES_FILE: _parquet(curves, **dense),
@@ -124,7 +125,6 @@ def _read(directory: Path) -> Results:
     raw = {k.decode().removeprefix("quack_lm."): v.decode() for k, v in (table.schema.metadata or {}).items()}
     about = {key: "\n".join(map(printable, text.splitlines())) for key, text in raw.items()}
     stop = json.loads(about["stop"])
-    curves = _read_curves(directory / CURVES_FILE)
     entries = []
     for row in table.to_pylist():
         overrides, config = (json.loads(row[f"{key}_json"]) for key in ("overrides", "config"))
@@ -137,7 +137,8 @@ def _read(directory: Path) -> Results:
         blowup = None if row[BLOWUP[0]] is None else Blowup(*(int(row[name]) for name in BLOWUP))
         if row["status"] not in STATUSES:
             raise ValueError(f"run {cell.name}: unknown status")
-        entries.append((cell, row["status"], summary, curves.get(row["run"], []), environment, stopped, blowup))
+        entries.append((cell, row["status"], summary, environment, stopped, blowup))
+    curves = _read_curves(directory / CURVES_FILE, {cell.name: cell.total_steps for cell, *_ in entries})
     plan = SweepPlan(
         sweep=about["sweep"],
         question=about["question"],
@@ -146,7 +147,7 @@ def _read(directory: Path) -> Results:
         stop=StopRule(**stop) if stop else None,
         tune_seeds=[int(seed) for seed in json.loads(about.get("tune_seeds", "[]"))],
     )
-    return make_results(directory, plan, entries)
+    return make_results(directory, plan, [(*entry[:3], curves[entry[0].name], *entry[3:]) for entry in entries])
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -197,44 +198,74 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 
 def _curves(results: Results) -> pa.Table:
-    lines = [(result.cell.name, line) for result in results.results for line in result.metrics]
-    keys = dict.fromkeys(key for _, line in lines for key in line if _is_kept(key, line[key]))
+    columns = [_columns(result.curves) for result in results.results]
+    keys = dict.fromkeys(key for own in columns for key in own)
+    # For each run the steps of all its curves.
+    steps = [np.unique(np.concatenate([[], *(s for s, _ in own.values())])).astype(np.int64) for own in columns]
+    names = [[result.cell.name] * len(own) for result, own in zip(results.results, steps, strict=True)]
+    tokens = [own * result.cell.tokens_per_step for result, own in zip(results.results, steps, strict=True)]
     table = {
-        "run": pa.array([name for name, _ in lines], pa.string()).dictionary_encode(),
-        "step": pa.array([line["step"] for _, line in lines], pa.int64()),
-        "tokens": pa.array([line.get("tokens", 0) for _, line in lines], pa.int64()),
+        "run": pa.chunked_array(names, pa.string()).dictionary_encode(),
+        "step": pa.chunked_array(steps, pa.int64()),
+        "tokens": pa.chunked_array(tokens, pa.int64()),
     }
     for key in keys:
-        kind = pa.list_(pa.list_(pa.float32())) if key.endswith("_per_head") else pa.float32()
-        table[key] = pa.array([_nan(line[key]) if key in line else None for _, line in lines], kind)
+        kind = pa.list_(pa.list_(pa.float32())) if _is_table(key) else pa.float32()
+        chunks = [_chunk(own, found.get(key), kind) for own, found in zip(steps, columns, strict=True)]
+        table[key] = pa.chunked_array(chunks, kind)
     return pa.table(table)
 
 
-def _is_kept(key: str, value: Any) -> bool:
-    if isinstance(value, list):
-        return key in KEPT_TABLES or key.startswith("logits/delta_from_")
-    return key.startswith(KEPT_PREFIXES)
+def _columns(curves: Mapping[str, Curve]) -> dict[str, tuple[Array, Array]]:
+    """By column, the steps and values of one run."""
+    columns = {}
+    for key, curve in curves.items():
+        columns[key] = (curve.steps, curve.mean)
+        if curve.is_in_parts:
+            columns |= {key + LOW: (curve.steps, curve.low), key + HIGH: (curve.steps, curve.high)}
+    return columns
 
 
-def _read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """By run, the lines of its metrics.jsonl with the entries that were kept."""
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for row in pq.read_table(path, page_checksum_verification=True).to_pylist() if path.is_file() else []:
-        line = {key: _null(value) for key, value in row.items() if key != "run" and value is not None}
-        curves.setdefault(row["run"], []).append(numeric_fields(line))
-    return curves
+def _chunk(steps: Array, found: tuple[Array, Array] | None, kind: pa.DataType) -> pa.Array:
+    """The values at their steps, and null at the others."""
+    if found is None:
+        return pa.nulls(len(steps), kind)
+    at, values = np.searchsorted(steps, found[0]), found[1]
+    if pa.types.is_list(kind):
+        tables = dict(zip(at.tolist(), values, strict=True))
+        return pa.array([tables[i].tolist() if i in tables else None for i in range(len(steps))], kind)
+    column, is_null = np.zeros(len(steps), np.float32), np.ones(len(steps), bool)
+    column[at], is_null[at] = values, False
+    return pa.array(column, kind, mask=is_null)
 
 
-def _nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_nan(item) for item in value]
-    return math.nan if value is None else value
+def _is_table(column: str) -> bool:
+    return column.partition(":")[0].endswith(TABLE)
 
 
-def _null(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_null(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _read_curves(path: Path, total_steps: Mapping[str, int]) -> dict[str, dict[str, Curve]]:
+    """The curves of each run, whose number of steps is given."""
+    readers = {run: CurveReader(n) for run, n in total_steps.items()}
+    for batch in pq.ParquetFile(path, page_checksum_verification=True).iter_batches() if path.is_file() else []:
+        runs, steps = (batch.column(name).to_pylist() for name in ("run", "step"))
+        for key in [name for name in batch.schema.names if "/" in name]:
+            column = batch.column(key)
+            found = column.drop_null()
+            values = (
+                map(as_table, found.to_pylist()) if _is_table(key) else found.to_numpy(zero_copy_only=False).tolist()
+            )
+            for i, value in zip(np.flatnonzero(column.is_valid()).tolist(), values, strict=True):
+                if runs[i] in readers and value is not None:
+                    readers[runs[i]].add(steps[i], key, value)
+    return {run: _with_parts(reader.curves()) for run, reader in readers.items()}
+
+
+def _with_parts(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    return {
+        key: replace(curve, low=curves[key + LOW].mean, high=curves[key + HIGH].mean) if key + LOW in curves else curve
+        for key, curve in curves.items()
+        if not key.endswith((LOW, HIGH))
+    }
 
 
 def _json(rule: StopRule | None) -> str:

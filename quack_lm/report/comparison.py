@@ -108,7 +108,7 @@ def judge_selected(plan: SweepPlan, directory: Path) -> SweepPlan:
     """The plan without the judging seeds of settings that the finished tuning runs do not select, or not yet."""
     if not plan.tune_seeds:
         return plan
-    entries: list[Entry] = [(c, c.run_dir.status(), c.run_dir.summary(), [], {}, {}, None) for c in plan.cells]
+    entries: list[Entry] = [(c, c.run_dir.status(), c.run_dir.summary(), {}, {}, {}, None) for c in plan.cells]
     results = make_results(directory, plan, entries)
     needed = {cell.name for cell in plan.cells if cell.config["seed"] in plan.tune_seeds}
     for settings in itertools.chain.from_iterable(_settings(results, p).values() for p in results.places()):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
@@ -51,6 +52,7 @@ LEGEND_LINE_INCHES, LEGEND_LETTER_INCHES = 0.85, 0.085
 MARKERS_PER_CURVE = 7
 # The color scale ends here: smaller values all have its lowest color.
 HEAT_FLOOR = 1e-4
+MOST_LAYERS_LABELED = 20
 
 
 def draw(plot: Plot | HeatMaps, *, columns: int | None = None) -> Figure:
@@ -84,8 +86,9 @@ def _draw_heat(plot: HeatMaps, columns: int | None) -> Figure:
     """One map per stabilizer with its settings, all with one color scale."""
     columns = min(columns or 3, len(plot.maps))
     rows = math.ceil(len(plot.maps) / columns)
-    values = [value for each in plot.maps for row in each.values for value in row if math.isfinite(value)]
-    scale = LogNorm(max(min(values, default=1e-3), HEAT_FLOOR), max(values, default=1.0))
+    values = np.concatenate([each.values[np.isfinite(each.values)] for each in plot.maps])
+    low, high = (values.min(), values.max()) if values.size else (1e-3, 1.0)
+    scale = LogNorm(max(low, HEAT_FLOOR), high)
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.5), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
@@ -93,11 +96,10 @@ def _draw_heat(plot: HeatMaps, columns: int | None) -> Figure:
             mesh = axis.pcolormesh(each.steps, range(len(each.values)), each.values, norm=scale, cmap="viridis")
             # Values that are not finite must not look small.
             axis.set_facecolor("#D55E00")
-            layers = range(0, len(each.values), each.heads_per_layer)
-            axis.set_yticks(
-                [top + (each.heads_per_layer - 1) / 2 for top in layers], [str(i) for i in range(len(layers))]
-            )
-            for top in list(layers)[1:]:
+            layers = range(0, len(each.values), each.rows_per_layer)
+            labeled = range(0, len(layers), math.ceil(len(layers) / MOST_LAYERS_LABELED))
+            axis.set_yticks([layers[i] + (each.rows_per_layer - 1) / 2 for i in labeled], [str(i) for i in labeled])
+            for top in layers[1:] if len(labeled) == len(layers) else ():
                 axis.axhline(top - 0.5, color="white", linewidth=0.8)
             axis.set_title(_plain(each.title), fontsize=10)
             axis.set_xlabel("optimizer steps")
@@ -244,6 +246,8 @@ def _draw_panel(axis: Axes, panel: Panel, plot: Plot, styles: Styles) -> None:
         if line.band:
             x, low, high = zip(*line.band, strict=True)
             axis.fill_between(x, low, high, color=styles.of(line)["color"], alpha=0.15, linewidth=0)
+            if line.is_in_parts:  # a spike of one step is narrower than a pixel
+                axis.plot(x, high, x, low, color=styles.of(line)["color"], alpha=0.5, linewidth=0.5)
     for line in panel.lines:
         x, y = zip(*line.points, strict=True) if line.points else ((), ())
         axis.plot(x, y, markevery=_markers(line.points, styles.rank(line), plot.log_x), **styles.of(line))

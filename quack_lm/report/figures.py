@@ -1,11 +1,14 @@
 """The figures as plain numbers: a plot is panels, a panel is lines; `draw` renders them."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import NamedTuple
 
 from quack_lm.report.comparison import best_settings, by_label
+from quack_lm.report.curves import MOST
 from quack_lm.report.results import Place, Reader, Result, Results
 from quack_lm.report.statistics import geometric_mean
 
@@ -13,6 +16,10 @@ from quack_lm.report.statistics import geometric_mean
 LOSS_CEILING = 1.1
 # With more stabilizers and settings than this in one panel, only the best setting of each stabilizer is shown.
 MANY = 6
+IN_PARTS = (
+    f" Each point is the mean of one of at most {MOST // 2} equal parts of the run, and the shade reaches from the "
+    "smallest to the largest value in it."
+)
 # Training losses are averaged over the last steps / SMOOTHING steps.
 SMOOTHING = 50
 
@@ -29,6 +36,7 @@ class Line:
     diverged: list[tuple[float, float | None]]  # positions of crosses; at the top of the panel where y is None
     unstable: list[tuple[float, float]]  # positions of rings
     band: list[tuple[float, float, float]]  # x, and the smallest and largest value of the seeds
+    is_in_parts: bool = False  # of runs so long that each point, and the band there, is of several steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +159,11 @@ def curves(results: Results, metric: Metric, *, is_appendix: bool = False) -> Pl
         groups = shown_at(results, place, every=is_appendix)
         panels.append(Panel(title=str(place), lines=[curve(runs, metric) for runs in groups]))
     n_rates = len(results.rates())
+    is_in_parts = any(line.is_in_parts for panel in panels for line in panel.lines)
     return Plot(
         name=f"{metric.name}_all" if is_appendix else metric.name,
         title=metric.title + _which_settings(results, is_appendix),
-        caption=metric.caption,
+        caption=metric.caption + IN_PARTS * is_in_parts,
         x_label="optimizer steps",
         y_label=metric.y_label,
         panels=panels,
@@ -171,22 +180,25 @@ def _which_settings(results: Results, is_appendix: bool) -> str:
     return ", best setting of each stabilizer" if has_many_settings(results) else ""
 
 
+class _Point(NamedTuple):
+    x: float
+    y: float
+    low: float  # below y only where it is of several steps of one run
+    high: float
+
+
 def curve(runs: Sequence[Result], metric: Metric) -> Line:
     """The mean of a metric over the seeds of one stabilizer with its settings, with their range."""
-    each = []
-    for run in runs:
-        values = run.curve(metric.read)
-        values = _smooth(values, max(1, run.cell.total_steps // SMOOTHING)) if metric.is_smoothed else values
-        each.append([(float(step), value if value > 0 or not metric.log_y else math.nan) for step, value in values])
+    each = [_points(run, metric) for run in runs]
     diverged: list[tuple[float, float | None]] = []
     unstable: list[tuple[float, float]] = []
     for run, points in zip(runs, each, strict=True):
-        finite = [point for point in points if math.isfinite(point[1])]
-        if (run.is_diverged or run.stop_record) and run.metrics:
+        last = next(((point.x, point.y) for point in reversed(points) if math.isfinite(point.y)), None)
+        if (run.is_diverged or run.stop_record) and run.curves:
             # A run that ended before its first value has a cross, too.
-            diverged.append(finite[-1] if finite else (float(run.step), None))
-        elif run.unstable:
-            unstable += finite[-1:]
+            diverged.append(last or (float(run.step), None))
+        elif run.unstable and last:
+            unstable.append(last)
     mean, band = _over_seeds(each, geometric_mean if metric.log_y else fmean)
     return Line(
         name=f"{runs[0].place} {runs[0].label}",
@@ -197,20 +209,39 @@ def curve(runs: Sequence[Result], metric: Metric) -> Line:
         diverged=diverged,
         unstable=unstable,
         band=band,
+        is_in_parts=any(run.over_steps(metric.read).is_in_parts for run in runs),
     )
 
 
+def _points(run: Result, metric: Metric) -> list[_Point]:
+    """The metric of one run, nan where its axis cannot show the value."""
+    found = run.over_steps(metric.read)
+    values = found.mean.tolist()
+    if metric.is_smoothed:
+        values = _smooth(found.steps.tolist(), values, max(1, run.cell.total_steps // SMOOTHING))
+    if metric.log_y:
+        values = [value if value > 0 else math.nan for value in values]
+    low, high = (found.low.tolist(), found.high.tolist()) if found.is_in_parts else (values, values)
+    return list(map(_Point, map(float, found.steps.tolist()), values, low, high))
+
+
 def _over_seeds(
-    curves: Sequence[list[tuple[float, float]]], average: Callable[[Sequence[float]], float]
+    curves: Sequence[Sequence[_Point]], average: Callable[[Sequence[float]], float]
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float, float]]]:
     """The mean of the finite values at each step, nan where there is none, and their range."""
-    at_step: dict[float, list[float]] = {}
-    for x, y in (point for curve in curves for point in curve):
-        at_step.setdefault(x, [])
-        at_step[x] += [y] if math.isfinite(y) else []
+    at_step: dict[float, list[_Point]] = {}
+    for point in itertools.chain.from_iterable(curves):
+        at_step.setdefault(point.x, [])
+        if math.isfinite(point.y):
+            at_step[point.x].append(point)
     ordered = sorted(at_step.items())
-    mean = [(x, average(values) if values else math.nan) for x, values in ordered]
-    return mean, [(x, min(values), max(values)) for x, values in ordered if len(values) > 1]
+    mean = [(x, average([point.y for point in points]) if points else math.nan) for x, points in ordered]
+    band = [
+        (x, min(point.low for point in points), max(point.high for point in points))
+        for x, points in ordered
+        if len(points) > 1 or any(point.low < point.high for point in points)
+    ]
+    return mean, band
 
 
 def _parts(results: Results) -> list[Plot]:
@@ -225,7 +256,7 @@ def _parts(results: Results) -> list[Plot]:
     panels = []
     for place in results.places():
         for runs in shown_at(results, place):
-            if any(run.curve("logits/delta_from_query") for run in runs):
+            if any("logits/delta_from_query" in run.curves for run in runs):
                 lines = [curve(runs, replace(DELTA, read=read)) for read in sources.values()]
                 panels.append(Panel(title=f"{place}, {runs[0].label}", lines=relabeled(lines, list(sources))))
     plot = Plot(
@@ -251,15 +282,15 @@ def relabeled(lines: Sequence[Line], labels: Sequence[str]) -> list[Line]:
     ]
 
 
-def _smooth(curve: list[tuple[int, float]], window: int) -> list[tuple[int, float]]:
-    """(step, mean of the finite values of the last `window` steps); nan where the value itself is not finite."""
+def _smooth(steps: Sequence[int], values: Sequence[float], window: int) -> list[float]:
+    """The mean of the finite values of the last `window` steps; nan where the value itself is not finite."""
     smoothed = []
     start = 0
-    for end, (step, value) in enumerate(curve):
-        while curve[start][0] <= step - window:
+    for end, (step, value) in enumerate(zip(steps, values, strict=True)):
+        while steps[start] <= step - window:
             start += 1
-        recent = [v for _, v in curve[start : end + 1] if math.isfinite(v)]
-        smoothed.append((step, fmean(recent) if math.isfinite(value) else math.nan))
+        recent = [v for v in values[start : end + 1] if math.isfinite(v)]
+        smoothed.append(fmean(recent) if math.isfinite(value) else math.nan)
     return smoothed
 
 
@@ -302,7 +333,7 @@ def _loss_by_rate(results: Results, *, is_appendix: bool = False) -> list[Plot]:
 
 def _rate_line(label: str, runs: Sequence[Result]) -> Line:
     completed = [r for r in runs if r.status == "completed"]
-    points = [[(r.lr, value)] for r in completed if (value := r.number("val_loss")) is not None]
+    points = [[_Point(r.lr, loss, loss, loss)] for r in completed if (loss := r.number("val_loss")) is not None]
     mean, band = _over_seeds(points, fmean)
     unstable_rates = {r.lr for r in completed if r.unstable}
     first = runs[0]

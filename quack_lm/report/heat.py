@@ -3,10 +3,15 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
+from quack_lm.report.curves import Array
 from quack_lm.report.figures import shown_at
 from quack_lm.report.results import Place, Result, Results
 
 FEW_PLACES = 2
+# With more heads, each row of a map is of several.
+MOST_ROWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +19,10 @@ class HeatMap:
     """The table of one run; nan where a value was not finite, and no columns after the end of the run."""
 
     title: str
-    heads_per_layer: int
+    heads_per_row: int
+    rows_per_layer: int
     steps: list[int]
-    values: list[list[float]]  # [layer * heads_per_layer + head][step]
+    values: Array  # [layer * rows_per_layer + row, step]; the largest, where it is of several heads or steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,32 +55,29 @@ def heat_maps(results: Results) -> list[HeatMaps]:
 
 
 def _maps(place: Place, key: str, label: str, maps: list[HeatMap], seed: int) -> HeatMaps:
+    several = max(each.heads_per_row for each in maps)
+    rows = f"Each row is the largest of {several} neighboring heads" if several > 1 else "One row per head"
     return HeatMaps(
         name=f"heat_{key}_{place.attention}_lr{place.lr:g}",
         title=f"{label[0].upper()}{label[1:]} of every head ({place})",
-        caption=f"One row per head, lines between layers, seed {seed}. All panels share one logarithmic color scale.",
+        caption=f"{rows}, lines between layers, seed {seed}. All panels share one logarithmic color scale.",
         label=label,
         maps=maps,
     )
 
 
 def _map(run: Result, key: str) -> HeatMap | None:
-    lines = [line for line in run.metrics if line.get(key)]
-    if not lines:
+    curve = run.curves.get(key)
+    if curve is None:
         return None
-    lines = [line for line in lines if _shape(line[key]) == _shape(lines[0][key])]
-    columns = [[_positive(value) for row in line[key] for value in row] for line in lines]
+    tables = np.where(curve.high > 0, curve.high.astype(np.float64), np.nan)
+    _, layers, heads = tables.shape
+    heads_per_row = min(heads, math.ceil(layers * heads / MOST_ROWS))
+    rows = np.fmax.reduceat(tables, range(0, heads, heads_per_row), axis=2)
     return HeatMap(
         title=run.label,
-        heads_per_layer=len(lines[0][key][0]),
-        steps=[line["step"] for line in lines],
-        values=[list(row) for row in zip(*columns, strict=True)],
+        heads_per_row=heads_per_row,
+        rows_per_layer=rows.shape[2],
+        steps=curve.steps.tolist(),
+        values=rows.reshape(len(rows), -1).T,
     )
-
-
-def _shape(table: list[list[float]]) -> tuple[int, int]:
-    return len(table), len(table[0])
-
-
-def _positive(value: float | None) -> float:
-    return value if value is not None and value > 0 else math.nan

@@ -1,22 +1,24 @@
 """What the runs of a sweep directory measured, as plain data for the table, the figures and the page."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from quack_lm.config import choice
-from quack_lm.files import metrics_line
+from quack_lm.report.curves import EMPTY, Array, Curve, CurveReader, read_lines
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.label import describe_differences, title
 from quack_lm.sweep.plan import SweepPlan, read_plan
 from quack_lm.training.run_dir import FINISHED, RunDir
 from quack_lm.training.state import kind_of_end
 
-# A metric's name, or what to take from a line of metrics; `...` stands for "not due at this step".
-Reader = str | Callable[[dict[str, Any]], Any]
+# A metric's name, or what makes a curve of those that a run has.
+Reader = str | Callable[[Mapping[str, Curve]], Curve]
 
 
 class Place(NamedTuple):
@@ -50,7 +52,7 @@ class Result:
     condition: str  # settings outside the stabilizer that differ from those of most runs: "adamw_lr=0.01"
     status: str
     summary: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    curves: Mapping[str, Curve]  # by the names in metrics.jsonl
     environment: dict[str, Any]
     stop_record: dict[str, Any]  # what the sweep's stop rule wrote, if it ended the run
     blowup: Blowup | None  # the first head above the threshold
@@ -124,10 +126,14 @@ class Result:
         value = self.summary.get(key)
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
+    def over_steps(self, read: Reader) -> Curve:
+        """The metric, at the steps at which it was due."""
+        return self.curves.get(read, EMPTY) if isinstance(read, str) else read(self.curves)
+
     def curve(self, read: Reader) -> list[tuple[int, float]]:
-        """(step, value) wherever the metric was due; a value that was not finite is nan."""
-        values = [(line["step"], line.get(read, ...) if isinstance(read, str) else read(line)) for line in self.metrics]
-        return [(step, _number(value)) for step, value in values if value is not ...]
+        """(step, value) of a metric that is a number; nan where it was not finite."""
+        found = self.over_steps(read)
+        return list(zip(found.steps.tolist(), found.mean.tolist(), strict=True))
 
     @property
     def probe_cost(self) -> tuple[float, float] | None:
@@ -188,7 +194,7 @@ class Results:
 
     def with_results(self, results: Sequence[Result]) -> "Results":
         """The same sweep with these results: what differs between its runs is named anew."""
-        entries = [(r.cell, r.status, r.summary, r.metrics, r.environment, r.stop_record, r.blowup) for r in results]
+        entries = [(r.cell, r.status, r.summary, r.curves, r.environment, r.stop_record, r.blowup) for r in results]
         return make_results(self.directory, self.plan, entries)
 
     def not_in_plan(self) -> list[str]:
@@ -198,8 +204,8 @@ class Results:
         return sorted(found - planned)
 
 
-# A cell, and its status, summary, metrics, environment, stop record and blow-up.
-Entry = tuple[Cell, str, dict[str, Any], list[dict[str, Any]], dict[str, Any], dict[str, Any], Blowup | None]
+# A cell, and its status, summary, curves, environment, stop record and blow-up.
+Entry = tuple[Cell, str, dict[str, Any], Mapping[str, Curve], dict[str, Any], dict[str, Any], Blowup | None]
 
 
 def from_runs(directory: Path) -> Results:
@@ -207,35 +213,30 @@ def from_runs(directory: Path) -> Results:
     plan = read_plan(directory)
     entries = []
     for cell in plan.cells:
-        metrics = list(_metrics(cell.run_dir.metrics_file))
-        environment = cell.run_dir.environment()
-        blowup = first_blowup(metrics, cell.config["trainer"].get("unstable_logit", math.inf))
-        entries.append(
-            (
-                cell,
-                cell.run_dir.status(),
-                cell.run_dir.summary(),
-                metrics,
-                environment,
-                cell.run_dir.stop_record(),
-                blowup,
-            )
-        )
+        run = cell.run_dir
+        curves, blowup = _read_metrics(cell)
+        entries.append((cell, run.status(), run.summary(), curves, run.environment(), run.stop_record(), blowup))
     return make_results(directory, plan, entries)
 
 
-def first_blowup(metrics: Iterable[dict[str, Any]], limit: float) -> Blowup | None:
-    """The first line of metrics with a head above the limit; None if no head ever was."""
-    for line in metrics:
-        heads = [
-            (math.inf if value is None else value, layer, head)
-            for layer, row in enumerate(line.get("logits/max_per_head", []))
-            for head, value in enumerate(row)
-        ]
-        largest, layer, head = max(heads, default=(-math.inf, 0, 0), key=lambda entry: entry[0])
-        if largest > limit:
-            return Blowup(line["step"], layer, head)
-    return None
+def _read_metrics(cell: Cell) -> tuple[dict[str, Curve], Blowup | None]:
+    reader, blowup = CurveReader(cell.total_steps), None
+    limit = cell.config["trainer"].get("unstable_logit", math.inf)
+    for step, values in read_lines(cell.run_dir.metrics_file):
+        for key, value in values.items():
+            reader.add(step, key, value)
+        if blowup is None and "logits/max_per_head" in values:
+            blowup = _blowup(step, values["logits/max_per_head"], limit)
+    return reader.curves(), blowup
+
+
+def _blowup(step: int, max_logits: Array, limit: float) -> Blowup | None:
+    """The largest head of a [layers, heads] table, if it is above the limit, as a value that is not finite is."""
+    found = np.nan_to_num(max_logits, nan=np.inf, posinf=np.inf)
+    if not found.max() > limit:
+        return None
+    layer, head = np.unravel_index(found.argmax(), found.shape)
+    return Blowup(step, int(layer), int(head))
 
 
 def make_results(directory: Path, plan: SweepPlan, entries: Sequence[Entry]) -> Results:
@@ -248,12 +249,12 @@ def make_results(directory: Path, plan: SweepPlan, entries: Sequence[Entry]) -> 
             condition=condition,
             status=status,
             summary=summary,
-            metrics=metrics,
+            curves=curves,
             environment=environment,
             stop_record=record,
             blowup=blowup,
         )
-        for (cell, status, summary, metrics, environment, record, blowup), (settings, condition) in zip(
+        for (cell, status, summary, curves, environment, record, blowup), (settings, condition) in zip(
             entries, named, strict=True
         )
     ]
@@ -269,34 +270,6 @@ def make_results(directory: Path, plan: SweepPlan, entries: Sequence[Entry]) -> 
 
     results.sort(key=rank)
     return Results(directory=directory, plan=plan, results=results)
-
-
-def _metrics(path: Path) -> Iterable[dict[str, Any]]:
-    if path.is_file():
-        # The last line of a run that is being written, or was killed while writing, is empty.
-        yield from map(numeric_fields, filter(None, map(metrics_line, path.read_text(errors="replace").splitlines())))
-
-
-def numeric_fields(line: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a line of metrics that are numbers or [layer][head] tables of them; None is a value that was not
-    finite."""
-    return {key: value for key, value in line.items() if _is_number(value) or _is_table(value)}
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, int | float)
-
-
-def _is_table(value: Any) -> bool:
-    """Whether it is a [layer][head] table: rows of numbers, equally long."""
-    if not isinstance(value, list) or not all(isinstance(row, list) and row for row in value):
-        return False
-    return len({len(row) for row in value}) == 1 and all(_is_number(entry) for row in value for entry in row)
-
-
-def _number(value: Any) -> float:
-    """nan for null, which a run writes for a value that is not finite, and for anything that is not a number."""
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _ranks(names: Iterable[Any]) -> dict[Any, int]:
