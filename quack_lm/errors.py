@@ -1,8 +1,7 @@
-"""The one exception for a user's error, what becomes one, and how it is printed."""
+"""The one exception for a user's error, and what becomes one."""
 
 import errno
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,14 +49,3 @@ def exit_without_teardown(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def printable(text: str) -> str:
-    """The text without control characters: an untrusted file must not steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def one_line(text: str) -> str:
-    """The text on one line, printable, and without the passwords of URLs."""
-    # Whatever stands before an @ in a URL. A path keeps one slash of `://`, and a grammar may remove the colon.
-    return re.sub(r"(:/+|//)[^/\s]*@", r"\1***@", printable(" ".join(text.split())))

@@ -19,6 +19,10 @@ LOCK_POLL_S = 0.2
 # What a node that died had locked is free again when the file server has noticed.
 LOCK_WAIT_S = 180.0
 HASHING_THREADS = 8
+# Of what a run writes: a list in a section of a config in a state has 4.
+MOST_LEVELS = 20
+# Weights, rates and measurements are float32 on the device.
+LARGEST_FLOAT = 3.4e38
 
 
 def open_regular(path: Path, mode: str = "r", *, errors: str | None = None) -> IO[Any]:
@@ -64,22 +68,60 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty where there is none, or it is damaged. Raises PermissionError."""
     try:
         with open_regular(path) as file:
-            found = json.load(file)
+            found = parse_json(file.read())
     except PermissionError:
         raise
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def metrics_line(line: str | bytes) -> dict[str, Any]:
-    """What a line of metrics.jsonl says; empty where it is damaged, or not such a line."""
+def parse_json(text: str | bytes) -> Any:
+    """JSON of unknown origin; ValueError also where it is nested deeper than anything that a run writes.
+
+    An integer of more than 64 bits is a float, which no other library refuses.
+    """
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        value = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [
+            item for v in level if isinstance(v, dict | list) for item in (v.values() if isinstance(v, dict) else v)
+        ]
+    if level:
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def metrics_line(line: str | bytes) -> dict[str, Any]:
+    """The measurements in a line of metrics.jsonl; empty where it is damaged, or not such a line."""
+    try:
+        return measurements(parse_json(line))
+    except ValueError:
         return {}
-    step = record.get("step") if isinstance(record, dict) else None
-    return record if type(step) is int and 0 <= step < 2**63 else {}
+
+
+def measurements(record: Any) -> dict[str, Any]:
+    """The entries of a record that a run can have measured, or nothing if it has no step: numbers of a float32, None
+    for one that was not finite, and [layer][head] tables of them."""
+    kept = {}
+    for key, value in record.items() if isinstance(record, dict) else ():
+        if _is_table(value) if str(key).endswith("_per_head") else _is_number(value) or _is_table(value):
+            kept[key] = value
+    is_line = all(type(kept.get(key, 0)) is int and 0 <= kept.get(key, 0) < 2**63 for key in ("step", "tokens"))
+    return kept if "step" in kept and is_line else {}
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and not abs(value) > LARGEST_FLOAT)
+
+
+def _is_table(value: Any) -> bool:
+    if not isinstance(value, list) or not all(isinstance(row, list) and row for row in value):
+        return False
+    return len({len(row) for row in value}) == 1 and all(_is_number(entry) for row in value for entry in row)
 
 
 def file_sha256(path: Path) -> str:

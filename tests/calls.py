@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import io
 import os
 import runpy
 import struct
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from quack_lm.cli import main
 from quack_lm.config import CONFIG_DIR
 
 SCRIPTS = CONFIG_DIR.parent / "scripts"
@@ -46,6 +48,19 @@ def as_any_user() -> Iterator[None]:
         yield
     finally:
         assert libc.capset(header, held) == 0
+
+
+def call(*arguments: str) -> tuple[Any, str, str]:
+    """The same without fixtures, for many calls in one test; what cannot be encoded is an error, as on a terminal."""
+    outputs = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=e) for e in ("strict", "backslashreplace")]
+    code: Any = 0
+    with contextlib.redirect_stdout(outputs[0]), contextlib.redirect_stderr(outputs[1]):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            code = end.code or 0
+    stdout, stderr = (output.detach().getvalue().decode() for output in outputs)  # type: ignore[attr-defined]
+    return code, stdout, stderr
 
 
 def snapshot(*directories: Path) -> dict[str, Any]:

@@ -49,9 +49,10 @@ UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "logit_paths": set(),
+    "text": {"errors"},
     "files": {"errors"},
     "slurm": {"errors"},
-    "config": {"errors", "files"},
+    "config": {"errors", "files", "text"},
     "stabilizers": {"logit_paths"},
     "attention": {"logit_paths", "errors"},
     "model": {"attention", "errors"},
@@ -59,11 +60,11 @@ LAYERS: dict[str, set[str]] = {
     "optim": {"parallel"},
     "step": {"attention", "logit_paths", "parallel", "stabilizers"},
     "probe": {"attention", "logit_paths", "parallel", "step"},
-    "data": {"errors", "files"},
+    "data": {"errors", "files", "text"},
 }
 LAYERS["training"] = {*LAYERS}
-LAYERS["sweep"] = {"config", "errors", "files", "slurm", "training"}
-LAYERS["report"] = {"config", "errors", "files", "slurm", "sweep", "training"}
+LAYERS["sweep"] = {"config", "errors", "files", "slurm", "text", "training"}
+LAYERS["report"] = {"config", "errors", "files", "slurm", "sweep", "text", "training"}
 LAYERS["paper"] = {"report"}
 LAYERS["cli"] = {*LAYERS}
 LAYERS["__main__"] = {"cli"}
@@ -160,6 +161,14 @@ def test_nothing_read_from_a_file_can_run_code(path: Path) -> None:
     assert not calls & UNSAFE_BUILTINS
     assert "allow_pickle" not in path.read_text()
     assert "weights_only=False" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_only_one_module_writes_to_a_terminal_or_knows_what_a_medium_escapes(path: Path) -> None:
+    if name_of(path) != "quack_lm/text.py" and path.is_relative_to(PACKAGE):
+        calls = {ast.unparse(node.func) for node in nodes(path) if isinstance(node, ast.Call)}
+        assert not calls & {"print", "sys.stdout.write", "sys.stderr.write", "sys.stdout.writelines", "html.escape"}
+        assert not {"isprintable", "unicode_escape"} & {name.split(".")[-1] for name in attributes(path)}
 
 
 def test_training_does_not_load_the_libraries_of_preparation_mirrors_and_plots() -> None:

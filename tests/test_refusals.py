@@ -27,7 +27,7 @@ import yaml
 from calls import SCRIPTS, as_any_user, call_here, snapshot, write_files
 
 from quack_lm.cli import exit_on_user_error
-from quack_lm.config import compose
+from quack_lm.config import CONFIG_DIR, compose
 from quack_lm.files import file_sha256
 from quack_lm.report import collected
 from quack_lm.training.build import build_run
@@ -592,7 +592,7 @@ TRAIN: dict[str, Bad] = {
     ),
     "state_with_progress_of_another_step": bad_progress(r"it is of step 1\)", step=1),
     "state_with_a_negative_step": bad_progress(r"step: .*greater than or equal to 0", step=-5),
-    "state_with_a_step_beyond_64_bits": bad_progress(r"step: .*less than 9223372036854775808", step=2**70),
+    "state_with_a_step_beyond_64_bits": bad_progress(r"step: .*integer", step=2**70),
     "state_with_a_step_that_is_true": bad_progress(r"step: .*integer", step=True),
     "state_with_a_list_of_seconds": bad_progress(r"outside_s: .*dictionary", outside_s=[1]),
     "state_with_seconds_in_words": bad_progress(r"outside_s\.probe: .*number", outside_s={"probe": "1"}),
@@ -659,19 +659,14 @@ TRAIN: dict[str, Bad] = {
     "token_in_a_url_that_is_replaced": secret(
         "logger.name='https://hunter2@pond.example/x'", r"logger\.name has a password", "logger.name=pond"
     ),
-    "password_for_a_number": secret("trainer.steps='https://duck:hunter2@h/x'", r"trainer\.steps has a password"),
-    "password_for_a_tokenizer": secret("data.tokenizer=https://duck:hunter2@h/x", r"data\.tokenizer has a password"),
-    "password_for_a_choice": secret("attention='https://duck:hunter2@h/x'", r"attention has a password"),
-    "password_in_what_cannot_be_read": secret("logger.tags=[https://duck:hunter2@h/x", r"cannot read .*//\*\*\*@h/x"),
-    "password_in_a_key": secret("https://duck:hunter2@h/x=3", r"cannot read 'https://\*\*\*@h/x=3'"),
-    "password_in_a_flag": secret("--https://duck:hunter2@h/x", r"unknown flag --https://\*\*\*@h/x"),
-    "password_in_the_name_of_a_file": secret(
-        "--config=https://duck:hunter2@h/x", r"--config https:/\*\*\*@h/x: no such"
+    "token_in_a_query": secret(
+        "data.dir='https://h/x?token=hunter2'", r"data\.dir has a password in its URL.*~/\.netrc"
     ),
-    "password_in_a_dictionary": secret("logger.name={https://duck:hunter2@h: 1}", r"logger\.name=.*//\*\*\*@h: 1"),
-    "password_in_a_sweep_of_values": secret(
-        "seed=https://duck:hunter2@h,1", r"seed=https://\*\*\*@h,1 has several values"
-    ),
+    "token_in_a_fragment": secret("run_dir='https://h/x#access_token=hunter2'", r"run_dir has a password"),
+    "signed_url": secret("data.tokenizer=https://h/x?X-Amz-Signature=hunter2", r"data\.tokenizer has a password"),
+    "password_in_what_cannot_be_read": secret("logger.tags=[https://duck:hunter2@h/x", r"logger\.tags has a password"),
+    "password_in_a_key": secret("https://duck:hunter2@h/x=3", r"quack-lm train has a password"),
+    "password_in_the_name_of_a_file": secret("--config=https://duck:hunter2@h/x", r"--config has a password"),
     "password_for_wandb": Bad(
         ["logger.wandb=online"],
         r"^error: WANDB_BASE_URL in the environment has a password in its URL(?!.*hunter2)",
@@ -710,6 +705,10 @@ CONFIG_FILES: dict[str, tuple[bytes, str]] = {
     "foreign_section": (b"seed: 1\nhook: {_target_: os.system, command: touch pwned}\n", r"unknown key hook"),
     "resolver": (b"seed: 1\nrun_dir: '${oc.env:HOME}'\n", r"run_dir='\$\{oc\.env:HOME\}'.*plain references"),
     "password_for_a_number": (b"seed: 'https://duck:hunter2@h/x'\nrun_dir: x\n", r"^(?!.*hunter2).*seed='https://\*"),
+    "token_for_a_number": (
+        b"seed: 'https://h/x?sig=hunter2'\nrun_dir: x\n",
+        r"^(?!.*hunter2).*seed='https://h/x\?sig=\*",
+    ),
     "number_as_a_key": (b"seed: 1\n3: 4\n", r"unknown key 3"),
     "anchors_into_themselves": (b"seed: &a [*a]\n", r"seed|TMP/file\.yaml"),
     "not_utf8": ("seed: größer\n".encode("latin-1"), r"--config TMP/file\.yaml: not a readable yaml"),
@@ -735,6 +734,16 @@ CONFIG_FILES: dict[str, tuple[bytes, str]] = {
 def parquet(columns: dict[str, list[Any]]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def results_with(**values: str) -> bytes:
+    """The collected results of a sweep, with another value in every row."""
+    table = pq.read_table(CONFIG_DIR.parent / "docs/results/sensitivity/results.parquet")
+    for name, value in values.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array([value] * len(table)))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -841,9 +850,6 @@ PREPARE: dict[str, Bad] = {
     "data_set_with_a_damaged_manifest": one(
         "data.dir=TMP/data", r"manifest\.json is damaged", **damaged_data(written("manifest.json", "{"))
     ),
-    "password_in_a_url": one(
-        "data.files=['https://duck:hunter2@pond.example/x.txt']", r"data\.files has a password(?!.*hunter2)"
-    ),
 }
 
 # ------------------------------------------------------------------------------------------------ scripts/sweep.py
@@ -900,6 +906,12 @@ SWEEP: dict[str, Bad] = {
     "token_in_a_url_for_every_run": sweep_file(
         MHA, r"^(?!.*hunter2).*logger\.name has a password", "logger.name='https://hunter2@pond.example/x'"
     ),
+    "token_in_a_url_of_the_file": sweep_file(
+        "# Why?\nbase: [experiment=tiny, 'data.dir=\"https://h/x?token=hunter2\"', data.dir=x]\n"
+        "grid: {attention: [mha]}\n",
+        r"^(?!.*hunter2).*data\.dir has a password",
+    ),
+    "token_in_the_directory": sweep_file(MHA, r"^(?!.*hunter2).*dir has a password", "dir=https://h/x?token=hunter2"),
     "scale_of_a_file_without": sweep_file(MHA, r"has no scales", "scale=small"),
     "scale_with_an_unknown_key": sweep_file(
         GRID.replace("{base", "{sedes: [1], base"), r"unknown key scales\.small\.sedes; did you mean", "scale=small"
@@ -1007,6 +1019,9 @@ REPORT: dict[str, Bad] = {
         "TMP",
         r"TMP: results\.parquet .* is invalid .*collect",
         files={"results.parquet": parquet({"a": [1]})},
+    ),
+    "results_with_a_status_that_no_run_has": one(
+        "TMP", r"unknown status", files={"results.parquet": results_with(status="evil\x1b[31m")}
     ),
     "results_are_cut": one(
         "TMP", r"TMP: results\.parquet .* is invalid", files={"results.parquet": parquet({"a": [1]})[:-9]}

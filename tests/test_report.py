@@ -222,12 +222,6 @@ def test_settings_that_differ_within_a_stabilizer_are_part_of_its_name(tmp_path,
     assert [r.label for r in results.from_runs(save(*cells)).results] == ["quack tau=0.1", "quack tau=1", "qk_clip"]
 
 
-def test_a_bar_in_a_name_does_not_break_the_markdown_table(tmp_path, save):
-    cells = [make_cell(tmp_path, "mha", "quack", norm=norm) for norm in ("a|b", "c")]
-    lines = runs.table(results.from_runs(save(*cells))).as_markdown().splitlines()
-    assert "a\\|b" in lines[2]
-
-
 # ------------------------------------------------------------------------------------------------ the figures
 
 

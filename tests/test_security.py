@@ -1,7 +1,8 @@
 """The proof of SECURITY.md: an untrusted file is read or refused, and can do nothing else.
 
 A section for each kind of file that somebody else may have made, then shells and secrets. That a data set reads no file
-outside of its directory, and that pipes, devices and damaged files are refused, is in test_refusals.py.
+outside of its directory, and that pipes, devices and damaged files are refused, is in test_refusals.py; what becomes of
+text from such files in test_text.py.
 """
 
 import ast
@@ -13,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from calls import SCRIPTS, call_here, snapshot, write_files
 
 from quack_lm.config import CONFIG_DIR, compose
 from quack_lm.errors import UserError
-from quack_lm.sweep.cell import shell_line
+from quack_lm.text import shell_line
 from quack_lm.training.build import build_run
 from quack_lm.training.check import check_run
 from quack_lm.training.loop import train
@@ -157,26 +157,6 @@ def parquet_with_pickles(path: Path, proof: Path, columns: dict[str, list[Any]])
     pq.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata={b"huggingface": payload})), path)
 
 
-def test_a_collected_result_can_put_no_markup_or_escape_into_a_report(tmp_path: Path, monkeypatch, capsys) -> None:
-    hostile = "<img src=x onerror=alert(1)>\x1b[31m"
-    for name in ("results.parquet", "curves.parquet"):
-        shutil.copy(CONFIG_DIR.parent / "docs/results/fig1-proxy" / name, tmp_path)
-    table = pq.read_table(tmp_path / "results.parquet")
-    told = {**table.schema.metadata, b"quack_lm.question": hostile.encode(), b"quack_lm.sweep": hostile.encode()}
-    pq.write_table(table.replace_schema_metadata(told), tmp_path / "results.parquet")
-    assert call_here("report", [str(tmp_path), "-o", str(tmp_path / "out")], monkeypatch, capsys)[0] == 0
-    for page in ("report.md", "report.html"):
-        text = (tmp_path / "out" / page).read_text()
-        assert "\x1b" not in text
-        assert "<img src=x" not in text
-    column = pa.array([hostile] * len(table))
-    at = table.column_names.index("status")
-    pq.write_table(table.set_column(at, "status", column), tmp_path / "results.parquet")
-    code, _, stderr = call_here("report", [str(tmp_path), "-o", str(tmp_path / "two")], monkeypatch, capsys)
-    assert (code, stderr.count("\n")) == (2, 1)
-    assert "unknown status" in stderr
-
-
 def test_pickles_in_parquet_never_run(tmp_path: Path, monkeypatch, capsys) -> None:
     proof = tmp_path / "pwned"
     parquet_with_pickles(tmp_path / "results.parquet", proof, {"run": ["a"], "status": ["completed"]})
@@ -185,65 +165,6 @@ def test_pickles_in_parquet_never_run(tmp_path: Path, monkeypatch, capsys) -> No
     arguments = [f"data.dir={tmp_path}/set", f"data.files=[{tmp_path}/text.parquet]", "data.format=parquet"]
     call_here("prepare_data", ["data=local", "data.workers=0", *arguments], monkeypatch, capsys)
     assert not proof.exists()
-
-
-# ------------------------------------------------------------------------------------------------ reports
-
-
-@pytest.fixture
-def hostile_sweep(tmp_path: Path) -> Path:
-    """A sweep whose file, directory, labels and settings all have hostile names."""
-    from quack_lm.sweep.file import override_value
-
-    axis = {text: [f"data.dir={override_value(text)}"] for text in HOSTILE}
-    grid = json.dumps({"where": axis}, ensure_ascii=False)
-    text = f"# {HOSTILE[-2]} {HOSTILE[-1]}\nbase: [experiment=tiny]\ngrid: {grid}\n"
-    path = tmp_path / "$(touch pwned) `touch pwned` <script>'.yaml"
-    path.write_text(text)
-    return path
-
-
-class Tags(HTMLParser):
-    """The elements of a page with their attributes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-
-
-@pytest.mark.filterwarnings("ignore:Glyph")
-def test_a_report_on_hostile_names_has_no_element_of_theirs_and_fetches_nothing(
-    hostile_sweep: Path, tmp_path, monkeypatch, capsys
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    call_here("sweep", ["plan", f"sweep={hostile_sweep}", f"dir={tmp_path}/runs"], monkeypatch, capsys)
-    for cell in json.loads((tmp_path / "runs/plan.json").read_text())["cells"][-6:]:
-        lines = [{"step": step, "tokens": step, "train/loss": 1.0, "val/loss": 1.0 + step} for step in range(3)]
-        summary = {"status": "completed", "step": 2, "val_loss": 1.0, "unstable": HOSTILE, "reason": HOSTILE[-2]}
-        files = {
-            "metrics.jsonl": "\n".join(map(json.dumps, lines)) + "\n",
-            "summary.json": json.dumps(summary),
-            "environment.json": json.dumps({HOSTILE[-2]: HOSTILE[-2], "host": HOSTILE[-1]}),
-        }
-        write_files(tmp_path / "runs" / cell["name"], {name: text.encode() for name, text in files.items()})
-    code, _, stderr = call_here("report", [f"{tmp_path}/runs", "-o", f"{tmp_path}/<b>out"], monkeypatch, capsys)
-    assert code == 0, stderr
-    page = Tags()
-    page.feed((tmp_path / "<b>out/report.html").read_text())
-    assert len(page.seen) > 50
-    assert not {tag for tag, _ in page.seen} & {"script", "b", "iframe", "a", "object", "link"}
-    for tag, attributes in page.seen:
-        assert not any(name.startswith("on") for name in attributes)
-        assert tag != "img" or str(attributes["src"]).startswith("data:image/png;base64,")
-    markdown = (tmp_path / "<b>out/report.md").read_text()
-    prose = "\n".join(line for line in markdown.splitlines() if "quack-lm train" not in line)
-    assert "script>" in prose
-    assert "<script" not in prose
-    assert "](http" not in prose
-    assert not list(tmp_path.rglob("pwned"))
 
 
 # ------------------------------------------------------------------------------------------------ shells
@@ -296,6 +217,19 @@ def test_a_line_to_paste_gives_a_shell_the_same_arguments(tmp_path: Path) -> Non
     assert all(len(line.splitlines()) == 1 for line in lines)
     assert printed_by_bash(lines, tmp_path) == [[text, "x" + text] for text in HOSTILE]
     assert snapshot(tmp_path) == {}
+
+
+@pytest.fixture
+def hostile_sweep(tmp_path: Path) -> Path:
+    """A sweep whose file, directory, labels and settings all have hostile names."""
+    from quack_lm.sweep.file import override_value
+
+    axis = {text: [f"data.dir={override_value(text)}"] for text in HOSTILE}
+    grid = json.dumps({"where": axis}, ensure_ascii=False)
+    text = f"# {HOSTILE[-2]} {HOSTILE[-1]}\nbase: [experiment=tiny]\ngrid: {grid}\n"
+    path = tmp_path / "$(touch pwned) `touch pwned` <script>'.yaml"
+    path.write_text(text)
+    return path
 
 
 def test_hostile_names_reach_every_run_as_they_are_and_no_shell(

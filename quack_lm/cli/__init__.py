@@ -13,7 +13,9 @@ command, for torchrun and srun.
 """
 
 import importlib
+import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,8 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from quack_lm import __version__, slurm
-from quack_lm.errors import UserError, exit_without_teardown, explaining, one_line
+from quack_lm.errors import UserError, exit_without_teardown, explaining
+from quack_lm.text import PrintableRecord, echo, one_line, refuse_secret
 
 VERBS = ("train", "prepare", "sweep", "report", "preflight", "submit", "completion")
 
@@ -29,15 +32,19 @@ VERBS = ("train", "prepare", "sweep", "report", "preflight", "submit", "completi
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit with its code."""
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    logging.setLogRecordFactory(PrintableRecord)
     with exit_on_user_error():
         if verb in ("-h", "--help", "help"):
-            print(__doc__)
+            echo(*__doc__.splitlines())
             sys.exit(0)
         if verb == "--version":
-            print(f"quack-lm {__version__}")
+            echo(f"quack-lm {__version__}")
             sys.exit(0)
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb}; choose one of: {', '.join(VERBS)}")
+        for argument in rest:  # which are written down
+            key = re.match(r"[\w.+-]+(?==)", argument)
+            refuse_secret(key[0] if key else f"quack-lm {verb}", argument)
         try:
             # Imported late: no verb pays for the libraries of another.
             sys.exit(importlib.import_module(f"quack_lm.cli.{verb}").main(rest))
@@ -62,7 +69,7 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         slurm.tell_job("user_error")
         if slurm.is_first_on_node():
-            print(f"error: {one_line(str(error))}", file=sys.stderr)
+            echo(f"error: {one_line(str(error))}", err=True)
         else:
             time.sleep(slurm.SRUN_STDERR_GRACE_S)
         slurm.flush_before_srun_kills()
@@ -71,7 +78,7 @@ def exit_on_user_error() -> Iterator[None]:
             exit_without_teardown(2)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        echo("interrupted", err=True)
         raise SystemExit(130) from None
     except BrokenPipeError:
         # The reader of the output has gone, `| head` for instance: no traceback, here or when Python flushes at exit.

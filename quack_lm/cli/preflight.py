@@ -17,6 +17,7 @@ import os
 
 from quack_lm.config import compose, read_flags
 from quack_lm.errors import UserError
+from quack_lm.text import echo
 
 # Long enough for a node whose file system is slow to load Python from.
 JOIN_TIMEOUT_S = 180.0
@@ -27,7 +28,7 @@ DATA_TIMEOUT_S = 7200.0
 def main(arguments: list[str]) -> int:
     """Check, print, and say how it went."""
     if {"-h", "--help"} & set(arguments):
-        print(__doc__)
+        echo(*(__doc__ or "").splitlines())
         return 0
     file, _, overrides = read_flags([one for one in arguments if not one.startswith("ranks=")])
     ranks = expected_ranks([one for one in arguments if one.startswith("ranks=")])
@@ -72,8 +73,8 @@ def main(arguments: list[str]) -> int:
     is_ready = not world.all_gather(any(row.is_ok is False for row in rows)).count(True)
     if world.is_main:
         words = {True: "ok", False: "FAIL", None: "-"}
-        print(Table(header=("check", "", "found"), rows=[(r.check, words[r.is_ok], r.found) for r in rows]).as_text())
-        print("\nready to train" if is_ready else "\nFAILED: fix the checks marked FAIL")
+        table = Table(header=("check", "", "found"), rows=[(r.check, words[r.is_ok], r.found) for r in rows])
+        echo(*table.as_text().splitlines(), "", "ready to train" if is_ready else "FAILED: fix the checks marked FAIL")
     return world.shutdown(0 if is_ready else 2)
 
 

@@ -32,34 +32,36 @@ Flags:
 An interrupted preparation continues when the same command is given again; a finished one is left alone.
 """
 
-import sys
 from pathlib import Path
+
+from quack_lm.text import echo
 
 
 def main(arguments: list[str]) -> int:
     """Prepare the data set that the arguments describe and print its sizes."""
     # Imported late: worker processes import this module and need none of these.
     from quack_lm.config import compose, instantiate, read_flags
-    from quack_lm.data.prepare import is_prepared, prepare
+    from quack_lm.data.prepare import directory_errors, is_prepared, prepare
     from quack_lm.errors import UserError, exit_without_teardown
 
     if {"-h", "--help"} & set(arguments):
-        print((__doc__ or "").replace("{choices}", data_choices()))
+        echo(*(__doc__ or "").replace("{choices}", data_choices()).splitlines())
         return 0
     file, is_check, overrides = read_flags(arguments)
     # The default of train is the paper's data: nobody should start to download that without having asked for it.
     if file is None and not any(override.startswith(("data=", "experiment=")) for override in overrides):
-        print(f"The choices of data:\n\n{data_choices()}\n")
+        echo("The choices of data:", "", *data_choices().splitlines(), "")
         raise UserError("no data chosen; for the smallest, which needs no download: quack-lm prepare data=stdlib")
     corpus = instantiate(compose(overrides, file=file)["data"])
     if is_check:
-        state = "prepared already" if is_prepared(corpus) else "not prepared yet; its settings are valid"
-        print(f"{corpus.dir} is {state}")
+        with directory_errors(corpus):
+            state = "prepared already" if is_prepared(corpus) else "not prepared yet; its settings are valid"
+        echo(f"{corpus.dir} is {state}")
         return 0
     try:
         directory = prepare(corpus)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from here", file=sys.stderr)
+        echo("", "interrupted; the same command continues from here", err=True)
         exit_without_teardown(130)  # a library that trains a tokenizer would be waited for
     print_sizes(directory)
     return 0
@@ -79,8 +81,8 @@ def print_sizes(directory: Path) -> None:
     from quack_lm.data.manifest import SPLITS, TokenData
 
     manifest = TokenData.open(directory, verify_checksums=False).manifest
-    print(f"{directory}: {manifest.vocab_size} vocabulary, unigram entropy {manifest.unigram_entropy:.3f} nats/token")
-    print(f"{'split':<6} {'documents':>12} {'tokens':>16} {'shards':>7}")
+    echo(f"{directory}: {manifest.vocab_size} vocabulary, unigram entropy {manifest.unigram_entropy:.3f} nats/token")
+    echo(f"{'split':<6} {'documents':>12} {'tokens':>16} {'shards':>7}")
     for name in SPLITS:
         split = manifest.split(name)
-        print(f"{name:<6} {split.documents:>12,} {split.tokens:>16,} {len(split.shards):>7,}")
+        echo(f"{name:<6} {split.documents:>12,} {split.tokens:>16,} {len(split.shards):>7,}")

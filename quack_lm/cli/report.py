@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from quack_lm import report
-from quack_lm.config import refuse_password
 from quack_lm.errors import UserError
 from quack_lm.paper import claims, figures
-from quack_lm.sweep.cell import shell_line
+from quack_lm.text import echo, shell_line
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,8 +25,6 @@ def main(arguments: list[str]) -> int:
     parser = _Parser(prog="quack-lm report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep_dir", type=Path, help="a directory of quack-lm sweep run, or of its collected files")
     parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="where to write (default: SWEEP_DIR/report)")
-    for argument in arguments:  # what is read is written down
-        refuse_password("quack-lm report", argument)
     options = parser.parse_args(arguments)
     command = shell_line(["quack-lm", "report", *arguments])
     path = report.write(
@@ -37,5 +34,5 @@ def main(arguments: list[str]) -> int:
         conclusions=[claims.recipe, claims.section],
         more_plots=[figures.plots],
     )
-    print(f"report: {path}")
+    echo(f"report: {path}")
     return 0

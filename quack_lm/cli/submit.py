@@ -19,10 +19,10 @@ Exit codes: that of sbatch; 2 for an error in the settings.
 """
 
 import subprocess
-import sys
 
 from quack_lm import slurm
 from quack_lm.errors import UserError
+from quack_lm.text import echo
 
 JOBS = ("train", "prepare", "preflight")
 
@@ -30,7 +30,7 @@ JOBS = ("train", "prepare", "preflight")
 def main(arguments: list[str]) -> int:
     """Check the settings, then call sbatch."""
     if {"-h", "--help"} & set(arguments):
-        print((__doc__ or "").format(site=slurm.SLURM_DIR / "site.sh"))
+        echo(*(__doc__ or "").format(site=slurm.SLURM_DIR / "site.sh").splitlines())
         return 0
     flags, job = slurm.split_flags(arguments)
     if not job or job[0] not in JOBS:
@@ -66,7 +66,7 @@ def _check(site: slurm.Site, flags: dict[str, str], verb: str, settings: list[st
     except OSError as error:
         done, failure = None, str(error)
     if done and done.returncode == 2:
-        sys.stderr.write(done.stdout)
+        echo(*done.stdout.splitlines(), err=True)
         raise UserError("nothing is submitted; QUACK_PREFLIGHT=no skips this check, for files that another job makes")
     if not done or done.returncode:
-        print(f"warning: the settings cannot be checked on this machine: {failure}", file=sys.stderr)
+        echo(f"warning: the settings cannot be checked on this machine: {failure}", err=True)

@@ -19,19 +19,18 @@ for a mistake in the command or a file, or a cluster that does not answer.
 import json
 import math
 import re
-import shlex
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quack_lm.config import nearest, refuse_password, split_axes, unknown_flag
-from quack_lm.errors import UserError, printable
+from quack_lm.config import nearest, split_axes, unknown_flag
+from quack_lm.errors import UserError
 from quack_lm.sweep import cluster, cost, file, local, multirun
-from quack_lm.sweep.cell import reuse, shell_line
+from quack_lm.sweep.cell import reuse
 from quack_lm.sweep.plan import PLAN_FILE, SweepPlan, make_cells, read_plan, write_plan
+from quack_lm.text import echo, shell_line
 
 VERBS = {
     "plan": "compose and check every run, write plan.json (not with --check), print runs and cost; trains nothing",
@@ -161,7 +160,6 @@ def parse(arguments: list[str]) -> Command:
             continue
         if verb not in key.verbs:
             raise UserError(f"{argument} has no meaning for {verb}, only for {', '.join(key.verbs)}")
-        refuse_password(name, value)
         try:
             read = key.read(value)
         except ValueError:
@@ -213,19 +211,19 @@ def print_what_follows(plan: SweepPlan) -> None:
     """That a plan with tuning seeds grows when these have selected the settings."""
     seeds = plan.tune_seeds
     if any(cell.config["seed"] in seeds and not cell.is_finished() for cell in plan.cells):
-        print("when the tuning runs have finished, the same command plans the judging seeds of the selected settings")
+        echo("when the tuning runs have finished, the same command plans the judging seeds of the selected settings")
 
 
 def print_plan(plan: SweepPlan, command: Command) -> None:
-    print(*map(printable, plan.question.splitlines()), sep="\n", end="\n\n")
+    echo(*plan.question.splitlines(), "")
     for cell in plan.cells:
-        print(f"{cell.run_dir.status():11} {cell.command()}")
+        echo(f"{cell.run_dir.status():11} {cell.command()}")
     unfinished = sum(not cell.is_finished() for cell in plan.cells)
     assumed = cost.Speed(mfu=command.own["mfu"], tflops=command.own["tflops"]) if "mfu" in command.own else None
     total = cost.estimate(plan.cells, cost.count_flops(plan.cells, _flops_per_token), assumed)
-    print(f"\n{len(plan.cells)} runs, {unfinished} unfinished; {total.tokens:.3g} tokens, {total.flops:.3g} FLOPs")
+    echo("", f"{len(plan.cells)} runs, {unfinished} unfinished; {total.tokens:.3g} tokens, {total.flops:.3g} FLOPs")
     if total.hours is None or total.hours_left is None:
-        print("hours: unknown before a run has finished; mfu=0.4 tflops=989 would assume a speed")
+        echo("hours: unknown before a run has finished; mfu=0.4 tflops=989 would assume a speed")
     else:
         basis = f"MFU {assumed.mfu:g} of {assumed.tflops:g} TFLOP/s" if assumed else "the speed of the runs so far"
         # An assumed device is another machine's: how many runs fit on this one says nothing there.
@@ -233,9 +231,9 @@ def print_plan(plan: SweepPlan, command: Command) -> None:
         left = f"{total.hours_left:.3g} left" + (
             f", {total.hours_left / jobs:.3g} with jobs={jobs}" if jobs > 1 else ""
         )
-        print(f"device-hours: {total.hours:.3g} in all, {left} (at {basis}, without the start of each run)")
+        echo(f"device-hours: {total.hours:.3g} in all, {left} (at {basis}, without the start of each run)")
     if plan.stop:
-        print(f"stop rule: {plan.stop}")
+        echo(f"stop rule: {plan.stop}")
     print_what_follows(plan)
 
 
@@ -250,30 +248,30 @@ def submit(plan: SweepPlan, command: Command, directory: Path) -> int:
     take_over(plan, command)
     done = cluster.submit(directory, plan, command.resources, concurrency=command.own.get("concurrency", 8))
     for job in done.jobs:
-        print(f"submitted job {job.job}: {job.n_cells} runs")
+        echo(f"submitted job {job.job}: {job.n_cells} runs")
     now, ending = sum(job.n_cells for job in done.jobs), len(done.still_ending)
     before = len(plan.cells) - now - ending
-    print(f"{len(plan.cells)} runs: {before} finished, running or queued before, {now} submitted now")
-    print(f"quack-lm sweep status {shlex.quote(f'dir={directory}')}")
+    echo(f"{len(plan.cells)} runs: {before} finished, running or queued before, {now} submitted now")
+    echo(shell_line(["quack-lm", "sweep", "status", f"dir={directory}"]))
     print_what_follows(plan)
     if ending:
         names = ", ".join(cell.name for cell in done.still_ending)
-        print(f"{ending} still ending, submit again in a moment: {names}", file=sys.stderr)
+        echo(f"{ending} still ending, submit again in a moment: {names}", err=True)
     return 1 if ending else 0
 
 
 def cancel(directory: Path) -> int:
     if not cluster.was_submitted(directory):
         read_plan(directory)  # says so where this is no sweep at all
-        print("no job of this sweep is in the queue")
+        echo("no job of this sweep is in the queue")
         return 0
     jobs = cluster.cancel(directory)
     if not jobs:
-        print("no job of this sweep is in the queue")
+        echo("no job of this sweep is in the queue")
         return 0
-    print(f"canceled {_listed(jobs)}; waiting up to {cluster.CANCEL_WAIT_S:g} s for runs to save and end", flush=True)
+    echo(f"canceled {_listed(jobs)}; waiting up to {cluster.CANCEL_WAIT_S:g} s for runs to save and end")
     if left := cluster.wait_for_end(directory):
-        print(f"{_listed(left)} still ending: wait with submit until status shows no more of it", file=sys.stderr)
+        echo(f"{_listed(left)} still ending: wait with submit until status shows no more of it", err=True)
     return 1 if left else 0
 
 
@@ -296,19 +294,19 @@ def show_status(plan: SweepPlan, directory: Path) -> None:
     from quack_lm.report.status import status_table  # late, as everywhere here: only these verbs need its libraries
 
     if not cluster.was_submitted(directory):
-        print(status_table(plan.cells))
+        echo(*status_table(plan.cells).splitlines())
         return
     try:
         tasks = cluster.tasks_of(directory)
     except UserError:
-        print(status_table(plan.cells))
+        echo(*status_table(plan.cells).splitlines())
         raise
-    print(status_table(plan.cells, tasks))
+    echo(*status_table(plan.cells, tasks).splitlines())
 
 
 def take_over(plan: SweepPlan, command: Command) -> None:
     for other in command.reuse:
-        print(f"{len(reuse(plan.cells, other))} runs reused from {other}")
+        echo(f"{len(reuse(plan.cells, other))} runs reused from {other}")
 
 
 def train(plan: SweepPlan, command: Command, directory: Path) -> int:
@@ -327,17 +325,17 @@ def train(plan: SweepPlan, command: Command, directory: Path) -> int:
         plan = grown
         write_plan(directory, plan)
         outcome = local.run(plan.cells, stop=plan.stop, **limits)
-    print(runs.as_text(collected.load(directory)))
+    echo(*runs.as_text(collected.load(directory)).splitlines())
     if outcome.signal:
-        print("stopped; the same command continues", file=sys.stderr)
+        echo("stopped; the same command continues", err=True)
     for cell in outcome.failed:
-        print(f"failed: {cell.name}; its log is {cell.run_dir.log_file}", file=sys.stderr)
+        echo(f"failed: {cell.name}; its log is {cell.run_dir.log_file}", err=True)
     return outcome.exit_code
 
 
 def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
-        print(usage())
+        echo(*usage().splitlines())
         return 0
     is_check = "--check" in arguments
     command = parse([argument for argument in arguments if argument != "--check"])
@@ -356,8 +354,7 @@ def main(arguments: list[str]) -> int:
     if command.verb == "collect":
         from quack_lm.report import collected
 
-        for path in collected.write(directory, command.own.get("out")):
-            print(path)
+        echo(*map(str, collected.write(directory, command.own.get("out"))))
         return 0
     plan = make_plan(command, directory)
     if command.verb == "submit":
@@ -371,8 +368,10 @@ def main(arguments: list[str]) -> int:
         return 0
     if "sweep" in command.own:
         return train(plan, command, directory)
-    print(f"{len(plan.cells)} runs in {directory}", flush=True)
+    echo(f"{len(plan.cells)} runs in {directory}")
     code = train(plan, command, directory)
-    where = shlex.quote(str(directory))
-    print(f"quack-lm sweep status dir={where}\nquack-lm report {where}")
+    echo(
+        shell_line(["quack-lm", "sweep", "status", f"dir={directory}"]),
+        shell_line(["quack-lm", "report", str(directory)]),
+    )
     return code

@@ -35,6 +35,7 @@ import yaml
 from quack_lm import slurm
 from quack_lm.config import choices, chosen_groups, compose, groups, help_text, help_topic, read_flags, take_flag
 from quack_lm.errors import UserError, exit_without_teardown
+from quack_lm.text import echo, escape, one_line
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.state import RunStatus
 from quack_lm.training.stop_signals import ending, hold
@@ -47,12 +48,12 @@ def main(arguments: list[str]) -> int:
     """Read the command line, check, and train."""
     topic = help_topic(arguments)
     if topic is not None:
-        print(help_text(topic) if topic else usage())
+        echo(*(help_text(topic) if topic else usage()).splitlines())
         return 0
     is_multirun = bool({"-m", "--multirun"} & set(arguments))
     arguments = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     if (shown := show(arguments)) is not None:
-        print(shown)
+        echo(*shown.splitlines())
         return 0
     file, is_check, overrides = read_flags(arguments)
     if is_multirun:
@@ -85,11 +86,11 @@ def check_config(config: dict[str, Any]) -> int:
     from quack_lm.model import count_parameters
     from quack_lm.training.check import check_run, run_warnings
 
-    print(yaml.safe_dump(config, sort_keys=False))
+    echo(*yaml.safe_dump(config, sort_keys=False).splitlines(), "")
     plan = check_run(config, is_rehearsal=True)
-    print("\n".join(f"{n:>15,}  {component}" for component, n in count_parameters(plan.model).items()))
-    sys.stderr.writelines(f"warning: {text}\n" for text in run_warnings(plan))
-    print(f"ready to train in {plan.run_dir}")
+    echo(*(f"{n:>15,}  {component}" for component, n in count_parameters(plan.model).items()))
+    echo(*(f"warning: {text}" for text in run_warnings(plan)), err=True)
+    echo(f"ready to train in {plan.run_dir}")
     return 0
 
 
@@ -103,11 +104,11 @@ def train_config(config: dict[str, Any]) -> int:
 
         plan = check_run(config)
         if plan.finished:
-            print(f"{plan.run_dir} is finished already: {plan.finished}")
+            echo(f"{plan.run_dir} is finished already: {plan.finished}")
             return 0
         run = build_run(plan)
         for warning in run_warnings(plan) if run.world.is_main else []:
-            tqdm.write(f"warning: {warning}", file=sys.stderr)  # above the progress bar
+            tqdm.write(escape(f"warning: {warning}"), file=sys.stderr)  # above the progress bar
         hold()  # until the loop listens
     _train(run)
     return run.world.shutdown(0)
@@ -123,7 +124,7 @@ def end_at_start(run_dir: RunDir, stop_signal: signal.Signals) -> NoReturn:
 
     if slurm.is_first_rank():
         name = stop_signal.name
-        print(f"stopped by {name} before the first step; the same command starts it again", file=sys.stderr)
+        echo(f"stopped by {name} before the first step; the same command starts it again", err=True)
         with suppress(OSError):
             summarize(RunStatus.interrupted(name))
             if name == "SIGTERM":  # a time limit that leaves no step, SIGUSR1, would only come again
@@ -146,7 +147,7 @@ def _train(run: "Run") -> None:
         end_as(RunStatus("interrupted", "stopped at once by a second SIGINT"))
         exit_without_teardown(130)  # nor waiting for a checkpoint that is being written
     except BaseException as error:
-        run.status = RunStatus("failed", f"{type(error).__name__}: {error}")
+        run.status = RunStatus("failed", one_line(f"{type(error).__name__}: {error}"))
         last = summarize(run)
         if isinstance(error, UserError):  # that all ranks have agreed on: none may end while W&B is told
             run.log.close(last)
@@ -155,7 +156,7 @@ def _train(run: "Run") -> None:
         raise
     if not run.world.is_main:
         return
-    print(f"{status.name} at step {run.state.step}: validation loss {run.state.val_loss:.4f}, {run.run_dir}")
+    echo(f"{status.name} at step {run.state.step}: validation loss {run.state.val_loss:.4f}, {run.run_dir}")
     if status.stop_signal in slurm.WORDS:
         _tell_job(status.stop_signal, end_as)
 

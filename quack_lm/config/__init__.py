@@ -17,7 +17,6 @@ from quack_lm.config.schema import (
     flatten,
     identity,
     instantiate,
-    refuse_password,
 )
 from quack_lm.config.yaml_file import read_yaml
 
@@ -41,7 +40,6 @@ __all__ = [
     "read_flags",
     "read_yaml",
     "reference_markdown",
-    "refuse_password",
     "split_axes",
     "take_flag",
     "unknown_flag",

@@ -3,6 +3,7 @@
 The words stand in the script, so that completing them starts no Python: eval "$(quack-lm completion bash)".
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -56,9 +57,10 @@ def completion_script(shell: str, verbs: Iterable[str], sweep_verbs: Iterable[st
     }
     number, words, template = {"bash": ("*", 'words="{}"', BASH), "zsh": ("*", "all=({})", ZSH)}[shell]
     quote = "'{}'" if shell == "zsh" else "{}"
+    # A shell would expand, or run, other characters in the name of a yaml file.
+    plain = {verb: [word for word in own if re.fullmatch(r"[\w./=+-]+", word)] for verb, own in by_verb.items()}
     cases = "\n".join(
-        f"        {number}\\ {verb}) {words.format(' '.join(quote.format(word) for word in own))} ;;"
-        for verb, own in by_verb.items()
+        f"        {number}\\ {verb}) {words.format(' '.join(map(quote.format, own)))} ;;" for verb, own in plain.items()
     )
     return template.replace("VERBS", " ".join(verbs)).replace("CASES", cases)
 

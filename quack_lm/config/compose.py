@@ -20,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from quack_lm.config.groups import CONFIG_DIR, choices, groups, nearest
-from quack_lm.config.schema import SECTIONS, check, refuse_other_version, refuse_password
+from quack_lm.config.schema import SECTIONS, check, refuse_other_version
 from quack_lm.config.yaml_file import ConfigLoader, read_yaml
 from quack_lm.errors import UserError
+from quack_lm.text import refuse_secret
 
 # What to use here in place of Hydra's own settings.
 HYDRA_KEYS = {
@@ -176,7 +177,7 @@ def _parse_one(text: str, *, allow_several: bool = False) -> Override:
             f"'{override.key_or_group}=[a,b]'"
         )
     # Here too, for the command itself is written down, with what a later override replaces.
-    refuse_password(override.key_or_group, str(override.value()))
+    refuse_secret(override.key_or_group, str(override.value()))
     return override
 
 

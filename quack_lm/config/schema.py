@@ -19,6 +19,8 @@ import pydantic
 
 from quack_lm.config.groups import RENAMED, choices, keys_by_choice, nearest, suggest
 from quack_lm.errors import UserError
+from quack_lm.files import LARGEST_FLOAT
+from quack_lm.text import refuse_secret
 
 # The class that each section's `_target_` must be, or derive from.
 SECTIONS = {
@@ -48,8 +50,7 @@ class RunKeys:
 # Two configs that differ only here describe the same run: the keys change where it writes, not what it computes.
 NOT_IDENTITY = ("run_dir", "logger", "trainer.resume", "trainer.keep_every", "trainer.async_checkpoints")
 
-# Weights, rates and counts are float32 and int64 on the device.
-LARGEST_FLOAT, LARGEST_INT = 3.4e38, 2**63 - 1
+LARGEST_INT = 2**63 - 1  # counts are int64 on the device
 
 _STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -102,16 +103,6 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def refuse_password(key: str, value: str) -> None:
-    """UserError where a URL has something before the @ of its host: a token needs no colon to be one; `git` is none."""
-    if re.search(r"://(?!git@)[^/@\s]+@", value):
-        # The value is not repeated: it would stand in a log.
-        raise UserError(
-            f"{key} has a password in its URL, or a token, which would be written down; remove the user name and "
-            "password before the @"
-        )
 
 
 def refuse_other_version(config: dict[Any, Any], where: str) -> None:
@@ -263,10 +254,12 @@ def _check_fields(prefix: str, values: dict[str, Any], schema: type[pydantic.Bas
 
 
 def _check_value(key: str, value: Any) -> None:
-    """What types and ranges do not say: no number beyond the device's, and no password."""
+    """What types and ranges do not say: no number beyond the device's, no secret, no text that no file can have."""
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str):
-            refuse_password(key, item)
+            refuse_secret(key, item)
+            if re.search("[\0\ud800-\udc7f\udd00-\udfff]", item):
+                raise UserError(f"{key}={item!r} has a character that no file name can have, nor a message: remove it")
         if isinstance(item, int | float) and abs(item) > (LARGEST_INT if isinstance(item, int) else LARGEST_FLOAT):
             raise UserError(f"{key}={item} is too large for a 64-bit integer or a float32; give a smaller number")
 

@@ -338,7 +338,9 @@ def input_errors(source: Callable[[], str], *, problem: str = "cannot read it") 
     except UserError:
         raise
     # Broken archives raise EOFError or what their module defines, and so on.
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # that of libraries in Rust
+            raise
         silent = "no documents in it" if isinstance(error, StopIteration) else type(error).__name__
         lines = str(error).strip().splitlines() or [silent]
         raise UserError(f"{source()}: {problem}: {lines[0]}") from error

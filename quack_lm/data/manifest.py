@@ -9,7 +9,6 @@
 import hashlib
 import json
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from quack_lm.data.batches import Sequences
 from quack_lm.errors import UserError, explained
 from quack_lm.files import allow_open_files, file_sha256, file_sha256s, relative_note
+from quack_lm.text import shell_line
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -153,7 +153,7 @@ class TokenData:
 
 def read_manifest(directory: Path, *, choice: str = "...") -> tuple[Manifest, str]:
     """The checked manifest of a data set and the sha256 of its file."""
-    command = f"quack-lm prepare data={choice} {shlex.quote(f'data.dir={directory}')}"
+    command = shell_line(["quack-lm", "prepare", f"data={choice}", f"data.dir={directory}"])
     path = directory / MANIFEST
     try:
         _refuse_link_out(directory, path)

@@ -49,7 +49,7 @@ from quack_lm.data.tokenizer import (
     make_encoder,
     make_tokenizer,
 )
-from quack_lm.errors import UserError, explaining, printable
+from quack_lm.errors import UserError, explaining
 from quack_lm.files import (
     HASHING_THREADS,
     file_sha256,
@@ -60,6 +60,7 @@ from quack_lm.files import (
     take_lock,
     write_atomically,
 )
+from quack_lm.text import echo
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -175,7 +176,7 @@ class LeftOut:
                 f"warning: {100 * n / self.characters:.2g}% of the characters ({n:,}) cannot be decoded from the "
                 f"tokens of data.tokenizer={corpus.tokenizer}, most often {most}"
             )
-        return [printable(line) for line in lines]
+        return lines
 
 
 @dataclass(frozen=True)
@@ -230,15 +231,20 @@ def prepare(corpus: Corpus, *, progress: bool = True, commit_every_s: float = 30
     UserError where the corpus cannot be read, its settings do not fit, or its directory cannot be written to.
     """
     target = Path(corpus.dir).absolute()
-    with explaining(f"data.dir={corpus.dir}", "and run the same command again, or choose another data.dir"):
+    with directory_errors(corpus):
         if is_prepared(corpus):
-            print(f"{target} is prepared already, with the same settings")
+            echo(f"{target} is prepared already, with the same settings")
             return target
         with _made_parents(target), _lock(target):
             # Another process may have finished it in the meantime.
             if not _is_complete(corpus, target):
                 _prepare(corpus, target, progress=progress, commit_every_s=commit_every_s)
     return target
+
+
+def directory_errors(corpus: Corpus) -> contextlib.AbstractContextManager[None]:
+    """What the system says of the data set's directory becomes a UserError that names it."""
+    return explaining(f"data.dir={corpus.dir}", "and run the same command again, or choose another data.dir")
 
 
 def is_prepared(corpus: Corpus) -> bool:
@@ -269,8 +275,7 @@ def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: fl
         if not _is_finished(corpus, partial):
             committed = _resume(corpus, partial) or _start_over(corpus, partial, progress=progress)
             left_out = _write_shards(corpus, partial, committed, progress=progress, commit_every_s=commit_every_s)
-            for line in [*corpus.notes(), *left_out.report(corpus)]:
-                print(line)
+            echo(*corpus.notes(), *left_out.report(corpus))
     except BaseException as error:
         if is_new and not _is_worth_keeping(partial, error):
             shutil.rmtree(partial)
@@ -348,14 +353,18 @@ def _resume(corpus: Corpus, partial: Path) -> PrepareState | None:
     committed = PrepareState.read(partial / PROGRESS)
     if committed is None or committed.identity != _identity(corpus):
         return None
-    print(f"continuing {partial} after {committed.documents} documents")
+    echo(f"continuing {partial} after {committed.documents} documents")
     return committed
 
 
 def _start_over(corpus: Corpus, partial: Path, *, progress: bool) -> PrepareState:
     _remove_ours(partial)
     identity = _identity(corpus)
-    make_tokenizer(corpus, progress=progress).save_pretrained(partial / TOKENIZER, save_jinja_files=False)
+    tokenizer = make_tokenizer(corpus, progress=progress)
+    try:
+        tokenizer.save_pretrained(partial / TOKENIZER, save_jinja_files=False)
+    except UnicodeEncodeError as error:
+        raise UserError(f"data.tokenizer={corpus.tokenizer} has text that is no Unicode ({error.reason})") from None
     for path in (partial / TOKENIZER).iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from quack_lm.paper.figures import norm_and_tau
 from quack_lm.report.comparison import (
     BASELINE,
     Best,
@@ -338,9 +339,8 @@ def _norms_agree(stabilizer: str) -> Callable[[Results], Iterable[Finding]]:
         for place in results.places():
             settings: dict[tuple[str, float], list[Result]] = {}
             for run in results.at(place):
-                section = run.cell.config["stabilizer"]
-                if run.stabilizer == stabilizer and "norm" in section:
-                    settings.setdefault((section["norm"], section["tau"]), []).append(run)
+                if run.stabilizer == stabilizer and (found := norm_and_tau(run)):
+                    settings.setdefault(found, []).append(run)
             for (norm, tau), runs in settings.items():
                 other = settings.get(("spectral", tau))
                 if norm == "frobenius" and other:

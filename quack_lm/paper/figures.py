@@ -43,6 +43,13 @@ def middle_head(key: str) -> Reader:
     return read
 
 
+def norm_and_tau(run: Result) -> tuple[str, float] | None:
+    """What Fig. 3 compares; None for a stabilizer that has no such settings."""
+    section = run.cell.config["stabilizer"]
+    norm, tau = section.get("norm"), section.get("tau")
+    return (norm, tau) if isinstance(norm, str) and isinstance(tau, int | float) and abs(tau) <= 1e9 else None
+
+
 def _middle(results: Results) -> str:
     """The sentence that says which head this is; empty before anything was probed."""
     for result in results.results:
@@ -58,8 +65,8 @@ def _norms(results: Results) -> list[Plot]:
     for place in results.places():
         by_tau: dict[float, list[Result]] = {}
         for run in results.at(place):
-            if run.stabilizer == "quack" and "norm" in run.cell.config["stabilizer"]:
-                by_tau.setdefault(run.cell.config["stabilizer"]["tau"], []).append(run)
+            if run.stabilizer == "quack" and (found := norm_and_tau(run)):
+                by_tau.setdefault(found[1], []).append(run)
         for tau, members in by_tau.items():
             groups = list(by_label(members).values())
             norms = [runs[0].cell.config["stabilizer"]["norm"] for runs in groups]

@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quack_lm.config import flatten
-from quack_lm.errors import UserError, explaining, printable
-from quack_lm.files import write_together
+from quack_lm.errors import UserError, explaining
+from quack_lm.files import parse_json, write_together
 from quack_lm.report.curves import TABLE, Array, Curve, CurveReader, as_table
 from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results
 from quack_lm.sweep.file import StopRule
-from quack_lm.sweep.plan import Record, SweepPlan, reason
+from quack_lm.sweep.plan import Document, reason
+from quack_lm.text import echo, escape
 from quack_lm.training.run_dir import STATUSES, RunDir, checked_summary
 
 RESULTS_FILE, CSV_FILE, CURVES_FILE = "results.parquet", "results.csv", "curves.parquet"
@@ -31,6 +32,7 @@ RESULTS_FILE, CSV_FILE, CURVES_FILE = "results.parquet", "results.csv", "curves.
 LOW, HIGH = ":min", ":max"
 
 BLOWUP = ("blowup_step", "blowup_layer", "blowup_head")
+JSON_COLUMNS = ("overrides", "config", "summary", "environment", "stop")
 
 # Facts about the user's machine that a run records; they stay out of these files, which are made to be shared.
 PRIVATE = ("command", "host")
@@ -69,7 +71,7 @@ def _with_lost_runs(results: Results, collected: Results) -> Results:
             f"{collected.directory} has the collected results of another sweep, {collected.plan.sweep}, and none of "
             f"{results.directory}; choose another out"
         )
-    print(
+    echo(
         f"{len(lost)} finished runs that are no longer in {results.directory} are kept (to leave them out, remove "
         f"{collected.directory / RESULTS_FILE} first)"
     )
@@ -113,7 +115,7 @@ def _read_valid(directory: Path) -> Results:
     except PermissionError:
         raise
     # ArrowException, and what missing columns or columns of another type raise.
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{directory}: {RESULTS_FILE} or {CURVES_FILE} is invalid ({reason(error)}); remove both, and create them "
             "again with quack-lm sweep collect"
@@ -122,38 +124,27 @@ def _read_valid(directory: Path) -> Results:
 
 def _read(directory: Path) -> Results:
     table = pq.read_table(directory / RESULTS_FILE, page_checksum_verification=True)
-    raw = {k.decode().removeprefix("quack_lm."): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    about = {key: "\n".join(map(printable, text.splitlines())) for key, text in raw.items()}
-    stop = json.loads(about["stop"])
+    about = {k.decode().removeprefix("quack_lm."): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    rows = [row | {key: parse_json(row[f"{key}_json"]) for key in JSON_COLUMNS} for row in table.to_pylist()]
+    cells = [{"name": row["run"], **{key: row[key] for key in ("fingerprint", "overrides", "config")}} for row in rows]
+    rules = {key: parse_json(about[key]) for key in ("stop", "tune_seeds") if key in about}
+    plan = Document.model_validate({**about, **rules, "cells": cells}).plan(directory)
+    curves = _read_curves(directory / CURVES_FILE, {cell.name: cell.total_steps for cell in plan.cells})
     entries = []
-    for row in table.to_pylist():
-        overrides, config = (json.loads(row[f"{key}_json"]) for key in ("overrides", "config"))
-        record = Record(name=row["run"], fingerprint=row["fingerprint"], overrides=overrides, config=config)
-        cell = record.cell(directory)
-        found, environment, stopped = (json.loads(row[f"{k}_json"]) for k in ("summary", "environment", "stop"))
-        summary = checked_summary(found)
-        if summary is None or not isinstance(environment, dict) or not isinstance(stopped, dict):
+    for cell, row in zip(plan.cells, rows, strict=True):
+        summary = checked_summary(row["summary"])
+        if summary is None or not isinstance(row["environment"], dict) or not isinstance(row["stop"], dict):
             raise ValueError(f"run {cell.name}: invalid summary, environment or stop record")
-        blowup = None if row[BLOWUP[0]] is None else Blowup(*(int(row[name]) for name in BLOWUP))
         if row["status"] not in STATUSES:
             raise ValueError(f"run {cell.name}: unknown status")
-        entries.append((cell, row["status"], summary, environment, stopped, blowup))
-    curves = _read_curves(directory / CURVES_FILE, {cell.name: cell.total_steps for cell, *_ in entries})
-    plan = SweepPlan(
-        sweep=about["sweep"],
-        question=about["question"],
-        command=about["command"],
-        cells=[cell for cell, *_ in entries],
-        stop=StopRule(**stop) if stop else None,
-        tune_seeds=[int(seed) for seed in json.loads(about.get("tune_seeds", "[]"))],
-    )
-    return make_results(directory, plan, [(*entry[:3], curves[entry[0].name], *entry[3:]) for entry in entries])
+        blowup = None if row[BLOWUP[0]] is None else Blowup(*(int(row[name]) for name in BLOWUP))
+        entries.append((cell, row["status"], summary, curves[cell.name], row["environment"], row["stop"], blowup))
+    return make_results(directory, plan, entries)
 
 
 def _row(result: Result) -> dict[str, Any]:
-    found = dict(zip(BLOWUP, result.blowup or (None, None, None), strict=True))
     config = {k: v for k, v in flatten(result.cell.config).items() if k != "run_dir" and not k.startswith("logger.")}
-    return {
+    own = {
         "run": result.cell.name,
         "fingerprint": result.cell.fingerprint,
         "attention": result.attention,
@@ -163,8 +154,12 @@ def _row(result: Result) -> dict[str, Any]:
         "seed": result.seed,
         "status": result.status,
         "outcome": result.outcome,
-        **found,
-        **{k: v for k, v in result.summary.items() if isinstance(v, int | float | str | None) and k != "status"},
+        **dict(zip(BLOWUP, result.blowup or (None, None, None), strict=True)),
+    }
+    told = {k: v for k, v in result.summary.items() if isinstance(v, int | float | str | None) and k.isidentifier()}
+    return {
+        **own,
+        **{key: value for key, value in told.items() if key not in own},
         "steps_saved_by_rule": result.steps_saved,
         "hours_saved_by_rule": result.seconds_saved / 3600,
         **{f"config.{key}": value for key, value in config.items()},
@@ -184,16 +179,19 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 def _column(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # a setting that is a number in one run and text in another
-        return pa.array([None if value is None else str(value) for value in values])
+    # A setting that is a number in one run and text in another, an integer of many digits, or half a surrogate pair.
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        return pa.array(
+            [None if value is None else str(value).encode(errors="backslashreplace").decode() for value in values]
+        )
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if not key.endswith("_json")]
     text = io.StringIO()
     writer = csv.DictWriter(text, keys, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
+    for row in ({key: key for key in keys}, *rows):
+        writer.writerow({k: escape(v, "csv") if isinstance(v, str) else v for k, v in row.items()})
     return text.getvalue()
 
 
@@ -250,6 +248,8 @@ def _read_curves(path: Path, total_steps: Mapping[str, int]) -> dict[str, dict[s
         runs, steps = (batch.column(name).to_pylist() for name in ("run", "step"))
         for key in [name for name in batch.schema.names if "/" in name]:
             column = batch.column(key)
+            if not _is_table(key) and not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+                continue  # not what a run can have measured
             found = column.drop_null()
             values = (
                 map(as_table, found.to_pylist()) if _is_table(key) else found.to_numpy(zero_copy_only=False).tolist()

@@ -18,6 +18,7 @@ from quack_lm.config import choices
 from quack_lm.report.figures import Line, Panel, Plot
 from quack_lm.report.heat import HeatMaps
 from quack_lm.report.table import significant
+from quack_lm.text import escape
 
 # Colors of Okabe and Ito, then of Tol, which color-blind readers can tell apart; markers and dashes repeat the
 # distinction. Known stabilizers take them in the order of their configs, so that all reports agree.
@@ -106,7 +107,7 @@ def _draw_heat(plot: HeatMaps, columns: int | None) -> Figure:
             axis.set_ylabel("layer")
         _label_outer(axes, len(plot.maps), columns)
         figure.colorbar(mesh, ax=axes, label=plot.label)
-        figure.suptitle(plot.title, fontsize=12)
+        figure.suptitle(_plain(plot.title), fontsize=12)
     return figure
 
 
@@ -226,8 +227,7 @@ def _legend_columns(handles: Sequence[Line2D], width: float) -> int:
 
 
 def _plain(text: str) -> str:
-    """The text with dollar signs escaped: matplotlib would read what is between two as a formula."""
-    return text.replace("$", r"\$")
+    return escape(text, "figure")
 
 
 def _draw_panel(axis: Axes, panel: Panel, plot: Plot, styles: Styles) -> None:

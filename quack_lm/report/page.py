@@ -1,7 +1,6 @@
 """The report as one self-contained HTML page, and as Markdown."""
 
 import base64
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ from quack_lm.report import runs
 from quack_lm.report.draw import PointValue
 from quack_lm.report.results import Results
 from quack_lm.report.sections import Section, after_figures, before_figures, provenance
-from quack_lm.report.table import markdown, markdown_code
+from quack_lm.text import Medium, escape
 
 CSS = """
 :root { color-scheme: light dark; --page: #fff; --clear: #fff0; --text: #1b1b1b; --muted: #555; --line: #e3e3e3;
@@ -75,6 +74,7 @@ def as_html(
 ) -> str:
     """The page with everything in it, figures included; nothing is fetched when it opens."""
     title = f"Sweep {results.plan.sweep}"
+    question = "\n".join(map(_e, results.plan.question.splitlines()))
     facts = "".join(f"<dt>{_e(k)}</dt><dd>{_e(v)}</dd>\n" for k, v in provenance(results, report_command).items())
     return f"""<!doctype html>
 <html lang="en">
@@ -86,7 +86,7 @@ def as_html(
 </head>
 <body>
 <h1>{_e(title)}</h1>
-<p class="question">{_e(results.plan.question)}</p>
+<p class="question">{question}</p>
 <p>{_e(runs.counts(results))}.</p>
 {"".join(_section_html(section) for section in before_figures(results))}
 <h2>Figures</h2>
@@ -104,15 +104,13 @@ def as_markdown(
     results: Results, pictures: Sequence[Picture], report_command: str, conclusions: Sequence[Section] = ()
 ) -> str:
     """The same page in Markdown; it refers to the files figures/NAME.png."""
-    question = "\n".join(f"> {markdown(line)}" for line in results.plan.question.splitlines())
-    facts = "\n".join(
-        f"- {markdown(key)}: {markdown(value)}" for key, value in provenance(results, report_command).items()
-    )
-    figures = "\n\n".join(f"![{markdown(p.title)}](figures/{p.name}.png)\n\n{markdown(p.caption)}" for p in pictures)
+    question = "\n".join(f"> {_md(line)}" for line in results.plan.question.splitlines())
+    facts = "\n".join(f"- {_md(key)}: {_md(value)}" for key, value in provenance(results, report_command).items())
+    figures = "\n\n".join(f"![{_md(p.title)}](figures/{p.name}.png)\n\n{_md(p.caption)}" for p in pictures)
     parts = [
-        f"# Sweep {markdown(results.plan.sweep)}",
+        f"# Sweep {_md(results.plan.sweep)}",
         question,
-        f"{runs.counts(results)}.",
+        f"{_md(runs.counts(results))}.",
         *(_section_markdown(section) for section in before_figures(results)),
         "## Figures",
         figures or no_pictures(results),
@@ -140,10 +138,10 @@ def _section_html(section: Section) -> str:
 
 
 def _section_markdown(section: Section) -> str:
-    as_text = markdown_code if section.are_commands else markdown
-    lines = "\n".join(f"- {as_text(line)}" for line in section.lines)
+    medium: Medium = "markdown code" if section.are_commands else "markdown"
+    lines = "\n".join(f"- {escape(line, medium)}" for line in section.lines)
     table = section.table.as_markdown() if section.table else ""
-    return "\n\n".join(part for part in (f"## {section.title}", markdown(section.intro), table, lines) if part)
+    return "\n\n".join(part for part in (f"## {section.title}", _md(section.intro), table, lines) if part)
 
 
 def _picture_html(picture: Picture) -> str:
@@ -160,4 +158,8 @@ def _picture_html(picture: Picture) -> str:
 
 
 def _e(text: str) -> str:
-    return html.escape(text)
+    return escape(text, "html")
+
+
+def _md(text: str) -> str:
+    return escape(text, "markdown")

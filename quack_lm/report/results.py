@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quack_lm.config import choice
+from quack_lm.files import LARGEST_FLOAT
 from quack_lm.report.curves import EMPTY, Array, Curve, CurveReader, read_lines
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.label import describe_differences, title
@@ -123,8 +124,8 @@ class Result:
 
     def number(self, key: str) -> float | None:
         """A number of the summary; None where it was not measured or not finite."""
-        value = self.summary.get(key)
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        value = _number(self.summary.get(key))
+        return value if math.isfinite(value) else None
 
     def over_steps(self, read: Reader) -> Curve:
         """The metric, at the steps at which it was due."""
@@ -270,6 +271,11 @@ def make_results(directory: Path, plan: SweepPlan, entries: Sequence[Entry]) -> 
 
     results.sort(key=rank)
     return Results(directory=directory, plan=plan, results=results)
+
+
+def _number(value: Any) -> float:
+    """nan for null, which a run writes for a value that is not finite, and for anything that is not a number."""
+    return float(value) if isinstance(value, int | float) and abs(value) <= LARGEST_FLOAT else math.nan
 
 
 def _ranks(names: Iterable[Any]) -> dict[Any, int]:

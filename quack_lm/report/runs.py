@@ -2,9 +2,9 @@
 
 from collections import Counter
 
-from quack_lm.errors import printable
 from quack_lm.report.results import Result, Results
 from quack_lm.report.table import Table, count, duration, loss, significant
+from quack_lm.text import escape
 
 HEADER = ("attention", "stabilizer", "lr", "seed", "val loss", "best", "max logit", "mean |Δlogit|", "tok/s", "status")
 
@@ -22,7 +22,7 @@ def table(results: Results) -> Table:
 def as_text(results: Results) -> str:
     """The table, the counts and the notes, for a terminal."""
     extra = [counts(results), *(f"  {line}" for line in notes(results))]
-    return "\n".join([table(results).as_text(), "", *map(printable, extra)])
+    return "\n".join([table(results).as_text(), "", *map(escape, extra)])
 
 
 def row(result: Result) -> tuple[str, ...]:

@@ -1,12 +1,10 @@
 """A table, rendered as plain text, Markdown or HTML; and numbers as text with a sensible number of digits."""
 
-import html
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from quack_lm.errors import printable
+from quack_lm.text import escape
 from quack_lm.training.counts import format_count
 
 NO_NUMBER = "–"
@@ -23,26 +21,27 @@ class Table:
 
     def as_text(self) -> str:
         """The table for a terminal, with padded columns."""
-        rows = [[printable(cell) for cell in cells] for cells in (self.header, *self.rows)]
+        rows = [[escape(cell) for cell in cells] for cells in (self.header, *self.rows)]
         widths = [max(len(cells[column]) for cells in rows) for column in range(len(self.header))]
         lines = ["  ".join(self._flush(i, cell, widths[i]) for i, cell in enumerate(cells)) for cells in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join(line.rstrip() for line in lines)
 
     def as_markdown(self) -> str:
-        """The table in Markdown, with every `|` in a cell escaped."""
+        """The table in Markdown."""
         rule = ["---:" if i in self.numeric else ":---" for i in range(len(self.header))]
-        rows = [[markdown(cell).replace("|", "\\|") for cell in cells] for cells in (self.header, *self.rows)]
+        rows = [[escape(cell, "markdown") for cell in cells] for cells in (self.header, *self.rows)]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in (rows[0], rule, *rows[1:]))
 
     def as_html(self) -> str:
         """A table element that scrolls horizontally where the page is narrow."""
-        head = "".join(f"<th{self._class(i)}>{html.escape(cell)}</th>" for i, cell in enumerate(self.header))
+        header, *rows = ([escape(cell, "html") for cell in cells] for cells in (self.header, *self.rows))
+        head = "".join(f"<th{self._class(i)}>{cell}</th>" for i, cell in enumerate(header))
         body = ""
-        for number, cells in enumerate(self.rows):
+        for number, cells in enumerate(rows):
             mark = f' class="{self.classes[number]}"' if self.classes else ""
             body += f"<tr{mark}>"
-            body += "".join(f"<td{self._class(i)}>{html.escape(cell)}</td>" for i, cell in enumerate(cells)) + "</tr>\n"
+            body += "".join(f"<td{self._class(i)}>{cell}</td>" for i, cell in enumerate(cells)) + "</tr>\n"
         table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
         return f'<div class="scroll">\n{table}\n</div>'
 
@@ -51,19 +50,6 @@ class Table:
 
     def _class(self, column: int) -> str:
         return ' class="number"' if column in self.numeric else ""
-
-
-def markdown(text: str) -> str:
-    """Untrusted text on one line of a Markdown page: it cannot become HTML, an image, a link or a row."""
-    line = " ".join(text.split("\n"))
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", line).replace("](", "]\\(")
-
-
-def markdown_code(text: str) -> str:
-    """A code span that its text cannot close: the fence is longer than any run of backticks inside."""
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    padding = " " if "`" in text else ""
-    return f"{fence}{padding}{' '.join(text.split(chr(10)))}{padding}{fence}"
 
 
 # ------------------------------------------------------------------------------------------------ digits

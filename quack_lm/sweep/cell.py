@@ -1,6 +1,5 @@
 """One run of a sweep, and what it has reached, read from its directory."""
 
-import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from quack_lm.config import choice
 from quack_lm.sweep.file import override_value
+from quack_lm.text import shell_line
 from quack_lm.training.run_dir import FINISHED, RunDir
 
 
@@ -58,16 +58,6 @@ class Cell:
     def steps_done(self) -> int:
         """The last step that the run has logged."""
         return min(int(self.run_dir.last_line("step").get("step", 0)), self.total_steps)
-
-
-def shell_line(arguments: Sequence[str]) -> str:
-    """The arguments as one line for bash: like shlex.join, but a line break stays inside of the line."""
-    return " ".join(shlex.quote(text) if text.isprintable() else _ansi_quoted(text) for text in arguments)
-
-
-def _ansi_quoted(text: str) -> str:
-    known = {"\\": "\\\\", "'": "\\'"}
-    return "$'" + "".join(known.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text) + "'"
 
 
 def reuse(cells: Sequence[Cell], directory: Path) -> list[Cell]:

@@ -28,6 +28,7 @@ from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.local import TRAIN
 from quack_lm.sweep.plan import PLAN_FILE, SweepPlan, read_plan, write_plan
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
+from quack_lm.text import echo
 from quack_lm.training.stop_signals import hold
 
 FOLDER = "submitted"
@@ -205,9 +206,9 @@ def run_task(file: Path, index: int) -> NoReturn:
     if index >= len(plan.cells):
         raise UserError(f"index={index}: {file} has {len(plan.cells)} runs, counted from 0")
     cell = plan.cells[index]
-    print(f"{cell.name}: the log is {cell.run_dir.log_file}", flush=True)
+    echo(f"{cell.name}: the log is {cell.run_dir.log_file}")
     if cell.run_dir.has_ended():
-        print("finished already")
+        echo("finished already")
         raise SystemExit(0)
     step = slurm.current_step()
     is_main = step is None or step.rank == 0
@@ -219,7 +220,7 @@ def run_task(file: Path, index: int) -> NoReturn:
     # The lock belongs to the open file, which the trainer keeps as its output; the other ranks only write. A process
     # that reads the run's state holds it for a moment, a node that died for longer.
     if is_main and not take_lock(log, wait_s=LOCK_WAIT_S):
-        print(f"error: {cell.name} is being trained by another process; cancel it, or wait for it", file=sys.stderr)
+        echo(f"error: {cell.name} is being trained by another process; cancel it, or wait for it", err=True)
         raise SystemExit(1)
     sys.stdout.flush()
     for descriptor in (1, 2):

@@ -18,6 +18,7 @@ from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.label import titles
 from quack_lm.sweep.rule import Watch, forget_other_rules, record_stop
+from quack_lm.text import escape
 from quack_lm.training.stop_signals import handled, held
 
 # This interpreter, because `quack-lm` may not be on PATH.
@@ -99,7 +100,7 @@ def run(cells: Sequence[Cell], *, stop: StopRule | None = None, jobs: int | None
                     pending.append(entry.cell)
                 elif not received and not entry.cell.is_finished():
                     failed.append(entry.cell)
-                bar.write(_ending(entry, bool(received)), file=sys.stderr)
+                bar.write("\n".join(map(escape, _ending(entry, bool(received)))), file=sys.stderr)
             _advance(bar, cells, running, named)
             time.sleep(POLL_S if pending or running else 0)
     return Outcome(failed=failed, signal=received[0] if received else None)
@@ -167,19 +168,19 @@ def _stop_early(watch: Watch, running: Sequence[Running]) -> list[Running]:
     return [replace(entry, is_stopped_by_rule=True) if entry.cell in to_stop else entry for entry in running]
 
 
-def _ending(entry: Running, is_stopping: bool) -> str:
+def _ending(entry: Running, is_stopping: bool) -> list[str]:
     cell, code = entry.cell, entry.process.returncode
     summary, status = cell.run_dir.summary(), cell.run_dir.status()
     if cell.is_finished():
         loss = summary.get("val_loss")
-        return f"{cell.name}: {status}" + (f", val loss {loss:.3f}" if loss is not None else "")
+        return [f"{cell.name}: {status}" + (f", val loss {loss:.3f}" if loss is not None else "")]
     if is_stopping:
-        return f"{cell.name}: stopped at step {summary.get('step', 0)}"
-    tail = "".join(f"\n    {line}" for line in cell.run_dir.last_log_lines(LOG_LINES_SHOWN))
+        return [f"{cell.name}: stopped at step {summary.get('step', 0)}"]
+    tail = [f"    {line}" for line in cell.run_dir.last_log_lines(LOG_LINES_SHOWN)]
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     if _is_worth_another_start(entry):
-        return f"{cell.name}: {how}, restarts from {cell.run_dir.newest_checkpoint()}:{tail}"
-    return f"{cell.name}: FAILED ({how}), the end of {cell.run_dir.log_file}:{tail}"
+        return [f"{cell.name}: {how}, restarts from {cell.run_dir.newest_checkpoint()}:", *tail]
+    return [f"{cell.name}: FAILED ({how}), the end of {cell.run_dir.log_file}:", *tail]
 
 
 # ------------------------------------------------------------------------------------------------ progress
@@ -202,7 +203,7 @@ def _advance(bar: "tqdm[Any]", cells: Sequence[Cell], running: Sequence[Running]
     bar.n = _steps_settled(cells)
     finished = sum(cell.is_finished() for cell in cells)
     names = ", ".join(named[entry.cell.name] for entry in running)
-    bar.set_postfix_str(f"{finished}/{len(cells)} runs done, now {names or '-'}")
+    bar.set_postfix_str(escape(f"{finished}/{len(cells)} runs done, now {names or '-'}"))
 
 
 def _steps_settled(cells: Sequence[Cell]) -> int:

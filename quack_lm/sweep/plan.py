@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,14 +12,18 @@ from typing import Annotated, Any
 import pydantic
 from tqdm import tqdm
 
-from quack_lm.config import choice, compose_all, fingerprint
+from quack_lm.config import choice, compose_all, fingerprint, flatten
 from quack_lm.errors import UserError, explaining
-from quack_lm.files import write_json
+from quack_lm.files import LARGEST_FLOAT, write_json
 from quack_lm.sweep.cell import Cell, readable
 from quack_lm.sweep.file import Point, StopRule, Sweep, override_value
 from quack_lm.training.run_dir import RunDir
+from quack_lm.training.state import Count
 
 PLAN_FILE = "plan.json"
+CLASS_NAME = r"^\w+(\.\w+)+$"
+Positive = Annotated[Count, pydantic.Field(gt=0)]
+Float32 = Annotated[float, pydantic.Field(ge=1 / LARGEST_FLOAT, le=LARGEST_FLOAT)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,62 +38,85 @@ class SweepPlan:
     tune_seeds: Sequence[int] = ()  # select each stabilizer's setting; the other seeds judge it
 
 
-class _Choice(pydantic.BaseModel):
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+
+
+class _Choice(_Strict):
     """A section of a config, as far as a report takes it for granted."""
 
-    target: Annotated[str, pydantic.Field(alias="_target_", pattern=r"^\w+(\.\w+)+$")]
+    target: Annotated[str, pydantic.Field(alias="_target_", pattern=CLASS_NAME, max_length=200)]
 
 
 class _Optimizer(_Choice):
-    lr: Annotated[pydantic.FiniteFloat, pydantic.Field(gt=0)]
+    lr: Float32
 
 
-class _Trainer(pydantic.BaseModel):
-    steps: pydantic.PositiveInt
-    seq_len: pydantic.PositiveInt
-    global_batch_size: pydantic.PositiveInt
+class _Trainer(_Strict):
+    steps: Positive
+    seq_len: Positive
+    global_batch_size: Positive
     unstable_logit: pydantic.PositiveFloat = math.inf
 
 
-class _Config(pydantic.BaseModel):
-    seed: int
+class _Config(_Strict):
+    seed: Count
     attention: _Choice
     stabilizer: _Choice
     optimizer: _Optimizer
     trainer: _Trainer
 
 
+def _is_config(config: dict[str, Any]) -> dict[str, Any]:
+    _Config.model_validate(config)
+    for key, value in flatten(config).items():
+        if key.rpartition(".")[2] == "_target_" and not (isinstance(value, str) and re.fullmatch(CLASS_NAME, value)):
+            raise ValueError(f"{key}={value!r} is not the name of a class")
+    return config
+
+
+def _is_file_name(name: str) -> str:
+    if len(os.fsencode(name)) > 200:
+        raise ValueError("it is longer than the name of a file may be")
+    return name
+
+
 class Record(pydantic.BaseModel):
     """A cell as plan.json and the collected files have it, which may come from somebody else."""
 
     # One name, not a path: what is read and written lies in the sweep's directory.
-    name: Annotated[str, pydantic.Field(pattern=r"^[^/\x00-\x1f\x7f.][^/\x00-\x1f\x7f]*$", max_length=200)]
+    name: Annotated[
+        str, pydantic.Field(pattern=r"^[^/\x00-\x1f\x7f.][^/\x00-\x1f\x7f]*$"), pydantic.AfterValidator(_is_file_name)
+    ]
     fingerprint: str
     overrides: list[str]
-    config: dict[str, Any]
-
-    @pydantic.field_validator("config")
-    @classmethod
-    def _has_what_reports_read(cls, config: dict[str, Any]) -> dict[str, Any]:
-        _Config.model_validate(config)
-        return config
-
-    def cell(self, directory: Path) -> Cell:
-        return Cell(
-            overrides=self.overrides,
-            config=self.config,
-            fingerprint=self.fingerprint,
-            run_dir=RunDir(directory / self.name),
-        )
+    config: Annotated[dict[str, Any], pydantic.AfterValidator(_is_config)]
 
 
-class _Document(pydantic.BaseModel):
+class Document(pydantic.BaseModel):
+    """A plan as plan.json and the collected files have it."""
+
     sweep: str
     question: str
     command: str
     stop: StopRule | None = None
     tune_seeds: list[int] = []
     cells: list[Record]
+
+    def plan(self, directory: Path) -> SweepPlan:
+        """The plan with its runs in a directory."""
+        cells = [
+            Cell(overrides=c.overrides, config=c.config, fingerprint=c.fingerprint, run_dir=RunDir(directory / c.name))
+            for c in self.cells
+        ]
+        return SweepPlan(
+            sweep=self.sweep,
+            question=self.question,
+            command=self.command,
+            cells=cells,
+            stop=self.stop,
+            tune_seeds=self.tune_seeds,
+        )
 
 
 def reason(error: Exception) -> str:
@@ -133,17 +162,9 @@ def read_plan(directory: Path, file: str = PLAN_FILE) -> SweepPlan:
     if not path.is_file():
         raise UserError(f"{directory}: no {file} here; quack-lm sweep plan sweep=... dir={directory} writes it")
     try:
-        written = _Document.model_validate_json(path.read_bytes())
+        return Document.model_validate_json(path.read_bytes()).plan(directory)
     except (OSError, pydantic.ValidationError) as error:
         raise UserError(f"{path} is invalid ({reason(error)}); make the plan again") from None
-    return SweepPlan(
-        sweep=written.sweep,
-        question=written.question,
-        command=written.command,
-        cells=[record.cell(directory) for record in written.cells],
-        stop=written.stop,
-        tune_seeds=written.tune_seeds,
-    )
 
 
 def _cell(config: dict[str, Any], overrides: list[str], directory: Path, sweep: str) -> Cell:

@@ -69,5 +69,5 @@ def forget_other_rules(cells: Sequence[Cell], rule: StopRule | None) -> None:
     """A run that was stopped by a rule which the sweep file no longer has goes on."""
     for cell in cells:
         record = cell.run_dir.stop_record()
-        if record and record["rule"] != (asdict(rule) if rule else None):
+        if record and record.get("rule") != (asdict(rule) if rule else None):
             (cell.run_dir.stop_file).unlink()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quack_lm.attention.scores import check_backend
-from quack_lm.config import flatten, identity, instantiate, refuse_password
+from quack_lm.config import flatten, identity, instantiate
 from quack_lm.data.corpus import Corpus
 from quack_lm.data.manifest import SPLITS, TokenData
 from quack_lm.errors import UserError
@@ -18,6 +18,7 @@ from quack_lm.optim.recipe import Recipe
 from quack_lm.parallel import check_world, default_device, launched_world, memory_of_a_rank
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
+from quack_lm.text import refuse_secret
 from quack_lm.training import checkpoint
 from quack_lm.training.build import RunPlan, count_flops_per_token, initialize_stabilizer, make_model, open_data
 from quack_lm.training.metrics import LoggerSettings
@@ -60,7 +61,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     stabilizer: Stabilizer = instantiate(config["stabilizer"])
     corpus: Corpus = instantiate(config["data"])
     if logger.wandb == "online":  # which prints its address
-        refuse_password("WANDB_BASE_URL in the environment", os.environ.get("WANDB_BASE_URL", ""))
+        refuse_secret("WANDB_BASE_URL in the environment", os.environ.get("WANDB_BASE_URL", ""))
     _, world_size, local_rank = launched_world()
     device = default_device() if settings.device == "auto" else settings.device
     check_world(device=device)

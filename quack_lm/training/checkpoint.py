@@ -15,7 +15,6 @@ written.
 import errno
 import json
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -31,9 +30,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from quack_lm.errors import UserError
-from quack_lm.files import file_sha256s, sync_directory, write_atomically
+from quack_lm.files import file_sha256s, parse_json, sync_directory, write_atomically
 from quack_lm.parallel import HostGroup, World
 from quack_lm.stabilizers.base import Stabilizer
+from quack_lm.text import echo
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.state import TrainState
 
@@ -106,7 +106,7 @@ def latest_valid_checkpoint(directory: Path) -> Path | None:
         reason = validate_checkpoint(path, verify_checksums=True)
         if reason is None:
             for other, why in wrong.items():
-                print(f"warning: {other} is not a valid checkpoint and is skipped: {why}", file=sys.stderr)
+                echo(f"warning: {other} is not a valid checkpoint and is skipped: {why}", err=True)
             return path
         wrong[path] = reason
     if wrong:
@@ -149,9 +149,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Digest]:
     if not (checkpoint / MANIFEST).is_file():
         raise ValueError(f"it has no {MANIFEST}")
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        files = parse_json((checkpoint / MANIFEST).read_text())["files"]
         listed = {name: Digest(int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):  # int() of Infinity
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # int() of Infinity
         raise ValueError(f"its {MANIFEST} is not what a run writes") from None
     if STATE not in listed or any(Path(name).name != name for name in listed):
         raise ValueError(f"its {MANIFEST} is not what a run writes")
@@ -179,11 +179,11 @@ def commit(staging: Path, target: Path, state: dict[str, Any], wanted: dict[str,
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The json part of a checkpoint; UserError naming the file if it is not one."""
     try:
-        state = json.loads((checkpoint / STATE).read_text())
+        state = parse_json((checkpoint / STATE).read_text())
         if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in STATE_KEYS.items()):
             raise ValueError("it is not what a run writes")
         return state
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{checkpoint / STATE} cannot be read ({error}); remove {checkpoint} to use the one before"
         ) from None

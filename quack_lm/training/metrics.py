@@ -7,7 +7,6 @@ steps, and written, one object per step.
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from quack_lm.files import finite, metrics_line, open_regular, write_atomically
 from quack_lm.parallel import World
+from quack_lm.text import echo, one_line
 from quack_lm.training.counts import format_count
 
 Value = Tensor | float
@@ -205,7 +205,7 @@ class WandbMirror:
         self._run: Any = None
         limit_s = settings.wandb_timeout_s
         if settings.wandb == "online":
-            print(f"connecting to W&B (logger.wandb_timeout_s={limit_s:g} at most, then without it)", file=sys.stderr)
+            echo(f"connecting to W&B (logger.wandb_timeout_s={limit_s:g} at most, then without it)", err=True)
         with self._ignoring_errors():
             import wandb
 
@@ -256,7 +256,7 @@ class WandbMirror:
         try:
             yield
         except Exception as error:  # whatever a network service does, training goes on
-            print(f"W&B failed and is off for the rest of this run: {type(error).__name__}: {error}")
+            echo(one_line(f"W&B failed and is off for the rest of this run: {type(error).__name__}: {error}"))
             self._run = None
 
 

@@ -78,7 +78,7 @@ def check_this_rank(config: dict[str, Any], *, device: str, ranks: int | None) -
         try:
             with explaining():
                 rows.append(Row(name, True, check(context)))
-        except UserError as error:
+        except (UserError, OSError) as error:
             rows.append(Row(name, False, " ".join(str(error).split())))
     return rows
 

@@ -30,7 +30,7 @@ from quack_lm.files import (
     write_atomically,
     write_json,
 )
-from quack_lm.training.state import Count, Seconds
+from quack_lm.training.state import Count, Seconds, StatusName
 
 # For how long a process that only reads the state may hold a lock.
 READER_S = 1.0
@@ -45,9 +45,10 @@ class _Summary(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(strict=True)
 
-    status: str = ""
+    status: StatusName | None = None
     reason: str | None = None
     unstable: list[str] | None = None
+    val_loss: float | None = None
     step: Count = 0
     tokens: Count = 0
     elapsed_s: Seconds = 0.0
@@ -200,7 +201,7 @@ class RunDir:
         name = json.dumps(key).encode()
         for line in lines_backwards(self.metrics_file) if self.metrics_file.is_file() else []:
             # Tables over heads make a line of megabytes, which is not parsed in vain. One still being written is empty.
-            if name in line and key in (record := metrics_line(line)):
+            if name in line and not isinstance((record := metrics_line(line)).get(key, []), list):
                 return record
         return {}
 

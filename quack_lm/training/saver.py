@@ -7,7 +7,6 @@ commit   state.json and manifest.json, all synced, then the rename; then older c
 
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from quack_lm.parallel import World
+from quack_lm.text import echo
 from quack_lm.training import checkpoint
 from quack_lm.training.checkpoint import TensorSpec, TensorWriter
 
@@ -120,7 +120,7 @@ class Saver:
         """Delete a checkpoint; one that is protected, by a link or by its permissions, is left with a warning."""
         if old.is_symlink() or not os.access(old, os.W_OK):
             self._protected.add(old)
-            print(f"warning: {old} is a link or write-protected and is kept", file=sys.stderr)
+            echo(f"warning: {old} is a link or write-protected and is kept", err=True)
             return
         # Renamed first: a crash in the middle must not leave half a checkpoint under its name.
         shutil.rmtree(old.rename(self.directory / f".{old.name}.partial"))
@@ -151,4 +151,4 @@ def _rename_damaged(damaged: Path) -> None:
     while (place := damaged.with_name(f"damaged_{damaged.name}_{number}")).exists():
         number += 1
     damaged.rename(place)
-    print(f"warning: {damaged} is replaced by a complete checkpoint; the damaged one is {place.name}", file=sys.stderr)
+    echo(f"warning: {damaged} is replaced by a complete checkpoint; the damaged one is {place.name}", err=True)

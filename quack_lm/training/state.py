@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationEr
 # What 64 bits hold: a step goes into tensors.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+StatusName = Literal["running", "completed", "diverged", "interrupted", "failed"]
 
 
 # Standard errors by which two means of losses must differ.
@@ -49,7 +50,7 @@ class StabilityRules:
 class RunStatus:
     """How a run stands, as its summary.json says it."""
 
-    name: Literal["running", "completed", "diverged", "interrupted", "failed"] = "running"
+    name: StatusName = "running"
     reason: str | None = None
     stop_signal: str | None = None
 
