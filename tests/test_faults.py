@@ -364,7 +364,7 @@ def test_a_rank_that_never_comes_ends_the_run_in_words(tmp_path: Path, tiny_data
     alone = {**ALONE, "MASTER_PORT": "29741"}
     process = start([*tiny_data, *FAULTS, "trainer.timeout_s=1"], tmp_path / "run", **alone)
     assert process.wait(timeout=150) == 1
-    said = "rank 0 did not reach the other 1 (at most 61 s): look for ranks that wrote nothing"
+    said = "rank 0 did not reach the other 1 (at most 61 s): check for ranks that wrote nothing"
     assert said in log_of(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
