@@ -22,8 +22,11 @@ from quack_lm.config import choices
 from quack_lm.errors import UserError
 from quack_lm.paper import claims
 from quack_lm.paper import figures as paper_figures
-from quack_lm.report import collected, figures, page, results, runs, table
+from quack_lm.report import collected, figures, page, results, runs, sections, table
 from quack_lm.report.comparison import best_settings, comparisons, differences_at, over_rates, speeds
+from quack_lm.report.draw import draw, point_values
+from quack_lm.report.draw import save as save_figure
+from quack_lm.report.plateau import Plateaus
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import SweepPlan, write_plan
@@ -32,6 +35,7 @@ from quack_lm.training.run_dir import RunDir
 ROOT = Path(__file__).resolve().parents[1]
 N_LAYERS, N_HEADS = 3, 5
 STEPS = 40
+SUMMARIES = ("Runs by setting", "All runs")
 TARGETS = {"none": "NoStabilizer", "fixed": "Fixed", "qk_norm": "QKNorm", "qk_clip": "QKClip", "quack": "QuacK"}
 
 
@@ -277,6 +281,65 @@ def test_loss_by_rate_draws_diverged_runs_at_the_top_and_never_drops_them(tmp_pa
     assert none.diverged == [(0.3, None), (0.3, None)]
     assert [lr for lr, _ in quack.points] == list(rates)
     assert not quack.diverged
+
+
+def test_the_plateau_of_each_stabilizer_is_drawn_over_the_rates(tmp_path, save):
+    # Within 0.05 of the best: at 0.03 and above up to the edge; at 0.03 alone, because 0.01 is 0.06 worse.
+    finals = {
+        "none": {0.01: 3.9, 0.03: 3.53, 0.1: 3.54, 0.3: 3.5},
+        "quack": {0.01: 3.56, 0.03: 3.5, 0.1: 3.6, 0.3: 3.9},
+    }
+    cells = [make_cell(tmp_path, a, s, lr) for a in ("mha", "mla") for s, own in finals.items() for lr in own]
+    for cell in cells:
+        _, stabilizer, rate, *_ = cell.name.split("-")
+        write_run(cell, final=finals[stabilizer][float(rate.removeprefix("lr"))])
+    measured = results.from_runs(save(*cells))
+    plot = next(p for p in figures.plots(measured) if isinstance(p, Plateaus))
+    assert [panel.title for panel in plot.panels] == ["mha", "mla"]
+    none, quack = plot.panels[0].bars
+    assert (none.low, none.high, none.best, none.is_open) == (0.03, 0.3, 0.3, (False, True))
+    assert (quack.low, quack.high, quack.best, quack.is_open) == (0.03, 0.03, 0.03, (False, False))
+    drawn = draw(plot)
+    save_figure(drawn)
+    for axis, panel in zip(drawn.axes, plot.panels, strict=True):
+        assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == ["none", "quack"]
+        for patch, bar in zip(axis.patches, panel.bars, strict=True):
+            low, high = patch.get_x(), patch.get_x() + patch.get_width()
+            assert (low, high) == (pytest.approx(bar.low, rel=0.1), pytest.approx(bar.high, rel=0.1))
+        assert [line.get_marker() for line in axis.lines].count(">") == 1
+        assert "<" not in [line.get_marker() for line in axis.lines]
+    shown = [value.text for value in point_values(drawn, plot)]
+    assert shown[:2] == ["mha, none: 3.500 at 0.3, plateau 0.03 to ≥ 0.3", "mha, quack: 3.500 at 0.03, plateau 0.03"]
+    assert len(shown) == 4
+
+
+def test_a_large_sweep_is_drawn_in_part_and_tabled_in_full(tmp_path, save, monkeypatch):
+    rates = [0.01 * 1.5**i for i in range(7)]
+    attentions = ("mha", "mla")
+    taus = [0.1 * 1.2**i for i in range(16)]
+    cells = [make_cell(tmp_path, a, "quack", lr, tau=tau) for a in attentions for lr in rates for tau in taus]
+    for cell in cells:
+        write_run(cell, last_step=4)
+    measured = results.from_runs(save(*cells))
+    plots = {plot.name: plot for plot in figures.plots(measured)}
+    # 14 places are more than are drawn: four of each attention, the lowest and the highest rate among them.
+    titles = [panel.title for panel in plots["val_loss"].panels]
+    at = [0, 2, 4, 6]
+    assert titles == [f"{attention}, lr {rates[i]:g}" for attention in attentions for i in at]
+    assert plots["val_loss"].caption.count("8 of 14 places are drawn; the tables have all.") == 1
+    assert "The curves of all 224 settings are too many to draw" in plots["val_loss"].caption
+    assert "val_loss_all" not in plots
+    # Over the rates every one is a point.
+    assert [len(line.points) for panel in plots["loss_by_lr"].panels for line in panel.lines] == [7, 7]
+    assert "places are drawn" not in plots["loss_by_lr"].caption
+    assert "Runs by setting" not in as_markdown(tmp_path)
+    for module in (sections, page):
+        monkeypatch.setattr(module, "LONG", 223)
+    text = as_markdown(tmp_path)
+    by_setting, all_runs = (text.partition(f"## {title}\n")[2].partition("\n## ")[0] for title in SUMMARIES)
+    for section in (by_setting, all_runs):
+        assert section.count("\n| mha") == section.count("\n| mla") == 112
+        assert "<details><summary>224 entries</summary>\n\n|" in section
 
 
 def test_there_is_no_figure_over_the_rates_with_a_single_rate(tmp_path, save):

@@ -7,6 +7,7 @@ from quack_lm.report.comparison import by_label
 from quack_lm.report.curves import EMPTY, Curve
 from quack_lm.report.figures import DELTA, MAX_LOGIT, VAL_LOSS, Panel, Plot, curve, curves, loss_ceiling, relabeled
 from quack_lm.report.results import Reader, Result, Results
+from quack_lm.report.shown import left_out, shown_places
 
 
 def plots(results: Results) -> list[Plot]:
@@ -62,7 +63,8 @@ def _middle(results: Results) -> str:
 def _norms(results: Results) -> list[Plot]:
     """QuacK with the Frobenius and the spectral norm: one panel per place and tau for which a sweep has both."""
     panels = []
-    for place in results.places():
+    places = shown_places(results)
+    for place in places:
         by_tau: dict[float, list[Result]] = {}
         for run in results.at(place):
             if run.stabilizer == "quack" and (found := norm_and_tau(run)):
@@ -76,7 +78,7 @@ def _norms(results: Results) -> list[Plot]:
     plot = Plot(
         name="norms",
         title="Norm used by QuacK",
-        caption="Loss on the held-out validation sequences. As in the paper's Fig. 3.",
+        caption="Loss on the held-out validation sequences. As in the paper's Fig. 3." + left_out(len(places), results),
         x_label="optimizer steps",
         y_label=VAL_LOSS.y_label,
         panels=panels,

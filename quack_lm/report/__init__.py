@@ -1,7 +1,7 @@
 """The report on a sweep directory: what was measured, how the stabilizers compare, and how it is shown.
 
 plan.json, run directories --results--> comparison (on statistics) --sections--> page: report.html, report.md
-or collected files                 \\--> figures, heat --draw--> figures/
+or collected files                 \\--> figures, plateau, heat --draw--> figures/
 
 It knows no stabilizer by name: what is about particular ones is handed to `write` by the caller.
 """
@@ -16,6 +16,7 @@ from quack_lm.report import collected, figures, page
 from quack_lm.report.draw import draw, point_values, save
 from quack_lm.report.figures import Plot
 from quack_lm.report.heat import HeatMaps, heat_maps
+from quack_lm.report.plateau import Plateaus
 from quack_lm.report.results import Results
 from quack_lm.report.sections import Section
 
@@ -37,7 +38,7 @@ def write(
     plots = figures.plots(results)
     appendix = [plot for plot in plots if plot.is_appendix]
     more = [plot for make in more_plots for plot in make(results)]
-    shown: list[Plot | HeatMaps] = [plot for plot in plots if not plot.is_appendix]
+    shown: list[Plot | Plateaus | HeatMaps] = [plot for plot in plots if not plot.is_appendix]
     shown += [*more, *heat_maps(results), *appendix]
     pictures = []
     files: dict[str, bytes] = {}
@@ -53,7 +54,7 @@ def write(
                 caption=plot.caption,
                 wide=wide,
                 narrow=narrow,
-                points=point_values(figure, plot) if isinstance(plot, Plot) else (),
+                points=() if isinstance(plot, HeatMaps) else point_values(figure, plot),
             )
         )
     sections = [make(results) for make in conclusions]

@@ -299,11 +299,20 @@ class OverRates:
     largest_stable: float | None
     missing: list[float]  # planned rates at which no run has finished
 
+    @property
+    def plateau_text(self) -> str:
+        """`0.01 to ≥ 0.3`, with ≤ or ≥ at the edge of the grid; empty for a single rate."""
+        low, high = self.plateau
+        if low == high and self.is_plateau_open == (True, True):
+            return ""
+        marks = ("≤ " if self.is_plateau_open[0] else "", "≥ " if self.is_plateau_open[1] else "")
+        return f"{''.join(marks)}{low:g}" if low == high else f"{marks[0]}{low:g} to {marks[1]}{high:g}"
+
 
 def over_rates(results: Results) -> list[OverRates]:
     """The summary of each attention and stabilizer that has finished runs."""
     entries = []
-    for (attention, condition), places in _by_attention(results).items():
+    for (attention, condition), places in by_attention(results).items():
         best = {place: best_settings(results, place) for place in places}
         for stabilizer in results.stabilizers():
             runs = {place.lr: best[place][stabilizer].runs for place in places if stabilizer in best[place]}
@@ -354,7 +363,8 @@ def _are_healthy(runs: Sequence[Result]) -> bool | None:
     return True if all(r.is_finished for r in runs) else None
 
 
-def _by_attention(results: Results) -> dict[tuple[str, str], list[Place]]:
+def by_attention(results: Results) -> dict[tuple[str, str], list[Place]]:
+    """The places of each attention and condition, by increasing rate."""
     groups: dict[tuple[str, str], list[Place]] = {}
     for place in results.places():
         groups.setdefault((place.attention, place.condition), []).append(place)

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
 from quack_lm.config import choices
 from quack_lm.report.figures import Line, Panel, Plot
 from quack_lm.report.heat import HeatMaps
+from quack_lm.report.plateau import Bar, Plateaus
 from quack_lm.report.table import significant
 from quack_lm.text import escape
 
@@ -50,14 +53,21 @@ STYLE: dict[Any, Any] = {
 }
 PANEL_INCHES = (4.3, 3.3)
 LEGEND_LINE_INCHES, LEGEND_LETTER_INCHES = 0.85, 0.085
+# A legend of more rows than these makes a figure higher.
+LEGEND_ROWS, LEGEND_ROW_INCHES = 6, 0.2
 MARKERS_PER_CURVE = 7
+# Labels of more learning rates would overlap.
+MOST_RATES = 6
+BAR_INCHES, ARROW_INCHES, BAR_ALPHA = 0.33, 0.07, 0.4
 # The color scale ends here: smaller values all have its lowest color.
 HEAT_FLOOR = 1e-4
 MOST_LAYERS_LABELED = 20
 
 
-def draw(plot: Plot | HeatMaps, *, columns: int | None = None) -> Figure:
+def draw(plot: Plot | Plateaus | HeatMaps, *, columns: int | None = None) -> Figure:
     """The figure, with its panels in `columns` columns; the narrow form of a page has one."""
+    if isinstance(plot, Plateaus):
+        return _draw_plateaus(plot, columns)
     return _draw_lines(plot, columns) if isinstance(plot, Plot) else _draw_heat(plot, columns)
 
 
@@ -65,10 +75,14 @@ def _draw_lines(plot: Plot, columns: int | None) -> Figure:
     columns = min(columns or plot.columns, len(plot.panels))
     rows = math.ceil(len(plot.panels) / columns)
     with matplotlib.rc_context(STYLE):
-        width, height = PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.7
+        styles = Styles([panel.lines for panel in plot.panels])
+        handles = styles.legend(plot)
+        width = PANEL_INCHES[0] * columns
+        n_columns = _legend_columns(handles, width)
+        n_rows = math.ceil(len(handles) / n_columns)
+        height = PANEL_INCHES[1] * rows + 0.7 + LEGEND_ROW_INCHES * max(0, n_rows - LEGEND_ROWS)
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-        styles = Styles(plot)
         for axis, panel in zip(axes, plot.panels, strict=False):
             _draw_panel(axis, panel, plot, styles)
         if plot.ceiling is not None:
@@ -76,11 +90,53 @@ def _draw_lines(plot: Plot, columns: int | None) -> Figure:
             axes[0].set_ylim(top=min(plot.ceiling, axes[0].get_ylim()[1]))
         _label_outer(axes, len(plot.panels), columns)
         figure.suptitle(_plain(plot.title), fontsize=12)
-        handles = styles.legend(plot)
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=_legend_columns(handles, width), handlelength=3
-        )
+        figure.legend(handles=handles, loc="outside lower center", ncols=n_columns, handlelength=3)
     return figure
+
+
+def _draw_plateaus(plot: Plateaus, columns: int | None) -> Figure:
+    """One row per stabilizer: a bar over its plateau, with its marker at the best rate and arrows at open ends."""
+    columns = min(columns or 3, len(plot.panels))
+    rows = math.ceil(len(plot.panels) / columns)
+    styles = Styles([panel.bars for panel in plot.panels])
+    names = plot.stabilizers()
+    rates = sorted({rate for panel in plot.panels for rate in panel.rates})
+    # A plateau of a single rate has a width, too; and there is room for the arrows.
+    overhang, margin = ((rates[-1] / rates[0]) ** share for share in (0.02, 0.1))
+    with matplotlib.rc_context(STYLE):
+        height = (BAR_INCHES * len(names) + 0.8) * rows + 0.8
+        figure = Figure(figsize=(PANEL_INCHES[0] * columns, height), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+        for axis, panel in zip(axes, plot.panels, strict=False):
+            axis.set_title(_plain(panel.title), fontsize=10)
+            axis.set_xlabel("learning rate")
+            axis.set_xscale("log")
+            for bar in panel.bars:
+                _draw_bar(axis, bar, names.index(bar.stabilizer), overhang, styles.of(bar))
+            _set_rates(axis, rates)
+        axes[0].set_xlim(rates[0] / margin, rates[-1] * margin)
+        axes[0].set_yticks(range(len(names)), map(_plain, names))
+        axes[0].set_ylim(len(names) - 0.5, -0.5)
+        _label_outer(axes, len(plot.panels), columns)
+        figure.suptitle(plot.title, fontsize=12)
+        gray: dict[str, Any] = {"color": "#777777"}
+        handles = [
+            Patch(label="plateau", alpha=BAR_ALPHA, **gray),
+            Line2D([], [], label="best rate", linestyle="", marker="o", **gray),
+            Line2D([], [], label="edge of the grid", linestyle="", marker=">", **gray),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _draw_bar(axis: Axes, bar: Bar, y: int, overhang: float, style: dict[str, Any]) -> None:
+    color, ends = style["color"], (bar.low / overhang, bar.high * overhang)
+    axis.barh(y, ends[1] - ends[0], left=ends[0], height=0.5, color=color, alpha=BAR_ALPHA, zorder=3)
+    axis.plot([bar.best], [y], linestyle="", marker=style["marker"], color=color, markersize=7, zorder=4)
+    for end, is_open, marker, shift in zip(ends, bar.is_open, "<>", (-ARROW_INCHES, ARROW_INCHES), strict=True):
+        if is_open:
+            outside = axis.transData + ScaledTranslation(shift, 0, axis.figure.dpi_scale_trans)
+            axis.plot([end], [y], linestyle="", marker=marker, color=color, transform=outside)
 
 
 def _draw_heat(plot: HeatMaps, columns: int | None) -> Figure:
@@ -132,7 +188,7 @@ def save(figure: Figure, kind: str = "png") -> bytes:
     # A palette takes a quarter of the bytes, which keeps a page with twenty figures small enough for mail.
     small = io.BytesIO()
     with Image.open(buffer) as picture:
-        picture.convert("RGB").quantize(128, kmeans=3).save(small, "png", optimize=True)
+        picture.convert("RGB").quantize(128).save(small, "png", optimize=True)
     return small.getvalue()
 
 
@@ -145,44 +201,58 @@ class PointValue:
     text: str
 
 
-def point_values(figure: Figure, plot: Plot) -> list[PointValue]:
+def point_values(figure: Figure, plot: Plot | Plateaus) -> list[PointValue]:
     """The value at each marker of a figure that was drawn from the plot and has been saved, which does its layout."""
-    styles = Styles(plot)
-    width, height = figure.bbox.size
     found = []
-    for axis, panel in zip(figure.axes, plot.panels, strict=False):
+    for axis, marked in zip(figure.axes, _marked(plot), strict=False):
+        for x, y, text in marked:
+            left, top = axis.transData.transform((x, y)) / figure.bbox.size
+            inside = axis.get_position()
+            if inside.x0 - 0.01 <= left <= inside.x1 + 0.01 and inside.y0 - 0.01 <= top <= inside.y1 + 0.01:
+                found.append(PointValue(left=float(left), top=float(1 - top), text=text))
+    return found
+
+
+def _marked(plot: Plot | Plateaus) -> Iterable[Sequence[tuple[float, float, str]]]:
+    """The position of each marker in a panel, and its value as text."""
+    if isinstance(plot, Plateaus):
+        names = plot.stabilizers()
+        yield from ([(bar.best, names.index(bar.stabilizer), bar.text) for bar in each.bars] for each in plot.panels)
+        return
+    styles = Styles([panel.lines for panel in plot.panels])
+    for panel in plot.panels:
+        marked = []
         for line in panel.lines:
             every = _markers(line.points, styles.rank(line), plot.log_x)
             spread = {x: f" ({significant(low, 4)} to {significant(high, 4)})" for x, low, high in line.band}
-            for x, y in line.points[every] if isinstance(every, slice) else line.points:
-                left, top = axis.transData.transform((x, y)) / (width, height)
-                inside = axis.get_position()
-                if inside.x0 - 0.01 <= left <= inside.x1 + 0.01 and inside.y0 - 0.01 <= top <= inside.y1 + 0.01:
-                    text = f"{panel.title}, {line.label}: {significant(y, 4)}{spread.get(x, '')} at {x:g}"
-                    found.append(PointValue(left=float(left), top=float(1 - top), text=text))
-    return found
+            marked += [
+                (x, y, f"{panel.title}, {line.label}: {significant(y, 4)}{spread.get(x, '')} at {x:g}")
+                for x, y in (line.points[every] if isinstance(every, slice) else line.points)
+                if math.isfinite(y)
+            ]
+        yield marked
 
 
 class Styles:
     """The color and marker of each stabilizer; its settings differ in dashes and filling, within one panel also in
     shade."""
 
-    def __init__(self, plot: Plot) -> None:
-        lines = [line for panel in plot.panels for line in panel.lines]
+    def __init__(self, panels: Sequence[Sequence[Line | Bar]]) -> None:
+        lines = [line for panel in panels for line in panel]
         known = choices("stabilizer")
         names = {line.stabilizer: None for line in lines}
         ordered = [*known, *(name for name in names if name not in known)]
         # Lines that are no stabilizers, such as the parts of a change, begin with the first color.
         ordered = ordered if names.keys() & set(known) else list(names)
         self.ranks = {name: rank for rank, name in enumerate(ordered)}
-        groups = [[line.stabilizer for line in panel.lines] for panel in plot.panels]
+        groups = [[line.stabilizer for line in panel] for panel in panels]
         self.shades = SHADES if any(len(set(group)) < len(group) for group in groups) else SHADES[:1]
         self.settings: dict[str, list[str]] = {}
         for line in lines:
             seen = self.settings.setdefault(line.stabilizer, [])
             seen += [line.settings] if line.settings not in seen else []
 
-    def of(self, line: Line) -> dict[str, Any]:
+    def of(self, line: Line | Bar) -> dict[str, Any]:
         """The arguments of `Axes.plot` for a line."""
         rank = self.ranks[line.stabilizer]
         color, marker = CYCLE[rank % len(CYCLE)]
@@ -239,9 +309,8 @@ def _draw_panel(axis: Axes, panel: Panel, plot: Plot, styles: Styles) -> None:
     if plot.log_x:
         # Ticks at the rates that were run, not at powers of ten.
         lines = [line for each in plot.panels for line in each.lines]  # panels share their axes
-        ticks = sorted({x for line in lines for x, _ in [*line.points, *line.diverged]})
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.set_xticks([], minor=True)
+        ticks = {x for line in lines for x, _ in [*line.points, *line.diverged]}
+        _set_rates(axis, ticks)
     for line in panel.lines:
         if line.band:
             x, low, high = zip(*line.band, strict=True)
@@ -255,6 +324,13 @@ def _draw_panel(axis: Axes, panel: Panel, plot: Plot, styles: Styles) -> None:
         axis.text(0.5, 0.5, "no data yet", transform=axis.transAxes, ha="center", color="#666666")
     for line in panel.lines:
         _mark_outcome(axis, line, styles.of(line)["color"], plot.ceiling)
+
+
+def _set_rates(axis: Axes, rates: Iterable[float]) -> None:
+    """Ticks at the rates that were run, not at powers of ten."""
+    ticks = sorted(rates)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45 if len(ticks) > MOST_RATES else 0)
+    axis.set_xticks([], minor=True)
 
 
 def _mark_outcome(axis: Axes, line: Line, color: str, ceiling: float | None) -> None:

@@ -7,19 +7,27 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
 
-from quack_lm.report.comparison import best_settings, by_label
 from quack_lm.report.curves import MOST
-from quack_lm.report.results import Place, Reader, Result, Results
+from quack_lm.report.plateau import Plateaus, plateaus
+from quack_lm.report.results import Reader, Result, Results
+from quack_lm.report.shown import (
+    MOST_LINES,
+    count_settings,
+    has_many_settings,
+    left_out,
+    shown_at,
+    shown_attentions,
+    shown_places,
+)
 from quack_lm.report.statistics import geometric_mean
 
 # Curves are cut off at this multiple of the initial loss.
 LOSS_CEILING = 1.1
-# With more stabilizers and settings than this in one panel, only the best setting of each stabilizer is shown.
-MANY = 6
 IN_PARTS = (
     f" Each point is the mean of one of at most {MOST // 2} equal parts of the run, and the shade reaches from the "
     "smallest to the largest value in it."
 )
+MOST_COLUMNS = 6
 # Training losses are averaged over the last steps / SMOOTHING steps.
 SMOOTHING = 50
 
@@ -118,56 +126,49 @@ DELTA = Metric(
 )
 
 
-def plots(results: Results) -> list[Plot]:
+def plots(results: Results) -> list[Plot | Plateaus]:
     """Every figure for which there is data.
 
     If there are many settings, these show the best setting of each stabilizer, and an appendix shows all.
     """
-    all_plots = [
+    all_plots: list[Plot | Plateaus] = [
         curves(results, VAL_LOSS),
         curves(results, TRAIN_LOSS),
         *_loss_by_rate(results),
+        plateaus(results),
         curves(results, MAX_LOGIT),
         curves(results, DELTA),
         *_parts(results),
     ]
     if has_many_settings(results):
-        all_plots += [
-            curves(results, VAL_LOSS, is_appendix=True),
-            curves(results, TRAIN_LOSS, is_appendix=True),
-            *_loss_by_rate(results, is_appendix=True),
-        ]
+        if count_settings(results) <= MOST_LINES:
+            all_plots += [curves(results, metric, is_appendix=True) for metric in (VAL_LOSS, TRAIN_LOSS)]
+        all_plots += _loss_by_rate(results, is_appendix=True)
     return [plot for plot in all_plots if plot.has_data()]
-
-
-def has_many_settings(results: Results) -> bool:
-    """Whether a panel with every setting would be too full to read."""
-    return any(len(by_label(results.at(place))) > MANY for place in results.places())
-
-
-def shown_at(results: Results, place: Place, *, every: bool = False) -> list[list[Result]]:
-    """The runs of each line to show at a place: every setting, or the best of each stabilizer if there are many."""
-    if every or not has_many_settings(results):
-        return list(by_label(results.at(place)).values())
-    return [best.runs for best in best_settings(results, place).values()]
 
 
 def curves(results: Results, metric: Metric, *, is_appendix: bool = False) -> Plot:
     """A metric over the steps: one panel per place, one line per stabilizer with its settings."""
     panels = []
-    for place in results.places():
+    places = shown_places(results)
+    for place in places:
         groups = shown_at(results, place, every=is_appendix)
         panels.append(Panel(title=str(place), lines=[curve(runs, metric) for runs in groups]))
-    n_rates = len(results.rates())
-    is_in_parts = any(line.is_in_parts for panel in panels for line in panel.lines)
+    caption = metric.caption + left_out(len(places), results)
+    if any(line.is_in_parts for panel in panels for line in panel.lines):
+        caption += IN_PARTS
+    if metric.is_loss and (n := count_settings(results)) > MOST_LINES and has_many_settings(results):
+        caption += f" The curves of all {n} settings are too many to draw; the tables have their losses."
+    n_rates = len({place.lr for place in places})
     return Plot(
         name=f"{metric.name}_all" if is_appendix else metric.name,
         title=metric.title + _which_settings(results, is_appendix),
-        caption=metric.caption + IN_PARTS * is_in_parts,
+        caption=caption,
         x_label="optimizer steps",
         y_label=metric.y_label,
         panels=panels,
-        columns=n_rates if n_rates > 1 else min(len(panels), 3),
+        # Full rows, and each rate in one column where they are few.
+        columns=math.ceil(n_rates / math.ceil(n_rates / MOST_COLUMNS)) if n_rates > 1 else min(len(panels), 3),
         log_y=metric.log_y,
         ceiling=loss_ceiling(results) if metric.is_loss else None,
         is_appendix=is_appendix,
@@ -254,7 +255,8 @@ def _parts(results: Results) -> list[Plot]:
         "bound of the largest": "logits/delta_weights_max_bound",
     }
     panels = []
-    for place in results.places():
+    places = shown_places(results)
+    for place in places:
         for runs in shown_at(results, place):
             if any("logits/delta_from_query" in run.curves for run in runs):
                 lines = [curve(runs, replace(DELTA, read=read)) for read in sources.values()]
@@ -264,7 +266,8 @@ def _parts(results: Results) -> list[Plot]:
         title="Contributions to the change of the logits",
         caption="Mean |Δlogit| over all heads caused by the query weights, by the key weights and by all layers "
         "upstream; then the largest |Δlogit| caused by the weights, with its bound from the norms of weights and "
-        "updates. A stabilizer that normalizes between the weights and the logits has no such bound.",
+        "updates. A stabilizer that normalizes between the weights and the logits has no such bound."
+        + left_out(len(places), results),
         x_label="optimizer steps",
         y_label="|Δlogit| per step",
         panels=panels,
@@ -306,9 +309,7 @@ def _loss_by_rate(results: Results, *, is_appendix: bool = False) -> list[Plot]:
         return []
     is_best_only = has_many_settings(results) and not is_appendix
     panels = []
-    attentions = dict.fromkeys((place.attention, place.condition) for place in results.places())
-    for attention, condition in attentions:
-        places = [p for p in results.places() if p[:2] == (attention, condition)]
+    for (attention, condition), places in shown_attentions(results).items():
         groups: dict[str, list[Result]] = {}
         for runs in (runs for place in places for runs in shown_at(results, place, every=is_appendix)):
             groups.setdefault(runs[0].stabilizer if is_best_only else runs[0].label, []).extend(runs)
@@ -319,7 +320,7 @@ def _loss_by_rate(results: Results, *, is_appendix: bool = False) -> list[Plot]:
         name="loss_by_lr_all" if is_appendix else "loss_by_lr",
         title="Final validation loss against learning rate" + _which_settings(results, is_appendix),
         caption="Mean and range over seeds of the runs that completed; a run that diverged or was stopped is a cross "
-        "at the top.",
+        "at the top." + left_out(sum(map(len, shown_attentions(results).values())), results),
         x_label="learning rate",
         y_label=VAL_LOSS.y_label,
         panels=panels,

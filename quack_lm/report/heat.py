@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from quack_lm.report.curves import Array
-from quack_lm.report.figures import shown_at
 from quack_lm.report.results import Place, Result, Results
+from quack_lm.report.shown import shown_at
 
 FEW_PLACES = 2
 # With more heads, each row of a map is of several.

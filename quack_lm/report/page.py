@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from quack_lm.report import runs
 from quack_lm.report.draw import PointValue
 from quack_lm.report.results import Results
-from quack_lm.report.sections import Section, after_figures, before_figures, provenance
+from quack_lm.report.sections import LONG, Section, after_figures, before_figures, provenance
 from quack_lm.text import Medium, escape
 
 CSS = """
@@ -132,8 +132,10 @@ def _section_html(section: Section) -> str:
     lines = (f"<code>{_e(line)}</code>" if section.are_commands else _e(line) for line in section.lines)
     items = "\n".join(f"<li>{line}</li>" for line in lines)
     table = section.table.as_html() if section.table else ""
-    intro = f'<p class="small">{_e(section.intro)}</p>'
-    block = f"<h2>{_e(section.title)}</h2>\n{intro}\n{table}" + (f"\n<ul>\n{items}\n</ul>\n" if items else "\n")
+    content = table + (f"\n<ul>\n{items}\n</ul>\n" if items else "\n")
+    if section.length > LONG:
+        content = f"<details><summary>{section.length} entries</summary>\n{content}</details>\n"
+    block = f'<h2>{_e(section.title)}</h2>\n<p class="small">{_e(section.intro)}</p>\n{content}'
     return f'<div class="commands">\n{block}</div>\n' if section.are_commands else block
 
 
@@ -141,7 +143,10 @@ def _section_markdown(section: Section) -> str:
     medium: Medium = "markdown code" if section.are_commands else "markdown"
     lines = "\n".join(f"- {escape(line, medium)}" for line in section.lines)
     table = section.table.as_markdown() if section.table else ""
-    return "\n\n".join(part for part in (f"## {section.title}", _md(section.intro), table, lines) if part)
+    content = [table, lines]
+    if section.length > LONG:
+        content = [f"<details><summary>{section.length} entries</summary>", *content, "</details>"]
+    return "\n\n".join(part for part in (f"## {section.title}", _md(section.intro), *content) if part)
 
 
 def _picture_html(picture: Picture) -> str:

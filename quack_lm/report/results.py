@@ -179,8 +179,7 @@ class Results:
 
     def places(self) -> list[Place]:
         """Every place of the sweep, in the order of the sweep file and by increasing rate."""
-        order = _ranks((r.attention, r.condition) for r in self.results)
-        return sorted({r.place for r in self.results}, key=lambda p: (order[p.attention, p.condition], p.lr))
+        return list(self._by_place)
 
     def at(self, place: Place) -> list[Result]:
         """The runs at a place, of all stabilizers and seeds."""
@@ -191,7 +190,13 @@ class Results:
         groups: dict[Place, list[Result]] = {}
         for result in self.results:
             groups.setdefault(result.place, []).append(result)
-        return groups
+        order = _ranks((place.attention, place.condition) for place in groups)
+        return dict(sorted(groups.items(), key=lambda item: (order[item[0][:2]], item[0].lr)))
+
+    @cached_property
+    def most_settings(self) -> int:
+        """The largest number of stabilizers, each setting counted, at one place."""
+        return max((len({r.label for r in runs}) for runs in self._by_place.values()), default=0)
 
     def with_results(self, results: Sequence[Result]) -> "Results":
         """The same sweep with these results: what differs between its runs is named anew."""

@@ -13,7 +13,6 @@ from quack_lm.report.comparison import (
     PLATEAU,
     ROUNDING,
     Difference,
-    OverRates,
     best_settings,
     by_label,
     comparisons,
@@ -33,6 +32,8 @@ LEGEND = (
     "Unstable: the run did not diverge, but a stability rule flagged it; the reasons are in the notes on single runs."
 )
 SIZES_ASKED_FOR = (0.01, 0.02, 0.05, 0.1)
+# Longer tables and lists are folded, and so many runs are shown by setting, too.
+LONG = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,10 @@ class Section:
     lines: Sequence[str] = field(default_factory=list)
     are_commands: bool = False
 
-    def has_content(self) -> bool:
-        return bool(self.lines) or (self.table is not None and bool(self.table.rows))
+    @property
+    def length(self) -> int:
+        """The number of its rows and lines; without any it is left out."""
+        return len(self.lines) + (len(self.table.rows) if self.table else 0)
 
 
 def before_figures(results: Results) -> list[Section]:
@@ -82,6 +85,7 @@ def after_figures(results: Results, conclusions: Sequence[Section] = ()) -> list
             intro="These run directories belong to no cell of the current plan and are not included above.",
             lines=results.not_in_plan(),
         ),
+        _settings(results),
         Section(title="All runs", intro=LEGEND, table=runs.table(results)),
         Section(
             title="Commands",
@@ -93,7 +97,7 @@ def after_figures(results: Results, conclusions: Sequence[Section] = ()) -> list
 
 
 def _with_content(*sections: Section) -> list[Section]:
-    return [section for section in sections if section.has_content()]
+    return [section for section in sections if section.length]
 
 
 def provenance(results: Results, report_command: str) -> dict[str, str]:
@@ -139,7 +143,7 @@ def _over_rates(results: Results) -> Section:
             seed_range(entry.seeds),
             f"{entry.best_rate:g}" + (" (edge)" if entry.is_at_edge else ""),
             f"{loss(entry.best_loss)}{_bounds(entry.best_interval)}",
-            _plateau(entry),
+            entry.plateau_text or NO_NUMBER,
             loss(entry.sensitivity) + _bounds(entry.sensitivity_interval),
             NO_NUMBER if entry.largest_stable is None else f"{entry.largest_stable:g}",
             ", ".join(f"{lr:g}" for lr in entry.missing),
@@ -175,14 +179,6 @@ def _over_rates(results: Results) -> Section:
             numeric=range(2, 9),
         ),
     )
-
-
-def _plateau(entry: OverRates) -> str:
-    low, high = entry.plateau
-    if low == high and entry.is_plateau_open == (True, True):  # a single rate
-        return NO_NUMBER
-    marks = ("≤ " if entry.is_plateau_open[0] else "", "≥ " if entry.is_plateau_open[1] else "")
-    return f"{''.join(marks)}{low:g}" if low == high else f"{marks[0]}{low:g} to {marks[1]}{high:g}"
 
 
 def seed_range(seeds: Sequence[int]) -> str:
@@ -382,6 +378,41 @@ def _blowups(results: Results) -> Section:
         "have the first head of each run.",
         table=Table(
             header=("place", "stabilizer", "runs", "step", "layer", "head", "seed"), rows=rows, numeric=range(2, 7)
+        ),
+    )
+
+
+def _settings(results: Results) -> Section:
+    """One row for each stabilizer with its settings at each place, if there are too many runs to read one by one."""
+    rows = []
+    for place in results.places() if len(results.results) > LONG else []:
+        for label, members in by_label(results.at(place)).items():
+            finished = [r for r in members if r.is_finished]
+            found = (
+                max((v for r in finished if (v := r.number(key)) is not None), default=None)
+                for key in ("max_logit", "delta_mean")
+            )
+            numbers = (sum(r.is_diverged for r in finished), sum(bool(r.unstable) for r in finished))
+            seeds = f"{len(finished)} of {len(members)}"
+            loss_text = _mean(list(losses(members).values()))
+            rows.append((str(place), label, seeds, loss_text, *map(significant, found), *map(str, numbers)))
+    return Section(
+        title="Runs by setting",
+        intro="Final validation loss, at most the initial one, which a diverged run has: mean over seeds with its 95% "
+        "t interval. Largest max logit and mean |Δlogit| of any seed at the last probe.",
+        table=Table(
+            header=(
+                "place",
+                "stabilizer",
+                "finished",
+                "val loss",
+                "max logit",
+                "mean |Δlogit|",
+                "diverged",
+                "unstable",
+            ),
+            rows=rows,
+            numeric=range(2, 8),
         ),
     )
 
