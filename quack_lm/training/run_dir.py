@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -31,6 +31,9 @@ from quack_lm.files import (
     write_json,
 )
 from quack_lm.training.state import Count, Seconds, StatusName
+
+# Outside of these nothing was measured, and ratios of such numbers are too large for a float.
+TokensPerSecond = Literal[0] | Annotated[float, pydantic.Field(ge=1e-6, le=1e12)]
 
 # For how long a process that only reads the state may hold a lock.
 READER_S = 1.0
@@ -54,6 +57,7 @@ class _Summary(pydantic.BaseModel):
     elapsed_s: Seconds = 0.0
     outside_s: dict[str, Seconds] | None = None
     probes: int = 0
+    tokens_per_s: TokensPerSecond | None = None
 
 
 def checked_summary(values: dict[str, Any]) -> dict[str, Any] | None:
