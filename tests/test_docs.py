@@ -30,7 +30,7 @@ from quack_lm.paper import claims
 from quack_lm.report import collected
 from quack_lm.report import page as report_page
 from quack_lm.report.comparison import best_settings, losses, over_rates
-from quack_lm.report.results import Results
+from quack_lm.report.results import Result, Results
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.sweep.file import load
 
@@ -275,31 +275,56 @@ def sweep_results(name: str) -> Results:
     return collected.load(ROOT / "docs" / "results" / name)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
-def test_the_losses_of_the_proxy_are_those_of_the_committed_runs(page: str) -> None:
-    text = PAGES[page]
+COLUMNS = ("none", "qk_clip", "fixed", "quack", "qk_norm")
+JUDGING = {3, 4, 5, 6, 7}
+
+
+def cells_of_row(page: str, name: str) -> list[str]:
+    """The cells after the first of the one row of a page's tables with this name."""
+    (row,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", PAGES[page], flags=re.MULTILINE)
+    return row.split(" | ")
+
+
+def assert_is_loss_of(cell: str, runs: list[Result]) -> None:
+    assert losses(runs).keys() == JUDGING
+    assert cell.startswith(f"{fmean(losses(runs).values()):.3f}"), runs[0].label
+    assert ("**U**" in cell) is not all(run.is_healthy for run in runs)
+    if "tau" in cell:
+        assert f"(tau {runs[0].cell.config['stabilizer']['tau']:g})" in cell
+
+
+def test_the_losses_of_the_proxy_are_those_of_the_committed_runs() -> None:
     measured = sweep_results("fig2-proxy")
-    columns = ("none", "qk_clip", "fixed", "quack", "qk_norm")
-    checked = 0
-    for place in measured.places():
-        (row,) = re.findall(rf"^\| {place.attention.upper()}, {place.lr:g} \| (.*) \|$", text, flags=re.MULTILINE)
-        for name, cell in zip(columns, row.split(" | "), strict=True):
-            runs = best_settings(measured, place)[name].runs
-            assert cell.startswith(f"{fmean(losses(runs).values()):.3f}"), (place, name)
-            assert ("**U**" in cell) is not all(run.is_healthy for run in runs)
-            assert losses(runs).keys() == set(range(5 if place.lr == 0.3 else 3))
-            if "tau" in cell:
-                assert f"(tau {runs[0].cell.config['stabilizer']['tau']:g})" in cell
-            checked += 1
-    assert checked == 30
-    prose = " ".join(text.split())
-    assert "means over seeds 0 to 2, at 0.3 over seeds 0 to 4; LR sensitivities are means over seeds 0 to 2" in prose
-    entries = over_rates(measured)
+    assert measured.plan.tune_seeds == [0, 1, 2]
+    places = measured.places()
+    assert len(places) == 12
+    for place in places:
+        best = best_settings(measured, place)
+        row = cells_of_row("docs/results.md", f"{place.attention.upper()}, {place.lr:g}")
+        for name, cell in zip(COLUMNS, row, strict=True):
+            assert_is_loss_of(cell, best[name].runs)
+    for attention in measured.attentions():
+        row = cells_of_row("README.md", f"{attention.upper()}: loss at 0.3")
+        top = next(place for place in places if place.attention == attention and place.lr == 0.3)
+        for name, cell in zip(COLUMNS, row, strict=True):
+            assert_is_loss_of(cell, best_settings(measured, top)[name].runs)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_best_rates_of_the_proxy_are_those_of_the_committed_runs(page: str) -> None:
+    entries = over_rates(sweep_results("fig2-proxy"))
+    assert len(entries) == 10
     for entry in entries:
-        (row,) = re.findall(rf"^\| LR sensitivity, {entry.attention.upper()} \| (.*) \|$", text, flags=re.MULTILINE)
-        assert row.split(" | ")[columns.index(entry.stabilizer)] == f"{entry.sensitivity:.3f}"
-        assert entry.seeds == [0, 1, 2]
-    assert f"in {sum(entry.is_at_edge for entry in entries)} of {len(entries)} rows" in prose
+        edge = "≤ " if entry.is_at_edge else ""
+        shown = {
+            "best loss, at rate": f"{entry.best_loss:.3f}, {edge}{entry.best_rate:g}",
+            "plateau": entry.plateau_text,
+            "LR sensitivity": f"{entry.sensitivity:.3f}",
+        }
+        for name, text in shown.items():
+            row = cells_of_row(page, f"{entry.attention.upper()}: {name}")
+            assert row[COLUMNS.index(entry.stabilizer)] == text, (entry.attention, name)
+        assert entry.seeds == sorted(JUDGING)
 
 
 def test_the_verdicts_on_the_claims_are_those_of_the_committed_runs() -> None:
