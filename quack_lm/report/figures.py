@@ -27,7 +27,8 @@ IN_PARTS = (
     f" Each point is the mean of one of at most {MOST // 2} equal parts of the run, and the shade reaches from the "
     "smallest to the largest value in it."
 )
-MOST_COLUMNS = 6
+# More columns are too small to read on a page.
+MOST_COLUMNS = 4
 # Training losses are averaged over the last steps / SMOOTHING steps.
 SMOOTHING = 50
 
@@ -132,10 +133,10 @@ def plots(results: Results) -> list[Plot | Plateaus]:
     If there are many settings, these show the best setting of each stabilizer, and an appendix shows all.
     """
     all_plots: list[Plot | Plateaus] = [
-        curves(results, VAL_LOSS),
-        curves(results, TRAIN_LOSS),
         *_loss_by_rate(results),
         plateaus(results),
+        curves(results, VAL_LOSS),
+        curves(results, TRAIN_LOSS),
         curves(results, MAX_LOGIT),
         curves(results, DELTA),
         *_parts(results),
