@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from typing import Literal
+from urllib.parse import unquote
 
 from quack_lm.errors import UserError
 
@@ -19,8 +20,8 @@ Medium = Literal["terminal", "markdown", "markdown code", "html", "figure", "csv
 # Emphasis, code, links, tables, HTML, entities, formulas, attributes, and addresses that GitHub makes links of. Not
 # underscores in names, and not intervals, [0.1, 0.2], which would be harder to read in the file.
 _MARKDOWN = re.compile(
-    r"(\[[-+., \d]*\](?![(\[:]))|[\\`*|{}\[\]]|(?<![^\W_])_|_(?![^\W_])|<(?=[a-z/!?])|&(?=#?\w+;)|~(?=\S)|(?<=\S)~|\$"
-    r"|:(?=//)|(?<=www)\.|#$",
+    r"(\[(?=[^\]]*\d)[-+., \d]*\](?![(\[:]))|[\\`*|{}\[\]]|(?<![^\W_])_|_(?![^\W_])|<(?=[a-z/!?])|&(?=#?\w+;)"
+    r"|~(?=\S)|(?<=\S)~|\$|:(?=//)|(?<=www)\.|(?<=\S)@(?=\S)|#$",
     re.IGNORECASE,
 )
 # Headings, quotes, lists, rules and definitions: what makes a block where a line begins with it.
@@ -30,9 +31,15 @@ _MARKDOWN_BLOCK = re.compile(r"^(?:[#>=:?!]|[-+](?![.\d])|\d+[.)](?=\s|$))")
 _PASSWORD = re.compile(r"(:/+|//)[^/\s]*@")
 # Parameters of a query or a fragment: of signed URLs of S3, GCS and Azure, of APIs, and of OAuth.
 _PARAMETER = re.compile(
-    r"([?&#](?:[\w.-]*(?:token(?![is])|secret|passw|pwd|signature|credential|access[-_]?key)[\w.-]*"
-    r"|(?:[\w.-]*[-_.])?(?:api)?(?:sig|key|auth|authorization))=)[^&#\s'\",)\]}]+",
+    r"([?&#;](?:[\w.-]*(?:token(?![is])|secret|passw|pwd|signature|credential|session|access[-_]?key)[\w.-]*"
+    r"|(?:[\w.-]*[-_.])?(?:api)?(?:sig|key|auth|authorization|pass|pw|pat|otp|jwt|bearer|creds))(?:=|%3D))"
+    r"[^&#\s'\",)\]}]+",
     re.IGNORECASE,
+)
+# Of Hugging Face, GitHub, GitLab, Slack, AWS and OpenAI, wherever they stand.
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|xox[abeoprs]-[\w-]{10,}"
+    r"|AKIA[0-9A-Z]{16}|sk-[\w-]{32,})"
 )
 
 
@@ -58,7 +65,7 @@ def escape(text: str, medium: Medium = "terminal") -> str:
 
 def _markdown_escape(character: str) -> str:
     # Not every parser takes a backslash before these.
-    return f"&#{ord(character)};" if character in "<&~$:.=?" else f"\\{character}"
+    return f"&#{ord(character)};" if character in "<&~$:.=?@" else f"\\{character}"
 
 
 def echo(*lines: str, err: bool = False) -> None:
@@ -77,13 +84,14 @@ class PrintableRecord(logging.LogRecord):
 
 def one_line(text: str) -> str:
     """A message on one line, without the secrets of URLs."""
-    return _PARAMETER.sub(r"\1***", _PASSWORD.sub(r"\1***@", escape(" ".join(text.split()))))
+    line = _PASSWORD.sub(r"\1***@", escape(" ".join(text.split())))
+    return _TOKEN.sub("***", _PARAMETER.sub(r"\1***", line))
 
 
 def refuse_secret(key: str, value: str) -> None:
     """UserError where a URL has a password or a token: before the @ of its host, where `git` alone is none, or in a
-    parameter, like that of a signed URL."""
-    if re.search(r"://(?!git@)[^/@\s]+@", value) or _PARAMETER.search(value):
+    parameter, like that of a signed URL; and where a token stands that is known by its form."""
+    if re.search(r"://(?!git@)[^/@\s]+@", value) or _PARAMETER.search(unquote(value)) or _TOKEN.search(value):
         # The value is not repeated: it would stand in a log.
         raise UserError(
             f"{key} has a password in its URL, or a token, which would be written down; remove it there, and give it "

@@ -810,30 +810,43 @@ def collected_runs(directory: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("out", ["sweep", "out"])
-def test_a_run_whose_directory_is_gone_stays_in_the_collected_files(out, tmp_path, monkeypatch, capsys):
+def test_a_run_of_which_less_is_left_stays_in_the_collected_files(out, tmp_path, monkeypatch, capsys):
     # Collected again, such runs became "pending", and their curves went.
     directory, target = tmp_path / "sweep", tmp_path / out
-    cells = [make_cell(directory, "mha", "quack", seed=seed) for seed in range(4)]
-    for cell in cells:
-        write_run(cell)
-    write_plan(directory, SweepPlan(sweep="demo", question="Which?", command="c", cells=cells))
+    names = (
+        "deleted",
+        "begun anew",
+        "out of the plan and deleted",
+        "out of the plan",
+        "without curves",
+        "cut",
+        "whole",
+    )
+    cells = {name: make_cell(directory, "mha", "quack", seed=seed) for seed, name in enumerate((*names, "interrupted"))}
+    for name, cell in cells.items():
+        write_run(cell, **({"status": "interrupted", "last_step": 20} if name == "interrupted" else {}))
+    every = SweepPlan(sweep="demo", question="Which?", command="c", cells=[*cells.values()])
+    write_plan(directory, every)
     line = ["collect", f"dir={directory}", f"out={target}"]
     assert call_here("sweep", line, monkeypatch, capsys)[0] == 0
     results_file, before = target / collected.RESULTS_FILE, collected_runs(target)
-    # One directory is deleted, one run begun anew, and one out of the plan and deleted; one is as it was.
-    for cell in cells[:3]:
-        shutil.rmtree(cell.run_dir.path)
-    write_run(cells[1], status="running", last_step=5)
-    write_plan(directory, SweepPlan(sweep="demo", question="Which?", command="c", cells=[*cells[:2], cells[3]]))
+    for name in ("deleted", "begun anew", "out of the plan and deleted", "interrupted"):
+        shutil.rmtree(cells[name].run_dir.path)
+    write_run(cells["begun anew"], status="running", last_step=5)
+    cells["without curves"].run_dir.metrics_file.unlink()
+    lines = cells["cut"].run_dir.metrics_file.read_text().splitlines(keepends=True)
+    cells["cut"].run_dir.metrics_file.write_text("".join(lines[:3]))
+    write_plan(directory, replace(every, cells=[cell for name, cell in cells.items() if "out of" not in name]))
     code, stdout, _ = call_here("sweep", line, monkeypatch, capsys)
     assert code == 0
-    assert f"3 finished runs that are no longer in {directory} are kept" in stdout
+    assert f"7 runs of which {directory} has less than was collected, or nothing, are kept" in stdout
     assert f"remove {results_file} first" in stdout
     assert collected_runs(target) == before
     # As the line says.
     results_file.unlink()
     assert call_here("sweep", line, monkeypatch, capsys)[0] == 0
-    assert [status for _, status, *_ in collected_runs(target)] == ["pending", "killed", "completed"]
+    known = ["pending", "killed", "completed", "completed", "completed", "pending"]
+    assert [status for _, status, *_ in collected_runs(target)] == known
 
 
 def test_the_collected_files_of_another_sweep_are_not_replaced(tmp_path, monkeypatch, capsys):

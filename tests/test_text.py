@@ -108,6 +108,7 @@ FRAGMENTS = (
         "<http://a.example>",
         "http://a.example",
         "www.a.example",
+        "root@a.example",
         "<img src=x onerror=alert(1)>",
     ),
     *(
@@ -207,6 +208,12 @@ def test_hostile_text_makes_no_markdown(texts: list[str]) -> None:
             assert shown.shown.split() == escape(text).split()  # parsers join spaces
 
 
+@pytest.mark.parametrize("text", ["root@pond.example", "xmpp:duck@pond.example", "[ ] x", "[x] y"])
+def test_links_and_boxes_that_github_alone_makes_are_escaped(text: str) -> None:
+    escaped = escape(text, "markdown")
+    assert not re.search(r"\w@\w|(?<!\\)\[", escaped)
+
+
 @given(HOSTILE)
 def test_hostile_text_stays_inside_of_a_code_span(text: str) -> None:
     code = escape(text + "x", "markdown code")
@@ -230,6 +237,7 @@ def test_what_is_usual_in_a_report_stays_readable_in_its_file() -> None:
     for text in (
         "mha v_dim=16, lr 0.3",
         "+0.021 [+0.010, +0.033]",
+        "MLA @ lr 0.3",
         "a < b ~ c (2 of 3)",
         "trainer.seq_len",
         "–",
@@ -252,6 +260,11 @@ def test_what_is_usual_in_a_report_stays_readable_in_its_file() -> None:
         "https://pond.example/v1?key=hunter2",
         "https://pond.example/v1?api_key=hunter2",
         "https://pond.example/login?user=duck&password=hunter2",
+        "https://pond.example/x;jwt=hunter2",
+        "https://pond.example/x?pass=hunter2",
+        "https://pond.example/x?session_id%3Dhunter2",
+        "https://pond.example/duck/hf_hunter2hunter2hunter2hunter2hunter2/x",
+        "xoxb-17653672481-hunter2",
     ],
 )
 def test_a_secret_in_a_url_is_refused_and_hidden(url: str) -> None:
@@ -259,6 +272,11 @@ def test_a_secret_in_a_url_is_refused_and_hidden(url: str) -> None:
         refuse_secret("data.dir", f"['{url}', b]")
     assert "hunter2" not in str(refused.value)
     assert "hunter2" not in one_line(f"cannot read '{url}': no such file")
+
+
+def test_a_secret_under_an_encoded_name_is_refused() -> None:
+    with pytest.raises(UserError, match="logger"):
+        refuse_secret("logger.group", "https://pond.example/?%74oken=hunter2")
 
 
 def test_an_address_without_a_secret_is_none() -> None:

@@ -352,11 +352,11 @@ def test_a_run_whose_loss_is_no_number_ends_cleanly_as_diverged(tmp_path: Path, 
 
 
 def test_a_loss_that_stays_far_above_its_best_ends_as_diverged(tmp_path: Path, tiny_data: list[str]) -> None:
-    overrides = ["stabilizer=qk_norm", "optimizer=adamw", "optimizer.lr=1", "optimizer.warmup_steps=0"]
-    overrides += ["trainer.diverged_patience=5"]
-    seen = run_here([*tiny_data, *overrides, "trainer.steps=60"], tmp_path / "run")
+    overrides = ["stabilizer=qk_norm", "optimizer=adamw", "optimizer.lr=30", "optimizer.warmup_steps=0"]
+    overrides += ["trainer.global_batch_size=2", "trainer.steps=160"]
+    seen = run_here([*tiny_data, *overrides], tmp_path / "run")
     assert seen["status"] == "diverged"
-    assert "mean of 5 steps" in seen["reason"]
+    assert "mean of 100 steps" in seen["reason"]
 
 
 def test_a_run_with_a_bent_schedule_cannot_be_made_longer(tmp_path: Path, tiny_data: list[str]) -> None:

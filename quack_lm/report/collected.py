@@ -24,7 +24,7 @@ from quack_lm.report.results import Blowup, Result, Results, from_runs, make_res
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import Document, reason
 from quack_lm.text import echo, escape
-from quack_lm.training.run_dir import STATUSES, RunDir, checked_summary
+from quack_lm.training.run_dir import STATUSES, checked_summary
 
 RESULTS_FILE, CSV_FILE, CURVES_FILE = "results.parquet", "results.csv", "curves.parquet"
 
@@ -41,7 +41,7 @@ PRIVATE = ("command", "host")
 def write(directory: Path, out: Path | None = None) -> list[Path]:
     """Collect the runs of a sweep directory there, or in `out`; returns the paths of the files.
 
-    Finished runs of the files that are there already are kept, with a line, where they are no longer finished on disk.
+    Runs of the files that are there already are kept, with a line, where less of them is on disk.
     """
     results = from_runs(directory)
     directory = out or directory
@@ -57,26 +57,34 @@ def write(directory: Path, out: Path | None = None) -> list[Path]:
 
 
 def _with_lost_runs(results: Results, collected: Results) -> Results:
-    """The results of the runs on disk, and those of finished runs that only the collected files still have."""
-    lost = [
-        result
+    """The results on disk, but those of the collected files where a run has less on disk, or is not in the plan."""
+    now = {result.cell.name: result for result in results.results}
+    if now.keys().isdisjoint(result.cell.name for result in collected.results):
+        if any(map(_extent, collected.results)):
+            raise UserError(
+                f"{collected.directory} has the collected results of another sweep, {collected.plan.sweep}, and none "
+                f"of {results.directory}; choose another out"
+            )
+        return results
+    lost = {
+        result.cell.name: result
         for result in collected.results
-        if result.is_finished and not RunDir(results.directory / result.cell.name).has_ended()
-    ]
+        if _extent(result) > (_extent(now[result.cell.name]) if result.cell.name in now else ())
+    }
     if not lost:
         return results
-    here = {result.cell.name for result in results.results}
-    if here.isdisjoint(result.cell.name for result in collected.results):
-        raise UserError(
-            f"{collected.directory} has the collected results of another sweep, {collected.plan.sweep}, and none of "
-            f"{results.directory}; choose another out"
-        )
     echo(
-        f"{len(lost)} finished runs that are no longer in {results.directory} are kept (to leave them out, remove "
-        f"{collected.directory / RESULTS_FILE} first)"
+        f"{len(lost)} runs of which {results.directory} has less than was collected, or nothing, are kept (to leave "
+        f"them out, remove {collected.directory / RESULTS_FILE} first)"
     )
-    names = {result.cell.name for result in lost}
-    return results.with_results([*(r for r in results.results if r.cell.name not in names), *lost])
+    return results.with_results([*(r for name, r in now.items() if name not in lost), *lost.values()])
+
+
+def _extent(result: Result) -> tuple[float, ...]:
+    """How much is known of a run: whether it is finished, its step, and how far its curves go; empty for nothing."""
+    last = max((float(curve.steps[-1]) for curve in result.curves.values() if len(curve.steps)), default=-1.0)
+    known = (float(result.is_finished), float(result.step), last)
+    return known if known > (0.0, 0.0, -1.0) else ()
 
 
 def _write(directory: Path, table: pa.Table, rows: list[dict[str, Any]], curves: pa.Table) -> list[Path]:
