@@ -21,7 +21,7 @@ Medium = Literal["terminal", "markdown", "markdown code", "html", "figure", "csv
 # underscores in names, and not intervals, [0.1, 0.2], which would be harder to read in the file.
 _MARKDOWN = re.compile(
     r"(\[(?=[^\]]*\d)[-+., \d]*\](?![(\[:]))|[\\`*|{}\[\]]|(?<![^\W_])_|_(?![^\W_])|<(?=[a-z/!?])|&(?=#?\w+;)"
-    r"|~(?=\S)|(?<=\S)~|\$|:(?=//)|(?<=www)\.|(?<=\S)@(?=\S)|#$",
+    r"|~(?=\S)|(?<=\S)~|\$|:(?=//)|(?<=www)\.|(?<=\S)@(?=[\w-]+\.)|#$",
     re.IGNORECASE,
 )
 # Headings, quotes, lists, rules and definitions: what makes a block where a line begins with it.

@@ -694,7 +694,7 @@ def test_a_best_rate_at_the_edge_of_the_grid_is_said_to_be(tmp_path, save):
     measured = results.from_runs(save(*cells))
     (entry,) = over_rates(measured)
     assert (entry.best_rate, entry.is_at_edge, entry.plateau) == (0.03, True, (0.03, 0.3))
-    assert "| 0.03 (edge) | 3.501 [3.499, 3.503] | ≤ 0.03 to 0.3 |" in as_markdown(tmp_path)
+    assert "| 0.03 (edge) | 3.501 [3.497, 3.505] | ≤ 0.03 to 0.3 |" in as_markdown(tmp_path)
     assert claim(measured, "higher rates are better").verdict == "not decided"
     lower = [make_cell(tmp_path, "mha", "quack", lr=0.003, seed=seed) for seed in range(3)]
     for cell in lower:

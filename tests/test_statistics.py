@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from quack_lm.report.comparison import Difference
 from quack_lm.report.statistics import (
     ALPHA,
+    LEVEL,
     detectable_effect,
     geometric_mean,
     holm,
+    interval_of_selected,
     is_evenly_spaced,
     largest_stable_rate,
     lr_sensitivity,
@@ -119,6 +121,19 @@ def test_four_equal_settings_are_called_better_at_most_at_the_nominal_rate(n: in
     # Half of the 5% of the two-sided test, with three standard errors of the simulation.
     nominal = ALPHA / 2
     assert called_better(4, n, shared, times) < nominal + 3 * math.sqrt(nominal / times)
+
+
+@pytest.mark.parametrize("tries", [1, 3, 12])
+@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize("times", [2_000, pytest.param(40_000, marks=pytest.mark.slow)])
+def test_the_interval_of_the_lowest_of_several_covers_its_mean(tries: int, n: int, times: int) -> None:
+    generator = random.Random(n)
+    covered = 0
+    for _ in range(times):
+        lowest = min(([generator.gauss() for _ in range(n)] for _ in range(tries)), key=fmean)
+        low, high = interval_of_selected(lowest, tries) or (0.0, 0.0)
+        covered += low <= 0 <= high
+    assert covered / times > LEVEL - 3 * math.sqrt(ALPHA / times)
 
 
 def test_holms_correction_is_that_of_the_example_worked_by_hand() -> None:

@@ -19,6 +19,7 @@ from quack_lm.report.statistics import (
     detectable_effect,
     geometric_mean,
     holm,
+    interval_of_selected,
     is_evenly_spaced,
     largest_stable_rate,
     lr_sensitivity,
@@ -290,12 +291,12 @@ class OverRates:
     seeds: list[int]  # those with a finished run at every rate; all numbers but the stable rate are theirs
     best_rate: float
     best_loss: float
-    best_interval: tuple[float, float] | None
+    best_interval: tuple[float, float] | None  # corrected for the settings and rates from which the best was selected
     is_at_edge: bool  # the best rate is the lowest or the highest that was run: a wider grid may have a better one
     plateau: tuple[float, float]  # the rates around the best one whose loss is within PLATEAU of its
     is_plateau_open: tuple[bool, bool]  # whether it reaches the lowest and the highest rate that was run
     sensitivity: float | None  # None for one rate, missing rates, or rates that are not evenly spaced
-    sensitivity_interval: tuple[float, float] | None
+    sensitivity_interval: tuple[float, float] | None  # None where the same seeds selected the settings
     largest_stable: float | None
     missing: list[float]  # planned rates at which no run has finished
 
@@ -315,13 +316,14 @@ def over_rates(results: Results) -> list[OverRates]:
     for (attention, condition), places in by_attention(results).items():
         best = {place: best_settings(results, place) for place in places}
         for stabilizer in results.stabilizers():
-            runs = {place.lr: best[place][stabilizer].runs for place in places if stabilizer in best[place]}
-            if any(losses(members) for members in runs.values()):
-                entries.append(_over_rates(runs, f"{attention} {condition}".rstrip(), stabilizer))
+            own = {place.lr: best[place][stabilizer] for place in places if stabilizer in best[place]}
+            if any(losses(found.runs) for found in own.values()):
+                entries.append(_over_rates(own, f"{attention} {condition}".rstrip(), stabilizer))
     return entries
 
 
-def _over_rates(runs: dict[float, list[Result]], attention: str, stabilizer: str) -> OverRates:
+def _over_rates(best: dict[float, Best], attention: str, stabilizer: str) -> OverRates:
+    runs = {lr: found.runs for lr, found in best.items()}
     by_rate = {lr: found for lr, members in sorted(runs.items()) if (found := losses(members))}
     seeds = sorted(set.intersection(*(set(found) for found in by_rate.values())))
     if seeds:
@@ -345,12 +347,13 @@ def _over_rates(runs: dict[float, list[Result]], attention: str, stabilizer: str
         seeds=seeds,
         best_rate=best_rate,
         best_loss=means[best_rate],
-        best_interval=t_interval(list(by_rate[best_rate].values())),
+        best_interval=interval_of_selected(list(by_rate[best_rate].values()), sum(best[lr].tries for lr in by_rate)),
         is_at_edge=len(rates) > 1 and best_rate in (rates[0], rates[-1]),
         plateau=(rates[low], rates[high]),
         is_plateau_open=(low == 0, high == len(rates) - 1),
         sensitivity=fmean(each) if each and is_complete else None,
-        sensitivity_interval=t_interval(each) if is_complete else None,
+        # Settings that the same seeds selected are too good at each rate, by an unknown amount.
+        sensitivity_interval=t_interval(each) if is_complete and all(b.tries == 1 for b in best.values()) else None,
         largest_stable=largest_stable_rate({lr: _are_healthy(members) for lr, members in runs.items()}),
         missing=missing,
     )

@@ -158,7 +158,9 @@ def _over_rates(results: Results) -> Section:
     return Section(
         title="Best learning rate and LR sensitivity",
         intro="Each stabilizer at its best setting for each rate; means, with 95% t intervals, over the seeds that "
-        f"have finished at every rate. Plateau: the rates around the best one whose loss is within {PLATEAU:g} nats of "
+        "have finished at every rate. The interval of the best loss is corrected for the number of settings and rates "
+        "from which these seeds selected it (Bonferroni); the sensitivity has none where they selected the settings. "
+        f"Plateau: the rates around the best one whose loss is within {PLATEAU:g} nats of "
         "its, with ≤ or ≥ where it reaches the edge of the grid. LR sensitivity (Wortsman et al., arXiv 2309.14322) is "
         "the mean over the rates of min(loss, initial loss) minus the best loss, of each seed; small is robust. It "
         "needs finished runs at every planned rate, and evenly spaced logarithms of the rates. Largest stable lr: at "

@@ -67,6 +67,14 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, fl
     return fmean(values) - half, fmean(values) + half
 
 
+def interval_of_selected(values: Sequence[float], tries: int) -> tuple[float, float] | None:
+    """The interval of the mean of a sample that was selected among several by its mean (Bonferroni).
+
+    All intervals at this level cover their means together, so the selected one does, however it was selected.
+    """
+    return t_interval(values, 1 - ALPHA / tries)
+
+
 def p_below(values: Sequence[float], margin: float = 0.0) -> float:
     """The p-value of the one-sided t-test that the mean is below -margin; 1 for fewer than two values."""
     if len(values) < 2:
