@@ -632,6 +632,44 @@ def test_bad_records_are_left_out_and_counted_on_request(
         assert documents(tmp_path / "set", split) == documents(prepared, split)
 
 
+@pytest.mark.parametrize(
+    ("format", "rows", "text_field", "error"),
+    [
+        # Each was counted as one record, however many the file has.
+        (
+            "jsonl",
+            [{"body": "a"}] * 5,
+            "text",
+            "line 1: no field data.text_field=text: no 'text' among the fields body",
+        ),
+        ("parquet", [{"body": "a"}] * 5, "text", "has no column data.text_field=text: its columns are body"),
+        ("parquet", [{"text": b"a"}] * 5, "text", "column data.text_field=text is binary, and not text"),
+        # These were dropped without a word, where another record of the file has the field.
+        ("jsonl", [{"text": "ok"}, {"a": 1, "b": 2}], "text", "line 2: no field data.text_field=text: no 'text' among"),
+        ("jsonl", [{"c": {"d": "ok"}}, {"c": {}}], "c.d", "line 2: no field data.text_field=c.d: no 'd' among"),
+        (
+            "jsonl",
+            [{"c": {"d": "ok"}}, {"c": "x"}],
+            "c.d",
+            "line 2: no field data.text_field=c.d: no 'd' inside of str",
+        ),
+    ],
+)
+def test_each_record_without_the_text_field_is_a_bad_record(
+    tmp_path: Path, format: str, rows: list[dict[str, Any]], text_field: str, error: str
+) -> None:
+    if format == "jsonl":
+        (tmp_path / "a").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a")
+    corpus = local(tmp_path / "set", [f"{tmp_path}/a"], format=format, text_field=text_field)
+    read = list(corpus.stream())
+    assert [row["text"] for row in read if row["error"] is None] == ["ok"] * (len(rows) == 2)
+    assert len(read) == len(rows)
+    assert error in next(row["error"] for row in read if row["error"])
+    assert "data.on_bad_record=skip" in refusal(corpus)
+
+
 def test_bytes_that_are_no_text_are_a_bad_record_of_a_parquet_file_at_its_row(tmp_path: Path) -> None:
     values = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
     pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")

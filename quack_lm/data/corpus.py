@@ -13,7 +13,6 @@ import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -24,6 +23,7 @@ from quack_lm.data.documents import (
     CHUNK_BYTES,
     Format,
     Row,
+    field_of,
     find_separator,
     format_note,
     format_of_name,
@@ -325,7 +325,7 @@ def _select_text(stream: "IterableDataset", text_field: str) -> "IterableDataset
     # Columns are dropped before rows become Python objects, which is where the time goes.
     stream = stream.select_columns([root])
     if inner:
-        stream = stream.map(lambda row: {"text": reduce(lambda value, name: (value or {}).get(name), inner, row[root])})
+        stream = stream.map(lambda row: {"text": field_of(row, text_field)})
         return stream.select_columns(["text"])
     return stream if root == "text" else stream.rename_column(root, "text")
 

@@ -16,8 +16,6 @@ from quack_lm.errors import UserError
 Format = Literal["text", "jsonl", "parquet"]
 Row = dict[str, str | None]
 
-# After so many records without the text column, a file is not read to its end first.
-RECORDS_WITHOUT_TEXT = 1000
 ROWS_AT_ONCE = 1000  # of a parquet file: its row groups may be larger than memory
 CHUNK_BYTES = 1 << 26  # of a text file, to look for separators in
 
@@ -180,27 +178,20 @@ def _pieces(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
 
 
 def _jsonl_documents(path: str, text_field: str) -> Iterator[Row]:
-    seen, has_column = 0, False
-    columns: list[str] = []
     for unit, number, raw in _json_records(path):
         try:
             record = json.loads(raw.decode()) if isinstance(raw, bytes) else raw
-            text, is_there = _field(record, text_field)
+            text = field_of(record, text_field)
         except UnicodeDecodeError as error:
             yield _bad(path, f"{unit} {number}", f"not UTF-8 ({error.reason} at byte {error.start} of it)")
         except json.JSONDecodeError as error:
             note = format_note(path, "jsonl")
             yield _bad(path, f"{unit} {number}", f"not JSON ({error.msg} at character {error.pos + 1}){note}")
-        except (ValueError, RecursionError) as error:  # numbers of too many digits, and too many brackets
+        # No such field, numbers of too many digits, and too many brackets.
+        except (ValueError, RecursionError) as error:
             yield _bad(path, f"{unit} {number}", str(error))
         else:
-            seen, has_column = seen + 1, has_column or is_there
-            columns = columns or list(record)
             yield _row(path, unit, number, text)
-            if seen == RECORDS_WITHOUT_TEXT and not has_column:
-                yield _no_column(path, text_field, columns)
-    if 0 < seen < RECORDS_WITHOUT_TEXT and not has_column:
-        yield _no_column(path, text_field, columns)
 
 
 def _json_records(path: str) -> Iterator[tuple[str, int, Any]]:
@@ -221,23 +212,28 @@ def _json_records(path: str) -> Iterator[tuple[str, int, Any]]:
                 yield "line", number, line
 
 
-def _field(record: object, name: str) -> tuple[Any, bool]:
-    """(the value of a field, whether there is one): `a.b` is field b inside of a, where there is no `a.b` itself."""
+def field_of(record: object, name: str) -> Any:
+    """The value of a field: `a.b` is field b inside of a, where there is no `a.b` itself, and null where a is null.
+
+    ValueError where the record has no such field.
+    """
     if isinstance(record, str):
-        return record, True
+        return record
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, {{...}}, found {type(record).__name__} {record!r:.60}")
     value: Any = record
     for key in [name] if name in record else name.split("."):
-        if not isinstance(value, dict) or key not in value:
-            return None, False
-        value = value[key]
-    return value, True
-
-
-def _no_column(path: str, text_field: str, columns: list[str]) -> Row:
-    names = ", ".join(columns) or "none"
-    return _error(f"{path} has no column data.text_field={text_field}: its columns are {names}")
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            found = f"inside of {type(value).__name__} {value!r:.60}"
+        elif key not in value:
+            found = f"among the fields {', '.join(value) or '(none)':.200}"
+        else:
+            value = value[key]
+            continue
+        raise ValueError(f"no field data.text_field={name}: no {key!r} {found}")
+    return value
 
 
 # ------------------------------------------------------------------------------------------------ parquet
@@ -257,13 +253,15 @@ def _parquet_documents(path: str, text_field: str) -> Iterator[Row]:
         for name in inner:
             has_it = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
             kind = kind.field(name).type if has_it else None
-        if kind is None:
-            yield _no_column(path, text_field, schema.names)
-            return
-        value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
-        is_text = pa.types.is_string(value_type) or pa.types.is_large_string(value_type)
-        if not is_text and not pa.types.is_string_view(value_type) and not pa.types.is_null(value_type):
-            yield _error(f"{path}: column data.text_field={text_field} is {kind}, and not text")
+        if not _is_text(kind):
+            columns = ", ".join(schema.names) or "none"
+            what = (
+                f"{path} has no column data.text_field={text_field}: its columns are {columns}"
+                if kind is None
+                else f"{path}: column data.text_field={text_field} is {kind}, and not text"
+            )
+            # Each of the rows is a record that cannot be used.
+            yield from itertools.repeat(_error(what), file.metadata.num_rows)
             return
         number = 0
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_field]):
@@ -273,6 +271,17 @@ def _parquet_documents(path: str, text_field: str) -> Iterator[Row]:
             for text in _python_values(values):
                 number += 1
                 yield _row(path, "row", number, text)
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether the values of an Arrow type are text, or null; None: of a column that does not exist."""
+    import pyarrow as pa
+
+    if kind is None:
+        return False
+    value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(is_kind(value_type) for is_kind in kinds)
 
 
 def _python_values(values: Any) -> list[Any]:

@@ -433,7 +433,7 @@ def _batches(
             texts.append(text)
         if error:
             errors.append(error)
-        if len(texts) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+        if len(texts) + len(errors) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield (documents, stream.state_dict(), errors), texts
             texts, errors, characters = [], [], 0
     yield (documents, stream.state_dict(), errors), texts

@@ -126,16 +126,17 @@ def _run_interruptibly(work: Callable[[], Any]) -> None:
 
 
 def _why_none(corpus: Corpus) -> str:
-    documents, first_error = 0, None
+    documents, bad_records, first_error = 0, 0, None
     for text, error in read_texts(corpus, corpus.stream()):
         documents += bool(text)
+        bad_records += error is not None
         first_error = first_error or error
     if documents:
         return (
             f": all {documents} of the corpus fell into the other splits; lower data.val_fraction and "
             f"data.probe_fraction, or {corpus.more_documents}"
         )
-    return f"; bad records were left out, the first: {first_error}" if first_error else ""
+    return f"; {bad_records:,} bad records were left out, the first: {first_error}" if first_error else ""
 
 
 def _train_texts(corpus: Corpus, bar: "tqdm[Any]") -> Iterator[str]:
