@@ -557,12 +557,14 @@ def test_compression_and_a_byte_order_mark_change_nothing(tmp_path: Path, format
 # ------------------------------------------------------------------------------------------------ parts of a text file
 
 STORIES = ["One.\nAnd more.", "Two.", "Three."]
+PARAGRAPHS = "\n\n".join(f"Paragraph {i}." for i in range(9))
 
 
 @pytest.mark.parametrize(
     ("joint", "separator", "end"),
     [
         (f"\n{EOT}\n", "auto", EOT),
+        (EOT, "auto", EOT),
         ("\n \n\n", "auto", "blank lines"),
         ("\n\n", "blank_lines", None),
         ("\n---\n", "---", None),
@@ -573,7 +575,18 @@ def test_documents_of_a_text_file_end_at_the_separator(tmp_path: Path, joint: st
     (tmp_path / "a.txt").write_text(joint.join(STORIES) + "\n")
     corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text", separator=separator)
     assert [text for text in texts_of(corpus) if text] == STORIES
-    assert corpus.notes() == [f"{tmp_path}/a.txt: documents end at {end} (data.separator=auto)"] * (end is not None)
+    note = f"data.files: {tmp_path}/a.txt: documents end at {end} (data.separator=auto)"
+    assert corpus.notes() == [note] * (end is not None)
+
+
+@pytest.mark.parametrize("mention", [f"The token {EOT} ends it.", f"`{EOT}`", f"end = '{EOT}'", f"\n{EOT}\n"])
+def test_a_mention_of_the_end_of_text_token_separates_no_documents(tmp_path: Path, mention: str) -> None:
+    # One made a file of 400 paragraphs two documents.
+    (tmp_path / "a.txt").write_text(f"{PARAGRAPHS}\n\n{mention}\n\n{PARAGRAPHS}")
+    corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text")
+    assert len(texts_of(corpus)) == 19
+    (note,) = corpus.notes()
+    assert note.endswith(f"blank lines (data.separator=auto); {EOT} is in them 1 times, but seems not to end documents")
 
 
 def test_without_blank_lines_each_line_of_a_single_text_file_is_a_document(tmp_path: Path) -> None:
@@ -589,12 +602,37 @@ def test_a_separator_across_chunks_is_found(tmp_path: Path, monkeypatch: pytest.
         assert texts_of(corpus) == ["ein", "größer", "drei"]
 
 
-def test_three_text_files_or_more_are_a_document_each_unless_a_separator_is_set(tmp_path: Path) -> None:
-    for name in "abc":
-        (tmp_path / name).write_text(f"{name}\n\n{EOT}\n")
-    assert texts_of(local(tmp_path / "set", [f"{tmp_path}/?"], format="text")) == [f"{n}\n\n{EOT}\n" for n in "abc"]
+@pytest.mark.parametrize("n_files", [2, 3, 90])
+@pytest.mark.parametrize("joint", [EOT, f"\n{EOT}\n", f" {EOT}\n"])
+def test_text_files_of_any_number_are_split_at_the_end_of_text_token(tmp_path: Path, n_files: int, joint: str) -> None:
+    # Three or more were a document each, with hundreds of these in it.
+    for number in range(n_files):
+        (tmp_path / f"{number:02}").write_text(f"{PARAGRAPHS}{joint}{number}{joint}")
+    corpus = local(tmp_path / "set", [f"{tmp_path}/??"], format="text")
+    expected = [text for number in range(n_files) for text in (PARAGRAPHS, str(number))]
+    assert [text.rstrip() for text in texts_of(corpus) if text] == expected
+    (note,) = corpus.notes()
+    assert note.startswith(f"data.files: {tmp_path}/00")
+    assert note.endswith(f": documents end at {EOT} (data.separator=auto)")
+
+
+def test_three_text_files_or_more_without_end_of_text_tokens_are_a_document_each(tmp_path: Path) -> None:
+    texts = [f"{PARAGRAPHS}\n", "b\n", f"One line\n{EOT}\nof a manual\n"]
+    for name, text in zip("abc", texts, strict=True):
+        (tmp_path / name).write_text(text)
+    corpus = local(tmp_path / "set", [f"{tmp_path}/?"], format="text")
+    assert texts_of(corpus) == texts
+    assert ": each file is a document (data.separator=auto)" in corpus.notes()[0]
     split = local(tmp_path / "set", [f"{tmp_path}/?"], format="text", separator=EOT)
-    assert [text for text in texts_of(split) if text] == ["a", "b", "c"]
+    assert texts_of(split)[2:] == ["One line", "of a manual"]
+
+
+def test_what_auto_chose_is_said_before_a_preparation_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("The only paragraph.\n\nAnd another one.\n")
+    refusal(local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text"))
+    assert "a.txt: documents end at blank lines (data.separator=auto)" in capsys.readouterr().out
 
 
 def test_too_few_documents_for_the_splits_are_said_to_be_too_few(tmp_path: Path) -> None:

@@ -7,17 +7,19 @@ is wrong with it, in place of a text. Whether that ends the preparation is for `
 import codecs
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from quack_lm.data.manifest import SPLITS
 from quack_lm.errors import UserError
 
 Format = Literal["text", "jsonl", "parquet"]
 Row = dict[str, str | None]
 
 ROWS_AT_ONCE = 1000  # of a parquet file: its row groups may be larger than memory
-CHUNK_BYTES = 1 << 26  # of a text file, to look for separators in
+CHUNK_BYTES = 1 << 26  # of a text file, to split at once
 
 FORMATS: dict[str, Format] = {
     **dict.fromkeys((".txt", ".text", ".md"), "text"),
@@ -28,9 +30,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 BLANK_LINES, LINES = "blank_lines", "\n"
 
 
-def read_files(
-    paths: list[str], *, format: Format | None, text_field: str, separator: str | None, eot_token: str
-) -> Iterator[Row]:
+def read_files(paths: list[str], *, format: Format | None, text_field: str, separator: str | None) -> Iterator[Row]:
     """The documents of each file in turn; a `format` of None is taken from each file's name.
 
     Of a text file, documents end at `separator`; None: at the end of the file.
@@ -38,7 +38,7 @@ def read_files(
     for path in paths:
         kind = format or format_of_name(path)
         if kind == "text":
-            yield from _text_documents(path, separator, eot_token)
+            yield from _text_documents(path, separator)
         elif kind == "jsonl":
             yield from _jsonl_documents(path, text_field)
         else:
@@ -71,12 +71,6 @@ def text_error(text: object) -> str | None:
     return None
 
 
-def read_start(path: str, n_bytes: int) -> bytes:
-    """The first bytes of a file, decompressed."""
-    with _open(path) as stream:
-        return stream.read(n_bytes)
-
-
 def _row(path: str, unit: str, number: int, text: Any) -> Row:
     error = text_error(text)
     return _bad(path, f"{unit} {number}", error) if error else {"text": text, "error": None}
@@ -90,7 +84,7 @@ def _error(what: str) -> Row:
     return {"text": None, "error": f"data.files: {what}"}
 
 
-def _open(path: str) -> Any:
+def _open(path: str | Path) -> Any:
     """A file's bytes, decompressed where they begin as a compressed file does, whatever its name is."""
     import bz2
     import gzip
@@ -122,10 +116,8 @@ def _open(path: str) -> Any:
 # ------------------------------------------------------------------------------------------------ text
 
 
-def _text_documents(path: str, separator: str | None, eot_token: str) -> Iterator[Row]:
-    start = read_start(path, CHUNK_BYTES if separator == "auto" else 4)
-    if separator == "auto":
-        separator = find_separator(start, eot_token)
+def _text_documents(path: str, separator: str | None) -> Iterator[Row]:
+    start = read_start(path, 4)
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
     if encoding:
         yield _error(f"{path} is not UTF-8 text but {encoding}: convert it with iconv -f {encoding} -t UTF-8")
@@ -152,12 +144,37 @@ def _text_documents(path: str, separator: str | None, eot_token: str) -> Iterato
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
-def find_separator(start: bytes, eot_token: str) -> str:
-    """What the first bytes of a text file have to separate documents: the end-of-text token, blank lines, or lines."""
-    if eot_token.encode() in start:
+def read_start(path: str | Path, n_bytes: int) -> bytes:
+    """The first bytes of a file, decompressed."""
+    with _open(path) as stream:
+        return stream.read(n_bytes)
+
+
+def find_separator(starts: list[bytes], eot_token: str, *, n_files: int) -> str | None:
+    """What separates documents in text files, by their first bytes: eot_token, blank lines or lines; None: nothing.
+
+    Without eot_token, each of three files or more is a document. Fewer could not fill the three splits.
+    """
+    if _ends_documents(starts, eot_token.encode()):
         return eot_token
-    is_blank_between = any(not line.strip() for line in start.strip().split(b"\n"))
+    if n_files >= len(SPLITS):
+        return None
+    is_blank_between = any(not line.strip() for start in starts for line in start.strip().split(b"\n"))
     return BLANK_LINES if is_blank_between else LINES
+
+
+def _ends_documents(starts: list[bytes], eot_token: bytes) -> bool:
+    """Whether text files have a token at the ends of documents, and do not just mention it.
+
+    A mention follows a space, a quote or a bracket, and more text is on its line. There are as many ends as files, and
+    enough for documents in each split.
+    """
+    total = sum(start.count(eot_token) for start in starts)
+    if total < (enough := max(len(starts), len(SPLITS) - 1)):
+        return False
+    mention = re.compile(rb"[ \t\"'`(\[{=]" + re.escape(eot_token) + rb"(?![ \t]*[\r\n])")
+    ends = total - sum(len(mention.findall(start)) for start in starts)
+    return ends >= enough and ends > total / 2
 
 
 def _paragraphs(stream: IO[bytes]) -> Iterator[bytes]:
