@@ -569,10 +569,14 @@ PARAGRAPHS = "\n\n".join(f"Paragraph {i}." for i in range(9))
         ("\n\n", "blank_lines", None),
         ("\n---\n", "---", None),
         ("\n\n\n", r"\n\n\n", None),
+        # With the line ends of Windows, no separator of two lines was ever found.
+        ("\r\n---\r\n", r"\n---\n", None),
+        ("\r\n---\r\n", r"\r\n---\r\n", None),
+        ("\r\n \r\n", "auto", "blank lines"),
     ],
 )
 def test_documents_of_a_text_file_end_at_the_separator(tmp_path: Path, joint: str, separator: str, end: str) -> None:
-    (tmp_path / "a.txt").write_text(joint.join(STORIES) + "\n")
+    (tmp_path / "a.txt").write_text(joint.join(STORIES) + "\n", newline="")
     corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text", separator=separator)
     assert [text for text in texts_of(corpus) if text] == STORIES
     note = f"data.files: {tmp_path}/a.txt: documents end at {end} (data.separator=auto)"
@@ -595,10 +599,10 @@ def test_without_blank_lines_each_line_of_a_single_text_file_is_a_document(tmp_p
 
 
 def test_a_separator_across_chunks_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text("ein<end>größer<end>drei")
-    for size in range(1, 9):
+    (tmp_path / "a.txt").write_bytes("ein<end>\r\ngrößer<end>\ndrei".encode())
+    for size in range(1, 12):
         monkeypatch.setattr("quack_lm.data.documents.CHUNK_BYTES", size)
-        corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text", separator="<end>")
+        corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text", separator=r"<end>\n")
         assert texts_of(corpus) == ["ein", "größer", "drei"]
 
 

@@ -782,6 +782,14 @@ PREPARE: dict[str, Bad] = {
     "jsonl_as_text": table_file("x.jsonl.gz", b"{}", r"set data\.format=jsonl", format="text"),
     "parquet_as_text": table_file("x.parquet", parquet({"text": ["a"]}), r"set data\.format=parquet", format="text"),
     "separator_of_nothing": one("data.separator=''", r"data\.separator='': .*at least 1"),
+    "separator_that_occurs_nowhere": Bad(
+        ["data.separator='\\n---\\n'", "data.files=[TMP/text.txt,TMP/b.txt]"],
+        r"data\.separator='\\n---\\n' occurs in none of data\.files: TMP/b\.txt, TMP/text\.txt; .*separator=null",
+        files={"b.txt": b"Words\n--- \nof a text"},
+    ),
+    "blank_lines_that_occur_nowhere": one(
+        "data.separator=blank_lines", r"data\.separator='blank_lines' occurs in none of data\.files: TMP/text\.txt"
+    ),
     "jsonl_empty": table_file("x.jsonl", b"", r"no documents"),
     "jsonl_of_a_blank_line": table_file("x.jsonl", b"\n", r"no documents"),
     "jsonl_of_numbers": table_file("x.jsonl", b"1\n2\n", r"line 1: expected an object.*found int 1"),

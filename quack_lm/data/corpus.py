@@ -28,6 +28,7 @@ from quack_lm.data.documents import (
     find_separator,
     format_note,
     format_of_name,
+    is_split_by,
     read_files,
     read_start,
     text_error,
@@ -113,7 +114,10 @@ class Corpus(ABC):
         return "add documents"
 
     def notes(self) -> list[str]:
-        """What the settings left open, and was chosen for these files: a line each."""
+        """What the settings left open, and was chosen for these files: a line each.
+
+        UserError where a setting says what is in none of the files.
+        """
         return []
 
     def source(self, file: int | None = None) -> str:
@@ -216,7 +220,10 @@ class LocalCorpus(RecordCorpus):
         return super().more_documents + (", or say where they end in a file (data.separator)" if is_text else "")
 
     def notes(self) -> list[str]:
-        if self.format != "text" or self.separator != "auto":
+        if self.format != "text" or self.separator is None:
+            return []
+        if self.separator != "auto":
+            self._require_separator(self.separator)
             return []
         separator, n_unused = self._found_separator(self.input_files())
         names = {BLANK_LINES: "blank lines", LINES: "line breaks"}
@@ -227,10 +234,20 @@ class LocalCorpus(RecordCorpus):
     def source(self, file: int | None = None) -> str:
         return super().source(file) + (format_note(self.input_files()[file], self.format) if file is not None else "")
 
+    def _require_separator(self, separator: str) -> None:
+        for number, path in enumerate(self.input_files()):
+            with input_errors(partial(self.source, number)):
+                if is_split_by(path, _without_escapes(separator)):
+                    return
+        raise UserError(
+            f"data.separator='{separator}' occurs in none of {self.source()}; correct it, or set "
+            "data.separator=null to make each file a document"
+        )
+
     def _found_separator(self, paths: list[Path]) -> tuple[str | None, int]:
         """(what ends documents inside of text files, how often eot_token was seen where it does not end them)."""
         if self.separator != "auto":
-            return self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t"), 0
+            return self.separator and _without_escapes(self.separator), 0
         starts = []
         some = range(0, len(paths), -(-len(paths) // LOOK_FILES))
         for number in some:
@@ -293,6 +310,12 @@ class HubCorpus(RecordCorpus):
 
 
 # ------------------------------------------------------------------------------------------------ reading
+
+
+def _without_escapes(separator: str) -> str:
+    for escape, meaning in (("\\r\\n", "\n"), ("\r\n", "\n"), ("\\n", "\n"), ("\\t", "\t")):
+        separator = separator.replace(escape, meaning)
+    return separator
 
 
 def _resolve_files(patterns: list[str]) -> list[Path]:

@@ -123,13 +123,7 @@ def _text_documents(path: str, separator: str | None) -> Iterator[Row]:
         yield _error(f"{path} is not UTF-8 text but {encoding}: convert it with iconv -f {encoding} -t UTF-8")
         return
     with _open(path) as stream:
-        if separator is None:
-            documents = iter([stream.read()])
-        elif separator == BLANK_LINES:
-            documents = _paragraphs(stream)
-        else:
-            documents = _pieces(stream, separator.encode())
-        for number, raw in enumerate(documents, start=1):
+        for number, raw in enumerate(_split(stream, separator), start=1):
             try:
                 text = raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
             except UnicodeDecodeError as error:
@@ -177,18 +171,27 @@ def _ends_documents(starts: list[bytes], eot_token: bytes) -> bool:
     return ends >= enough and ends > total / 2
 
 
-def _paragraphs(stream: IO[bytes]) -> Iterator[bytes]:
-    for is_blank, lines in itertools.groupby(stream, key=bytes.isspace):
-        if not is_blank:
-            yield b"".join(lines)
+def is_split_by(path: str | Path, separator: str) -> bool:
+    """Whether a separator occurs in a text file, which is read as far as its first."""
+    with _open(path) as stream:
+        return len(list(itertools.islice(_split(stream, separator), 2))) > 1
 
 
-def _pieces(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
-    rest = b""
-    while chunk := stream.read(CHUNK_BYTES):
-        *pieces, rest = (rest + chunk).split(separator)
-        yield from pieces
-    yield rest
+def _split(stream: IO[bytes], separator: str | None) -> Iterator[bytes]:
+    if separator is None:
+        yield stream.read()
+    elif separator == BLANK_LINES:
+        for is_blank, lines in itertools.groupby(stream, key=bytes.isspace):
+            if not is_blank:
+                yield b"".join(lines)
+    else:
+        # A line of a file may end as those of Windows do.
+        pattern = re.compile(rb"\r?\n".join(map(re.escape, separator.encode().split(b"\n"))))
+        rest = b""
+        while chunk := stream.read(CHUNK_BYTES):
+            *pieces, rest = pattern.split(rest + chunk)
+            yield from pieces
+        yield rest
 
 
 # ------------------------------------------------------------------------------------------------ jsonl
