@@ -540,8 +540,11 @@ def test_text_may_be_inside_of_another_column(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_json_array_is_its_items_and_a_dot_may_be_part_of_a_name(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps([{"a.b": "one"}, {"a": {"b": "two"}}], indent=1))
+    (tmp_path / "a.json").write_text("\n \n" + json.dumps([{"a.b": "one"}, {"a": {"b": "two"}}], indent=1))
     assert texts_of(local(tmp_path / "set", [f"{tmp_path}/a.json"], text_field="a.b")) == ["one", "two"]
+    pq.write_table(pa.table({"a": [{"b": "of another column"}], "a.b": ["one"]}), tmp_path / "a.parquet")
+    corpus = local(tmp_path / "set", [f"{tmp_path}/a.parquet"], format="parquet", text_field="a.b")
+    assert texts_of(corpus) == ["one"]
 
 
 @pytest.mark.parametrize("format", ["text", "jsonl"])

@@ -731,9 +731,9 @@ CONFIG_FILES: dict[str, tuple[bytes, str]] = {
 # ------------------------------------------------------------------------------------------------ preparing data
 
 
-def parquet(columns: dict[str, list[Any]]) -> bytes:
+def parquet(columns: dict[str, list[Any]] | pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
+    pq.write_table(pa.table(columns) if isinstance(columns, dict) else columns, sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -778,9 +778,28 @@ PREPARE: dict[str, Bad] = {
     "text_as_parquet": one(
         "data.format=parquet", r"data\.files: TMP/text\.txt \(by its name.*set data\.format=text\): cannot read it"
     ),
+    "utf16_as_jsonl": Bad(
+        ["data.format=jsonl", "data.files=[TMP/b.txt]"],
+        r"TMP/b\.txt line 1: not UTF-8 .*by its name it is text: set data\.format=text",
+        files={"b.txt": "text".encode("utf-16")},
+    ),
     "text_as_jsonl": one("data.format=jsonl", r"data\.files: TMP/text\.txt line 1: not JSON.*set data\.format=text"),
     "jsonl_as_text": table_file("x.jsonl.gz", b"{}", r"set data\.format=jsonl", format="text"),
     "parquet_as_text": table_file("x.parquet", parquet({"text": ["a"]}), r"set data\.format=parquet", format="text"),
+    "parquet_as_jsonl": table_file("x", parquet({"text": ["a"]}), r"set data\.format=parquet"),
+    "parquet_and_jsonl": Bad(
+        ["data.format=jsonl", "data.files=[TMP/a.parquet,TMP/b.jsonl]"],
+        r"TMP/a\.parquet is parquet and TMP/b\.jsonl is jsonl by its name: .*files of one format",
+        files={"a.parquet": parquet({"text": ["a"]}), "b.jsonl": ROWS_OF_TEXT},
+    ),
+    "parquet_with_a_column_twice": Bad(
+        ["data.format=parquet", "data.files=[TMP/x.parquet]"],
+        r"data\.files: TMP/x\.parquet has 2 columns data\.text_field=text: its columns are text, text",
+        files={"x.parquet": parquet(pa.table([["a"], ["b"]], names=["text", "text"]))},
+    ),
+    "parquet_in_gzip": table_file(
+        "x.parquet.gz", gzip.compress(parquet({"text": ["a"]})), r"compressed once more: unpack", format="parquet"
+    ),
     "separator_of_nothing": one("data.separator=''", r"data\.separator='': .*at least 1"),
     "separator_that_occurs_nowhere": Bad(
         ["data.separator='\\n---\\n'", "data.files=[TMP/text.txt,TMP/b.txt]"],

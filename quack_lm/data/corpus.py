@@ -199,6 +199,14 @@ class LocalCorpus(RecordCorpus):
 
     def input_files(self) -> list[Path]:
         paths = _resolve_files(self.files)
+        named = {name: path for path in paths if (name := format_of_name(path))}
+        # Text may be named like jsonl, and jsonl like text, but nothing else is like parquet.
+        if "parquet" in named and len(named) > 1:
+            (_, parquet), (other, path) = sorted(named.items(), key=lambda item: item[0] != "parquet")[:2]
+            raise UserError(
+                f"data.files: {parquet} is parquet and {path} is {other} by its name: give files of one format, or "
+                "convert them to one"
+            )
         if self.format == "text":
             formats = {format_of_name(path) if path.suffix != ".json" else None for path in paths}
             if formats <= {"jsonl", "parquet"}:

@@ -26,6 +26,7 @@ FORMATS: dict[str, Format] = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
 }
+PARQUET = b"PAR1\x15"  # its magic number, and the first byte of whatever follows, which is not of text
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 BLANK_LINES, LINES = "blank_lines", "\n"
 
@@ -37,6 +38,9 @@ def read_files(paths: list[str], *, format: Format | None, text_field: str, sepa
     """
     for path in paths:
         kind = format or format_of_name(path)
+        if kind != "parquet" and _is_parquet(path):
+            fix = "set data.format=parquet" if format else "give it a name that ends in .parquet"
+            raise UserError(f"data.files: {path} is a parquet file: {fix}")
         if kind == "text":
             yield from _text_documents(path, separator)
         elif kind == "jsonl":
@@ -82,6 +86,11 @@ def _bad(path: str, place: str, what: str) -> Row:
 
 def _error(what: str) -> Row:
     return {"text": None, "error": f"data.files: {what}"}
+
+
+def _is_parquet(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(PARQUET)) == PARQUET
 
 
 def _open(path: str | Path) -> Any:
@@ -203,7 +212,8 @@ def _jsonl_documents(path: str, text_field: str) -> Iterator[Row]:
             record = json.loads(raw.decode()) if isinstance(raw, bytes) else raw
             text = field_of(record, text_field)
         except UnicodeDecodeError as error:
-            yield _bad(path, f"{unit} {number}", f"not UTF-8 ({error.reason} at byte {error.start} of it)")
+            note = format_note(path, "jsonl")
+            yield _bad(path, f"{unit} {number}", f"not UTF-8 ({error.reason} at byte {error.start} of it){note}")
         except json.JSONDecodeError as error:
             note = format_note(path, "jsonl")
             yield _bad(path, f"{unit} {number}", f"not JSON ({error.msg} at character {error.pos + 1}){note}")
@@ -217,19 +227,23 @@ def _jsonl_documents(path: str, text_field: str) -> Iterator[Row]:
 def _json_records(path: str) -> Iterator[tuple[str, int, Any]]:
     """(what it is, its number, its bytes or what they say) of each record in a file of lines, or of one array."""
     with _open(path) as stream:
+        is_first = True
         for number, line in enumerate(stream, start=1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-                if line.lstrip().startswith(b"["):
-                    try:
-                        records = json.loads(line + stream.read())
-                    except (ValueError, RecursionError):
-                        yield "line", number, line
-                    else:
-                        yield from (("item", i, record) for i, record in enumerate(records, start=1))
-                        return
-            if not line.isspace() and line:
-                yield "line", number, line
+            if not line.strip():
+                continue
+            if is_first and line.lstrip().startswith(b"["):
+                array = line + stream.read()
+                try:
+                    records = json.loads(array)
+                except (ValueError, RecursionError):
+                    yield "line", number, array
+                else:
+                    yield from (("item", i, record) for i, record in enumerate(records, start=1))
+                return
+            is_first = False
+            yield "line", number, line
 
 
 def field_of(record: object, name: str) -> Any:
@@ -264,19 +278,23 @@ def _parquet_documents(path: str, text_field: str) -> Iterator[Row]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    if not _is_parquet(path) and read_start(path, len(PARQUET)) == PARQUET:
+        raise UserError(f"data.files: {path} is a parquet file that is compressed once more: unpack it")
     with pq.ParquetFile(path) as file:
         if not file.metadata.num_rows:
             return
         schema = file.schema_arrow
         root, *inner = [text_field] if text_field in schema.names else text_field.split(".")
-        kind: Any = schema.field(root).type if root in schema.names else None
+        n_columns = schema.names.count(root)
+        kind: Any = schema.field(root).type if n_columns == 1 else None
         for name in inner:
             has_it = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
             kind = kind.field(name).type if has_it else None
         if not _is_text(kind):
             columns = ", ".join(schema.names) or "none"
+            has = f"has {n_columns} columns" if n_columns > 1 else "has no column"
             what = (
-                f"{path} has no column data.text_field={text_field}: its columns are {columns}"
+                f"{path} {has} data.text_field={text_field}: its columns are {columns}"
                 if kind is None
                 else f"{path}: column data.text_field={text_field} is {kind}, and not text"
             )
@@ -285,7 +303,7 @@ def _parquet_documents(path: str, text_field: str) -> Iterator[Row]:
             return
         number = 0
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_field]):
-            values = batch.column(0)
+            values = batch.column(root)  # one of two, where a column is named like a field of another
             for name in inner:
                 values = pc.struct_field(values, name)
             for text in _python_values(values):
