@@ -799,7 +799,7 @@ def test_one_long_run_of_a_character_is_no_word_of_a_tokenizer(tmp_path: Path, t
     assert documents(directory, "train")[-1] == run
 
 
-# A word without a bound keeps the library busy for a minute, in which it sees no signal.
+# A word without a bound keeps the library that trains a tokenizer busy for a minute, in which it sees no signal.
 TRAINING = """
 import sys
 from quack_lm.cli import main
@@ -808,24 +808,51 @@ tokenizer.WORD_BYTES = 10**7
 sys.argv[0:1] = ["quack-lm", "prepare"]
 sys.exit(main())
 """
+PREPARING = """
+import sys
+from quack_lm.cli import main
+if __name__ == "__main__":
+    sys.argv[0:1] = ["quack-lm", "prepare"]
+    sys.exit(main())
+"""
+
+
+def interrupt(tmp_path: Path, script: str, begins: Path, *overrides: str, after_s: float) -> float:
+    """Press Ctrl-C so long after a file of a preparation exists; returns the seconds that it took to end."""
+    environment = os.environ | {"PYTHONPATH": str(CONFIG_DIR.parent)}
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "script.py"), "data=local", f"data.dir={tmp_path}/set", *overrides]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    try:
+        while not begins.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(after_s)  # the reading of the texts
+        pressed = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        return time.monotonic() - pressed
+    finally:
+        process.kill()
 
 
 def test_ctrl_c_ends_the_training_of_a_tokenizer(tmp_path: Path, texts: list[str]) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [*texts, *(letter * 200_000 for letter in "abcdefgh")])
-    overrides = ["data=local", "data.format=jsonl", f"data.files=[{source}]", f"data.dir={tmp_path}/set"]
-    environment = os.environ | {"PYTHONPATH": str(CONFIG_DIR.parent)}
-    command = [sys.executable, "-c", TRAINING, *overrides, "data.workers=0", "data.vocab_size=300"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    try:
-        while not (tmp_path / "set.partial").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        time.sleep(2)  # the reading of the texts
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
-    finally:
-        process.kill()
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    overrides = ["data.format=jsonl", f"data.files=[{source}]", "data.workers=0", "data.vocab_size=300"]
+    interrupt(tmp_path, TRAINING, tmp_path / "set.partial", *overrides, after_s=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "script.py"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_the_encoding_of_a_long_document(tmp_path: Path, workers: int) -> None:
+    # It was encoded to its end first, by the workers too: a line of 30 MB took 17 s.
+    (tmp_path / "a.txt").write_text("\n".join([*("Z" * n for n in range(1, 99)), "Z" * 60_000_000]))
+    merges = {f"{'Z' * 2**i}": i + 1 for i in range(9)}
+    model = tokenizers.models.BPE({"</s>": 0} | merges, [(piece, piece) for piece in list(merges)[:-1]])
+    name = other_tokenizer(tmp_path / "t", model)
+    overrides = [f"data.files=[{tmp_path}/a.txt]", f"data.tokenizer={name}", "data.eot_token='</s>'"]
+    overrides += ["data.vocab_size=10", f"data.workers={workers}"]
+    assert interrupt(tmp_path, PREPARING, tmp_path / "set.partial/progress.json", *overrides, after_s=6) < 10
 
 
 # ------------------------------------------------------------------------------------------------ paths and manifests
