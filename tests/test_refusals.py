@@ -812,6 +812,9 @@ PREPARE: dict[str, Bad] = {
     "jsonl_empty": table_file("x.jsonl", b"", r"no documents"),
     "jsonl_of_a_blank_line": table_file("x.jsonl", b"\n", r"no documents"),
     "jsonl_of_numbers": table_file("x.jsonl", b"1\n2\n", r"line 1: expected an object.*found int 1"),
+    "json_array_torn": table_file(
+        "x.json", b'[\n{"text": "a"},\n{"text', r"line 1: not JSON \(Unterminated.* character 19\)"
+    ),
     "jsonl_nested": table_file("x.jsonl", b'{"text": ' + b"[" * 99_999 + b"\n", r"line 1: .*recursion"),
     "jsonl_torn_late": table_file("x.jsonl", ROWS_OF_TEXT + b'{"text": \n', r"line 1000: not JSON.*on_bad_record=skip"),
     "jsonl_with_half_a_character": table_file(
