@@ -540,8 +540,11 @@ def test_text_may_be_inside_of_another_column(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_json_array_is_its_items_and_a_dot_may_be_part_of_a_name(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps([{"a.b": "one"}, {"a": {"b": "two"}}], indent=1))
+    (tmp_path / "a.json").write_text("\n \n" + json.dumps([{"a.b": "one"}, {"a": {"b": "two"}}], indent=1))
     assert texts_of(local(tmp_path / "set", [f"{tmp_path}/a.json"], text_field="a.b")) == ["one", "two"]
+    pq.write_table(pa.table({"a": [{"b": "of another column"}], "a.b": ["one"]}), tmp_path / "a.parquet")
+    corpus = local(tmp_path / "set", [f"{tmp_path}/a.parquet"], format="parquet", text_field="a.b")
+    assert texts_of(corpus) == ["one"]
 
 
 @pytest.mark.parametrize("format", ["text", "jsonl"])
@@ -557,23 +560,40 @@ def test_compression_and_a_byte_order_mark_change_nothing(tmp_path: Path, format
 # ------------------------------------------------------------------------------------------------ parts of a text file
 
 STORIES = ["One.\nAnd more.", "Two.", "Three."]
+PARAGRAPHS = "\n\n".join(f"Paragraph {i}." for i in range(9))
 
 
 @pytest.mark.parametrize(
     ("joint", "separator", "end"),
     [
         (f"\n{EOT}\n", "auto", EOT),
+        (EOT, "auto", EOT),
         ("\n \n\n", "auto", "blank lines"),
         ("\n\n", "blank_lines", None),
         ("\n---\n", "---", None),
         ("\n\n\n", r"\n\n\n", None),
+        # With the line ends of Windows, no separator of two lines was ever found.
+        ("\r\n---\r\n", r"\n---\n", None),
+        ("\r\n---\r\n", r"\r\n---\r\n", None),
+        ("\r\n \r\n", "auto", "blank lines"),
     ],
 )
 def test_documents_of_a_text_file_end_at_the_separator(tmp_path: Path, joint: str, separator: str, end: str) -> None:
-    (tmp_path / "a.txt").write_text(joint.join(STORIES) + "\n")
+    (tmp_path / "a.txt").write_text(joint.join(STORIES) + "\n", newline="")
     corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text", separator=separator)
     assert [text for text in texts_of(corpus) if text] == STORIES
-    assert corpus.notes() == [f"{tmp_path}/a.txt: documents end at {end} (data.separator=auto)"] * (end is not None)
+    note = f"data.files: {tmp_path}/a.txt: documents end at {end} (data.separator=auto)"
+    assert corpus.notes() == [note] * (end is not None)
+
+
+@pytest.mark.parametrize("mention", [f"The token {EOT} ends it.", f"`{EOT}`", f"end = '{EOT}'", f"\n{EOT}\n"])
+def test_a_mention_of_the_end_of_text_token_separates_no_documents(tmp_path: Path, mention: str) -> None:
+    # One made a file of 400 paragraphs two documents.
+    (tmp_path / "a.txt").write_text(f"{PARAGRAPHS}\n\n{mention}\n\n{PARAGRAPHS}")
+    corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text")
+    assert len(texts_of(corpus)) == 19
+    (note,) = corpus.notes()
+    assert note.endswith(f"blank lines (data.separator=auto); {EOT} is in them 1 times, but seems not to end documents")
 
 
 def test_without_blank_lines_each_line_of_a_single_text_file_is_a_document(tmp_path: Path) -> None:
@@ -582,19 +602,44 @@ def test_without_blank_lines_each_line_of_a_single_text_file_is_a_document(tmp_p
 
 
 def test_a_separator_across_chunks_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text("ein<end>größer<end>drei")
-    for size in range(1, 9):
+    (tmp_path / "a.txt").write_bytes("ein<end>\r\ngrößer<end>\ndrei".encode())
+    for size in range(1, 12):
         monkeypatch.setattr("quack_lm.data.documents.CHUNK_BYTES", size)
-        corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text", separator="<end>")
+        corpus = local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text", separator=r"<end>\n")
         assert texts_of(corpus) == ["ein", "größer", "drei"]
 
 
-def test_three_text_files_or_more_are_a_document_each_unless_a_separator_is_set(tmp_path: Path) -> None:
-    for name in "abc":
-        (tmp_path / name).write_text(f"{name}\n\n{EOT}\n")
-    assert texts_of(local(tmp_path / "set", [f"{tmp_path}/?"], format="text")) == [f"{n}\n\n{EOT}\n" for n in "abc"]
+@pytest.mark.parametrize("n_files", [2, 3, 90])
+@pytest.mark.parametrize("joint", [EOT, f"\n{EOT}\n", f" {EOT}\n"])
+def test_text_files_of_any_number_are_split_at_the_end_of_text_token(tmp_path: Path, n_files: int, joint: str) -> None:
+    # Three or more were a document each, with hundreds of these in it.
+    for number in range(n_files):
+        (tmp_path / f"{number:02}").write_text(f"{PARAGRAPHS}{joint}{number}{joint}")
+    corpus = local(tmp_path / "set", [f"{tmp_path}/??"], format="text")
+    expected = [text for number in range(n_files) for text in (PARAGRAPHS, str(number))]
+    assert [text.rstrip() for text in texts_of(corpus) if text] == expected
+    (note,) = corpus.notes()
+    assert note.startswith(f"data.files: {tmp_path}/00")
+    assert note.endswith(f": documents end at {EOT} (data.separator=auto)")
+
+
+def test_three_text_files_or_more_without_end_of_text_tokens_are_a_document_each(tmp_path: Path) -> None:
+    texts = [f"{PARAGRAPHS}\n", "b\n", f"One line\n{EOT}\nof a manual\n"]
+    for name, text in zip("abc", texts, strict=True):
+        (tmp_path / name).write_text(text)
+    corpus = local(tmp_path / "set", [f"{tmp_path}/?"], format="text")
+    assert texts_of(corpus) == texts
+    assert ": each file is a document (data.separator=auto)" in corpus.notes()[0]
     split = local(tmp_path / "set", [f"{tmp_path}/?"], format="text", separator=EOT)
-    assert [text for text in texts_of(split) if text] == ["a", "b", "c"]
+    assert texts_of(split)[2:] == ["One line", "of a manual"]
+
+
+def test_what_auto_chose_is_said_before_a_preparation_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("The only paragraph.\n\nAnd another one.\n")
+    refusal(local(tmp_path / "set", [f"{tmp_path}/a.txt"], format="text"))
+    assert "a.txt: documents end at blank lines (data.separator=auto)" in capsys.readouterr().out
 
 
 def test_too_few_documents_for_the_splits_are_said_to_be_too_few(tmp_path: Path) -> None:
@@ -630,6 +675,44 @@ def test_bad_records_are_left_out_and_counted_on_request(
     assert f"left out 5 bad records, the first: {message}" in capsys.readouterr().out
     for split in SPLITS:
         assert documents(tmp_path / "set", split) == documents(prepared, split)
+
+
+@pytest.mark.parametrize(
+    ("format", "rows", "text_field", "error"),
+    [
+        # Each was counted as one record, however many the file has.
+        (
+            "jsonl",
+            [{"body": "a"}] * 5,
+            "text",
+            "line 1: no field data.text_field=text: no 'text' among the fields body",
+        ),
+        ("parquet", [{"body": "a"}] * 5, "text", "has no column data.text_field=text: its columns are body"),
+        ("parquet", [{"text": b"a"}] * 5, "text", "column data.text_field=text is binary, and not text"),
+        # These were dropped without a word, where another record of the file has the field.
+        ("jsonl", [{"text": "ok"}, {"a": 1, "b": 2}], "text", "line 2: no field data.text_field=text: no 'text' among"),
+        ("jsonl", [{"c": {"d": "ok"}}, {"c": {}}], "c.d", "line 2: no field data.text_field=c.d: no 'd' among"),
+        (
+            "jsonl",
+            [{"c": {"d": "ok"}}, {"c": "x"}],
+            "c.d",
+            "line 2: no field data.text_field=c.d: no 'd' inside of str",
+        ),
+    ],
+)
+def test_each_record_without_the_text_field_is_a_bad_record(
+    tmp_path: Path, format: str, rows: list[dict[str, Any]], text_field: str, error: str
+) -> None:
+    if format == "jsonl":
+        (tmp_path / "a").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a")
+    corpus = local(tmp_path / "set", [f"{tmp_path}/a"], format=format, text_field=text_field)
+    read = list(corpus.stream())
+    assert [row["text"] for row in read if row["error"] is None] == ["ok"] * (len(rows) == 2)
+    assert len(read) == len(rows)
+    assert error in next(row["error"] for row in read if row["error"])
+    assert "data.on_bad_record=skip" in refusal(corpus)
 
 
 def test_bytes_that_are_no_text_are_a_bad_record_of_a_parquet_file_at_its_row(tmp_path: Path) -> None:
@@ -716,7 +799,7 @@ def test_one_long_run_of_a_character_is_no_word_of_a_tokenizer(tmp_path: Path, t
     assert documents(directory, "train")[-1] == run
 
 
-# A word without a bound keeps the library busy for a minute, in which it sees no signal.
+# A word without a bound keeps the library that trains a tokenizer busy for a minute, in which it sees no signal.
 TRAINING = """
 import sys
 from quack_lm.cli import main
@@ -725,24 +808,51 @@ tokenizer.WORD_BYTES = 10**7
 sys.argv[0:1] = ["quack-lm", "prepare"]
 sys.exit(main())
 """
+PREPARING = """
+import sys
+from quack_lm.cli import main
+if __name__ == "__main__":
+    sys.argv[0:1] = ["quack-lm", "prepare"]
+    sys.exit(main())
+"""
+
+
+def interrupt(tmp_path: Path, script: str, begins: Path, *overrides: str, after_s: float) -> float:
+    """Press Ctrl-C so long after a file of a preparation exists; returns the seconds that it took to end."""
+    environment = os.environ | {"PYTHONPATH": str(CONFIG_DIR.parent)}
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "script.py"), "data=local", f"data.dir={tmp_path}/set", *overrides]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    try:
+        while not begins.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(after_s)  # the reading of the texts
+        pressed = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        return time.monotonic() - pressed
+    finally:
+        process.kill()
 
 
 def test_ctrl_c_ends_the_training_of_a_tokenizer(tmp_path: Path, texts: list[str]) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [*texts, *(letter * 200_000 for letter in "abcdefgh")])
-    overrides = ["data=local", "data.format=jsonl", f"data.files=[{source}]", f"data.dir={tmp_path}/set"]
-    environment = os.environ | {"PYTHONPATH": str(CONFIG_DIR.parent)}
-    command = [sys.executable, "-c", TRAINING, *overrides, "data.workers=0", "data.vocab_size=300"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    try:
-        while not (tmp_path / "set.partial").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        time.sleep(2)  # the reading of the texts
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
-    finally:
-        process.kill()
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    overrides = ["data.format=jsonl", f"data.files=[{source}]", "data.workers=0", "data.vocab_size=300"]
+    interrupt(tmp_path, TRAINING, tmp_path / "set.partial", *overrides, after_s=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "script.py"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_the_encoding_of_a_long_document(tmp_path: Path, workers: int) -> None:
+    # It was encoded to its end first, by the workers too: a line of 30 MB took 17 s.
+    (tmp_path / "a.txt").write_text("\n".join([*("Z" * n for n in range(1, 99)), "Z" * 60_000_000]))
+    merges = {f"{'Z' * 2**i}": i + 1 for i in range(9)}
+    model = tokenizers.models.BPE({"</s>": 0} | merges, [(piece, piece) for piece in list(merges)[:-1]])
+    name = other_tokenizer(tmp_path / "t", model)
+    overrides = [f"data.files=[{tmp_path}/a.txt]", f"data.tokenizer={name}", "data.eot_token='</s>'"]
+    overrides += ["data.vocab_size=10", f"data.workers={workers}"]
+    assert interrupt(tmp_path, PREPARING, tmp_path / "set.partial/progress.json", *overrides, after_s=6) < 10
 
 
 # ------------------------------------------------------------------------------------------------ paths and manifests

@@ -13,7 +13,7 @@ import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -21,17 +21,19 @@ from pydantic import Field, PositiveInt
 
 from quack_lm.data.documents import (
     BLANK_LINES,
-    CHUNK_BYTES,
+    LINES,
     Format,
     Row,
+    field_of,
     find_separator,
     format_note,
     format_of_name,
+    is_split_by,
     read_files,
     read_start,
     text_error,
 )
-from quack_lm.data.manifest import SPLITS, SplitName
+from quack_lm.data.manifest import SplitName
 from quack_lm.errors import UserError
 from quack_lm.files import relative_note
 
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+# What is read of text files, all together, to find out what separates documents in them.
+LOOK_BYTES, LOOK_FILES = 1 << 26, 64
 
 # Settings that do not change what is prepared.
 NOT_PREPARED = ("dir", "workers", "mask_documents", "verify_checksums")
@@ -109,7 +114,10 @@ class Corpus(ABC):
         return "add documents"
 
     def notes(self) -> list[str]:
-        """What the settings left open, and was chosen for these files: a line each."""
+        """What the settings left open, and was chosen for these files: a line each.
+
+        UserError where a setting says what is in none of the files.
+        """
         return []
 
     def source(self, file: int | None = None) -> str:
@@ -178,8 +186,8 @@ class LocalCorpus(RecordCorpus):
         format: kind of the files: in text a document is a file, in jsonl and parquet a row.
         text_field: column that has the text; doc.text is the field text of the column doc.
         separator: what ends a document inside of a text file: blank_lines, or any text, in which \\n is a line break;
-            null: only the end of the file. auto: null for three files or more; for fewer, which could not fill the
-            three splits, eot_token where a file has it, else blank lines, else line breaks.
+            null: only the end of the file. auto: eot_token where the files have it at the ends of documents; else null
+            for three files or more, and for fewer, which could not fill the three splits, blank lines or line breaks.
     """
 
     choice = "local"
@@ -191,6 +199,14 @@ class LocalCorpus(RecordCorpus):
 
     def input_files(self) -> list[Path]:
         paths = _resolve_files(self.files)
+        named = {name: path for path in paths if (name := format_of_name(path))}
+        # Text may be named like jsonl, and jsonl like text, but nothing else is like parquet.
+        if "parquet" in named and len(named) > 1:
+            (_, parquet), (other, path) = sorted(named.items(), key=lambda item: item[0] != "parquet")[:2]
+            raise UserError(
+                f"data.files: {parquet} is parquet and {path} is {other} by its name: give files of one format, or "
+                "convert them to one"
+            )
         if self.format == "text":
             formats = {format_of_name(path) if path.suffix != ".json" else None for path in paths}
             if formats <= {"jsonl", "parquet"}:
@@ -202,15 +218,9 @@ class LocalCorpus(RecordCorpus):
 
     def stream(self) -> "IterableDataset":
         paths = self.input_files()
-        separator = self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
-        return _stream_files(
-            read_files,
-            paths,
-            format=self.format,
-            text_field=self.text_field,
-            separator=None if self._is_a_file_a_document(paths) else separator,
-            eot_token=self.eot_token,
-        )
+        separator = self._found_separator(paths)[0] if self.format == "text" else None
+        settings = {"format": self.format, "text_field": self.text_field, "separator": separator}
+        return _stream_files(read_files, paths, **settings)
 
     @property
     def more_documents(self) -> str:
@@ -218,18 +228,42 @@ class LocalCorpus(RecordCorpus):
         return super().more_documents + (", or say where they end in a file (data.separator)" if is_text else "")
 
     def notes(self) -> list[str]:
-        paths = self.input_files()
-        if self.format != "text" or self.separator != "auto" or self._is_a_file_a_document(paths):
+        if self.format != "text" or self.separator is None:
             return []
-        names = {BLANK_LINES: "blank lines", "\n": "line breaks"}
-        found = {path: find_separator(read_start(str(path), CHUNK_BYTES), self.eot_token) for path in paths}
-        return [f"{path}: documents end at {names.get(end, end)} (data.separator=auto)" for path, end in found.items()]
+        if self.separator != "auto":
+            self._require_separator(self.separator)
+            return []
+        separator, n_unused = self._found_separator(self.input_files())
+        names = {BLANK_LINES: "blank lines", LINES: "line breaks"}
+        ends = f"documents end at {names.get(separator, separator)}" if separator else "each file is a document"
+        unused = f"; {self.eot_token} is in them {n_unused} times, but seems not to end documents" if n_unused else ""
+        return [f"{self.source()}: {ends} (data.separator=auto){unused}"]
 
     def source(self, file: int | None = None) -> str:
         return super().source(file) + (format_note(self.input_files()[file], self.format) if file is not None else "")
 
-    def _is_a_file_a_document(self, paths: list[Path]) -> bool:
-        return self.separator is None or (self.separator == "auto" and len(paths) >= len(SPLITS))
+    def _require_separator(self, separator: str) -> None:
+        for number, path in enumerate(self.input_files()):
+            with input_errors(partial(self.source, number)):
+                if is_split_by(path, _without_escapes(separator)):
+                    return
+        raise UserError(
+            f"data.separator='{separator}' occurs in none of {self.source()}; correct it, or set "
+            "data.separator=null to make each file a document"
+        )
+
+    def _found_separator(self, paths: list[Path]) -> tuple[str | None, int]:
+        """(what ends documents inside of text files, how often eot_token was seen where it does not end them)."""
+        if self.separator != "auto":
+            return self.separator and _without_escapes(self.separator), 0
+        starts = []
+        some = range(0, len(paths), -(-len(paths) // LOOK_FILES))
+        for number in some:
+            with input_errors(partial(self.source, number)):
+                starts.append(read_start(paths[number], LOOK_BYTES // len(some)))
+        separator = find_separator(starts, self.eot_token, n_files=len(paths))
+        seen = sum(start.count(self.eot_token.encode()) for start in starts)
+        return separator, 0 if separator == self.eot_token else seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +297,7 @@ class HubCorpus(RecordCorpus):
             paths = self.input_files()
             if unknown := [path for path in paths if format_of_name(path) not in ("jsonl", "parquet")]:
                 raise UserError(f"data.files: {unknown[0]} is neither .parquet nor .jsonl")
-            settings = {"text_field": self.text_field, "separator": None, "eot_token": self.eot_token}
-            return _stream_files(read_files, paths, format=None, **settings)
+            return _stream_files(read_files, paths, format=None, text_field=self.text_field, separator=None)
         with input_errors(self.source):
             return _select_text(self._hub_stream(), self.text_field)
 
@@ -285,6 +318,12 @@ class HubCorpus(RecordCorpus):
 
 
 # ------------------------------------------------------------------------------------------------ reading
+
+
+def _without_escapes(separator: str) -> str:
+    for escape, meaning in (("\\r\\n", "\n"), ("\r\n", "\n"), ("\\n", "\n"), ("\\t", "\t")):
+        separator = separator.replace(escape, meaning)
+    return separator
 
 
 def _resolve_files(patterns: list[str]) -> list[Path]:
@@ -325,7 +364,7 @@ def _select_text(stream: "IterableDataset", text_field: str) -> "IterableDataset
     # Columns are dropped before rows become Python objects, which is where the time goes.
     stream = stream.select_columns([root])
     if inner:
-        stream = stream.map(lambda row: {"text": reduce(lambda value, name: (value or {}).get(name), inner, row[root])})
+        stream = stream.map(lambda row: {"text": field_of(row, text_field)})
         return stream.select_columns(["text"])
     return stream if root == "text" else stream.rename_column(root, "text")
 

@@ -7,40 +7,42 @@ is wrong with it, in place of a text. Whether that ends the preparation is for `
 import codecs
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from quack_lm.data.manifest import SPLITS
 from quack_lm.errors import UserError
 
 Format = Literal["text", "jsonl", "parquet"]
 Row = dict[str, str | None]
 
-# After so many records without the text column, a file is not read to its end first.
-RECORDS_WITHOUT_TEXT = 1000
 ROWS_AT_ONCE = 1000  # of a parquet file: its row groups may be larger than memory
-CHUNK_BYTES = 1 << 26  # of a text file, to look for separators in
+CHUNK_BYTES = 1 << 26  # of a text file, to split at once
 
 FORMATS: dict[str, Format] = {
     **dict.fromkeys((".txt", ".text", ".md"), "text"),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
 }
+PARQUET = b"PAR1\x15"  # its magic number, and the first byte of whatever follows, which is not of text
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 BLANK_LINES, LINES = "blank_lines", "\n"
 
 
-def read_files(
-    paths: list[str], *, format: Format | None, text_field: str, separator: str | None, eot_token: str
-) -> Iterator[Row]:
+def read_files(paths: list[str], *, format: Format | None, text_field: str, separator: str | None) -> Iterator[Row]:
     """The documents of each file in turn; a `format` of None is taken from each file's name.
 
     Of a text file, documents end at `separator`; None: at the end of the file.
     """
     for path in paths:
         kind = format or format_of_name(path)
+        if kind != "parquet" and _is_parquet(path):
+            fix = "set data.format=parquet" if format else "give it a name that ends in .parquet"
+            raise UserError(f"data.files: {path} is a parquet file: {fix}")
         if kind == "text":
-            yield from _text_documents(path, separator, eot_token)
+            yield from _text_documents(path, separator)
         elif kind == "jsonl":
             yield from _jsonl_documents(path, text_field)
         else:
@@ -73,12 +75,6 @@ def text_error(text: object) -> str | None:
     return None
 
 
-def read_start(path: str, n_bytes: int) -> bytes:
-    """The first bytes of a file, decompressed."""
-    with _open(path) as stream:
-        return stream.read(n_bytes)
-
-
 def _row(path: str, unit: str, number: int, text: Any) -> Row:
     error = text_error(text)
     return _bad(path, f"{unit} {number}", error) if error else {"text": text, "error": None}
@@ -92,7 +88,12 @@ def _error(what: str) -> Row:
     return {"text": None, "error": f"data.files: {what}"}
 
 
-def _open(path: str) -> Any:
+def _is_parquet(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(PARQUET)) == PARQUET
+
+
+def _open(path: str | Path) -> Any:
     """A file's bytes, decompressed where they begin as a compressed file does, whatever its name is."""
     import bz2
     import gzip
@@ -124,22 +125,14 @@ def _open(path: str) -> Any:
 # ------------------------------------------------------------------------------------------------ text
 
 
-def _text_documents(path: str, separator: str | None, eot_token: str) -> Iterator[Row]:
-    start = read_start(path, CHUNK_BYTES if separator == "auto" else 4)
-    if separator == "auto":
-        separator = find_separator(start, eot_token)
+def _text_documents(path: str, separator: str | None) -> Iterator[Row]:
+    start = read_start(path, 4)
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
     if encoding:
         yield _error(f"{path} is not UTF-8 text but {encoding}: convert it with iconv -f {encoding} -t UTF-8")
         return
     with _open(path) as stream:
-        if separator is None:
-            documents = iter([stream.read()])
-        elif separator == BLANK_LINES:
-            documents = _paragraphs(stream)
-        else:
-            documents = _pieces(stream, separator.encode())
-        for number, raw in enumerate(documents, start=1):
+        for number, raw in enumerate(_split(stream, separator), start=1):
             try:
                 text = raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
             except UnicodeDecodeError as error:
@@ -154,90 +147,127 @@ def _text_documents(path: str, separator: str | None, eot_token: str) -> Iterato
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
-def find_separator(start: bytes, eot_token: str) -> str:
-    """What the first bytes of a text file have to separate documents: the end-of-text token, blank lines, or lines."""
-    if eot_token.encode() in start:
+def read_start(path: str | Path, n_bytes: int) -> bytes:
+    """The first bytes of a file, decompressed."""
+    with _open(path) as stream:
+        return stream.read(n_bytes)
+
+
+def find_separator(starts: list[bytes], eot_token: str, *, n_files: int) -> str | None:
+    """What separates documents in text files, by their first bytes: eot_token, blank lines or lines; None: nothing.
+
+    Without eot_token, each of three files or more is a document. Fewer could not fill the three splits.
+    """
+    if _ends_documents(starts, eot_token.encode()):
         return eot_token
-    is_blank_between = any(not line.strip() for line in start.strip().split(b"\n"))
+    if n_files >= len(SPLITS):
+        return None
+    is_blank_between = any(not line.strip() for start in starts for line in start.strip().split(b"\n"))
     return BLANK_LINES if is_blank_between else LINES
 
 
-def _paragraphs(stream: IO[bytes]) -> Iterator[bytes]:
-    for is_blank, lines in itertools.groupby(stream, key=bytes.isspace):
-        if not is_blank:
-            yield b"".join(lines)
+def _ends_documents(starts: list[bytes], eot_token: bytes) -> bool:
+    """Whether text files have a token at the ends of documents, and do not just mention it.
+
+    A mention follows a space, a quote or a bracket, and more text is on its line. There are as many ends as files, and
+    enough for documents in each split.
+    """
+    total = sum(start.count(eot_token) for start in starts)
+    if total < (enough := max(len(starts), len(SPLITS) - 1)):
+        return False
+    mention = re.compile(rb"[ \t\"'`(\[{=]" + re.escape(eot_token) + rb"(?![ \t]*[\r\n])")
+    ends = total - sum(len(mention.findall(start)) for start in starts)
+    return ends >= enough and ends > total / 2
 
 
-def _pieces(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
-    rest = b""
-    while chunk := stream.read(CHUNK_BYTES):
-        *pieces, rest = (rest + chunk).split(separator)
-        yield from pieces
-    yield rest
+def is_split_by(path: str | Path, separator: str) -> bool:
+    """Whether a separator occurs in a text file, which is read as far as its first."""
+    with _open(path) as stream:
+        return len(list(itertools.islice(_split(stream, separator), 2))) > 1
+
+
+def _split(stream: IO[bytes], separator: str | None) -> Iterator[bytes]:
+    if separator is None:
+        yield stream.read()
+    elif separator == BLANK_LINES:
+        for is_blank, lines in itertools.groupby(stream, key=bytes.isspace):
+            if not is_blank:
+                yield b"".join(lines)
+    else:
+        # A line of a file may end as those of Windows do.
+        pattern = re.compile(rb"\r?\n".join(map(re.escape, separator.encode().split(b"\n"))))
+        rest = b""
+        while chunk := stream.read(CHUNK_BYTES):
+            *pieces, rest = pattern.split(rest + chunk)
+            yield from pieces
+        yield rest
 
 
 # ------------------------------------------------------------------------------------------------ jsonl
 
 
 def _jsonl_documents(path: str, text_field: str) -> Iterator[Row]:
-    seen, has_column = 0, False
-    columns: list[str] = []
     for unit, number, raw in _json_records(path):
         try:
             record = json.loads(raw.decode()) if isinstance(raw, bytes) else raw
-            text, is_there = _field(record, text_field)
+            text = field_of(record, text_field)
         except UnicodeDecodeError as error:
-            yield _bad(path, f"{unit} {number}", f"not UTF-8 ({error.reason} at byte {error.start} of it)")
+            note = format_note(path, "jsonl")
+            yield _bad(path, f"{unit} {number}", f"not UTF-8 ({error.reason} at byte {error.start} of it){note}")
         except json.JSONDecodeError as error:
             note = format_note(path, "jsonl")
             yield _bad(path, f"{unit} {number}", f"not JSON ({error.msg} at character {error.pos + 1}){note}")
-        except (ValueError, RecursionError) as error:  # numbers of too many digits, and too many brackets
+        # No such field, numbers of too many digits, and too many brackets.
+        except (ValueError, RecursionError) as error:
             yield _bad(path, f"{unit} {number}", str(error))
         else:
-            seen, has_column = seen + 1, has_column or is_there
-            columns = columns or list(record)
             yield _row(path, unit, number, text)
-            if seen == RECORDS_WITHOUT_TEXT and not has_column:
-                yield _no_column(path, text_field, columns)
-    if 0 < seen < RECORDS_WITHOUT_TEXT and not has_column:
-        yield _no_column(path, text_field, columns)
 
 
 def _json_records(path: str) -> Iterator[tuple[str, int, Any]]:
     """(what it is, its number, its bytes or what they say) of each record in a file of lines, or of one array."""
     with _open(path) as stream:
+        is_first = True
         for number, line in enumerate(stream, start=1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-                if line.lstrip().startswith(b"["):
-                    try:
-                        records = json.loads(line + stream.read())
-                    except (ValueError, RecursionError):
-                        yield "line", number, line
-                    else:
-                        yield from (("item", i, record) for i, record in enumerate(records, start=1))
-                        return
-            if not line.isspace() and line:
-                yield "line", number, line
+            if not line.strip():
+                continue
+            if is_first and line.lstrip().startswith(b"["):
+                array = line + stream.read()
+                try:
+                    records = json.loads(array)
+                except (ValueError, RecursionError):
+                    yield "line", number, array
+                else:
+                    yield from (("item", i, record) for i, record in enumerate(records, start=1))
+                return
+            is_first = False
+            yield "line", number, line
 
 
-def _field(record: object, name: str) -> tuple[Any, bool]:
-    """(the value of a field, whether there is one): `a.b` is field b inside of a, where there is no `a.b` itself."""
+def field_of(record: object, name: str) -> Any:
+    """The value of a field: `a.b` is field b inside of a, where there is no `a.b` itself, and null where a is null.
+
+    ValueError where the record has no such field.
+    """
     if isinstance(record, str):
-        return record, True
+        return record
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, {{...}}, found {type(record).__name__} {record!r:.60}")
     value: Any = record
     for key in [name] if name in record else name.split("."):
-        if not isinstance(value, dict) or key not in value:
-            return None, False
-        value = value[key]
-    return value, True
-
-
-def _no_column(path: str, text_field: str, columns: list[str]) -> Row:
-    names = ", ".join(columns) or "none"
-    return _error(f"{path} has no column data.text_field={text_field}: its columns are {names}")
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            found = f"inside of {type(value).__name__} {value!r:.60}"
+        elif key not in value:
+            found = f"among the fields {', '.join(value) or '(none)':.200}"
+        else:
+            value = value[key]
+            continue
+        raise ValueError(f"no field data.text_field={name}: no {key!r} {found}")
+    return value
 
 
 # ------------------------------------------------------------------------------------------------ parquet
@@ -248,31 +278,48 @@ def _parquet_documents(path: str, text_field: str) -> Iterator[Row]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    if not _is_parquet(path) and read_start(path, len(PARQUET)) == PARQUET:
+        raise UserError(f"data.files: {path} is a parquet file that is compressed once more: unpack it")
     with pq.ParquetFile(path) as file:
         if not file.metadata.num_rows:
             return
         schema = file.schema_arrow
         root, *inner = [text_field] if text_field in schema.names else text_field.split(".")
-        kind: Any = schema.field(root).type if root in schema.names else None
+        n_columns = schema.names.count(root)
+        kind: Any = schema.field(root).type if n_columns == 1 else None
         for name in inner:
             has_it = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
             kind = kind.field(name).type if has_it else None
-        if kind is None:
-            yield _no_column(path, text_field, schema.names)
-            return
-        value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
-        is_text = pa.types.is_string(value_type) or pa.types.is_large_string(value_type)
-        if not is_text and not pa.types.is_string_view(value_type) and not pa.types.is_null(value_type):
-            yield _error(f"{path}: column data.text_field={text_field} is {kind}, and not text")
+        if not _is_text(kind):
+            columns = ", ".join(schema.names) or "none"
+            has = f"has {n_columns} columns" if n_columns > 1 else "has no column"
+            what = (
+                f"{path} {has} data.text_field={text_field}: its columns are {columns}"
+                if kind is None
+                else f"{path}: column data.text_field={text_field} is {kind}, and not text"
+            )
+            # Each of the rows is a record that cannot be used.
+            yield from itertools.repeat(_error(what), file.metadata.num_rows)
             return
         number = 0
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_field]):
-            values = batch.column(0)
+            values = batch.column(root)  # one of two, where a column is named like a field of another
             for name in inner:
                 values = pc.struct_field(values, name)
             for text in _python_values(values):
                 number += 1
                 yield _row(path, "row", number, text)
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether the values of an Arrow type are text, or null; None: of a column that does not exist."""
+    import pyarrow as pa
+
+    if kind is None:
+        return False
+    value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(is_kind(value_type) for is_kind in kinds)
 
 
 def _python_values(values: Any) -> list[Any]:

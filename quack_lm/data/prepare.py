@@ -273,9 +273,10 @@ def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: fl
     _refuse_other_files(partial, OUR_FILES.fullmatch)
     try:
         if not _is_finished(corpus, partial):
+            echo(*corpus.notes())
             committed = _resume(corpus, partial) or _start_over(corpus, partial, progress=progress)
             left_out = _write_shards(corpus, partial, committed, progress=progress, commit_every_s=commit_every_s)
-            echo(*corpus.notes(), *left_out.report(corpus))
+            echo(*left_out.report(corpus))
     except BaseException as error:
         if is_new and not _is_worth_keeping(partial, error):
             shutil.rmtree(partial)
@@ -433,7 +434,7 @@ def _batches(
             texts.append(text)
         if error:
             errors.append(error)
-        if len(texts) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+        if len(texts) + len(errors) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield (documents, stream.state_dict(), errors), texts
             texts, errors, characters = [], [], 0
     yield (documents, stream.state_dict(), errors), texts

@@ -11,6 +11,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -108,13 +110,14 @@ def _train_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=corpus.eot_token, clean_up_tokenization_spaces=False)
 
 
-def _run_interruptibly(work: Callable[[], Any]) -> None:
+def _run_interruptibly(work: Callable[[], T]) -> T:
     """Call a library that does not see Ctrl-C meanwhile: it is raised here, and the work goes on in a thread."""
+    results: list[T] = []
     errors: list[BaseException] = []
 
     def call() -> None:
         try:
-            work()
+            results.append(work())
         except BaseException as error:
             errors.append(error)
 
@@ -123,19 +126,21 @@ def _run_interruptibly(work: Callable[[], Any]) -> None:
     thread.join()
     if errors:
         raise errors[0]
+    return results[0]
 
 
 def _why_none(corpus: Corpus) -> str:
-    documents, first_error = 0, None
+    documents, bad_records, first_error = 0, 0, None
     for text, error in read_texts(corpus, corpus.stream()):
         documents += bool(text)
+        bad_records += error is not None
         first_error = first_error or error
     if documents:
         return (
             f": all {documents} of the corpus fell into the other splits; lower data.val_fraction and "
             f"data.probe_fraction, or {corpus.more_documents}"
         )
-    return f"; bad records were left out, the first: {first_error}" if first_error else ""
+    return f"; {bad_records:,} bad records were left out, the first: {first_error}" if first_error else ""
 
 
 def _train_texts(corpus: Corpus, bar: "tqdm[Any]") -> Iterator[str]:
@@ -281,19 +286,19 @@ def dtype_name(corpus: Corpus) -> Literal["uint16", "uint32"]:
 _worker_encoder: Encoder
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(encoder: Encoder, stop: Connection) -> None:
     global _worker_encoder
     _worker_encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_die_when_closed, args=(stop,), daemon=True).start()
 
 
-def _die_with_parent() -> None:
-    # A pool's worker waits on a pipe that it holds open itself, so it would outlive a killed parent.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _die_when_closed(stop: Connection) -> None:
+    # The other end is closed when the parent stops or is killed. The pipe on which a pool's worker waits it holds open
+    # itself, so it would outlive its parent; and it sees no signal while it encodes a long document.
+    with contextlib.suppress(EOFError, OSError):
+        stop.recv_bytes()
     os._exit(1)
 
 
@@ -307,10 +312,11 @@ def encode_batches(
     """Each batch's position and encoding, in order, with a bounded number of batches in flight."""
     if workers < 2:
         for position, texts in batches:
-            yield position, encoder(texts)
+            yield position, _run_interruptibly(partial(encoder, texts))
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
+    stop, ours = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder, stop))
     pending: deque[tuple[T, Future[Encoded]]] = deque()
     try:
         for position, texts in batches:
@@ -322,4 +328,6 @@ def encode_batches(
             oldest, future = pending.popleft()
             yield oldest, future.result()
     finally:
+        ours.close()
         pool.shutdown(cancel_futures=True)
+        stop.close()
