@@ -277,8 +277,13 @@ def test_the_first_interval_of_each_process_is_no_part_of_the_throughput(tmp_pat
     assert state["progress"]["timed_tokens"] == 2 * 12 * 32, "of steps 5 and 6 alone"
 
 
-def test_fewer_steps_than_a_run_has_made_are_refused_and_change_nothing(tmp_path: Path, tiny_data: list[str]) -> None:
+@pytest.mark.parametrize("lost", [(), ("summary.json",), ("summary.json", "metrics.jsonl")])
+def test_fewer_steps_than_a_run_has_made_are_refused_and_change_nothing(
+    lost: tuple[str, ...], tmp_path: Path, tiny_data: list[str]
+) -> None:
     run_here(tiny_data, tmp_path)
+    for name in lost:
+        (tmp_path / name).write_text("{")
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match=r"holds this run at step 8, beyond trainer\.steps=4"):
         run_here([*tiny_data, "trainer.steps=4"], tmp_path)

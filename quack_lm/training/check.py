@@ -145,21 +145,27 @@ def check_run_dir(run_dir: RunDir, config: dict[str, Any], settings: TrainerSett
         raise UserError(
             f"run_dir={run_dir} already holds this run; trainer.resume=auto continues it, or choose another run_dir"
         )
-    step = run_dir.summary().get("step", 0)
-    if step > settings.steps:
-        raise UserError(
-            f"run_dir={run_dir} holds this run at step {step}, beyond trainer.steps={settings.steps}; choose another "
-            f"run_dir, or trainer.steps of at least {step}"
-        )
+    for record in (run_dir.summary(), run_dir.last_line("step")):  # either may be lost or damaged
+        _check_not_beyond(run_dir, record.get("step", 0), settings)
     finished = run_dir.final_status(settings.steps)
     if launched_world()[0] != 0:  # one process reads every byte and chooses; the others get its choice later
         return None, finished
     latest = checkpoint.latest_valid_checkpoint(run_dir.checkpoints)
     if latest:
         _check_same_run(str(latest), checkpoint.read_state(latest)["config"], config)
+        _check_not_beyond(run_dir, checkpoint.step_of(latest), settings)
     elif not finished:
         _check_none_is_missing(run_dir)
     return latest, finished
+
+
+def _check_not_beyond(run_dir: RunDir, step: int, settings: TrainerSettings) -> None:
+    """UserError where a run has made more steps than it is to have: to go on would only rewrite its record."""
+    if step > settings.steps:
+        raise UserError(
+            f"run_dir={run_dir} holds this run at step {step}, beyond trainer.steps={settings.steps}; choose another "
+            f"run_dir, or trainer.steps of at least {step}"
+        )
 
 
 def _check_none_is_missing(run_dir: RunDir) -> None:
