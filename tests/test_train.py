@@ -290,12 +290,6 @@ def test_fewer_steps_than_a_run_has_made_are_refused_and_change_nothing(
     assert snapshot(tmp_path) == before
 
 
-def test_a_directory_of_runs_is_no_run_directory(tmp_path: Path, tiny_data: list[str]) -> None:
-    run_here([*tiny_data, "trainer.steps=2"], tmp_path / "mine")
-    with pytest.raises(UserError, match=r"holds other runs, for example mine"):
-        run_here(tiny_data, tmp_path)
-
-
 def test_a_config_of_a_moved_run_asks_where_to_go_on(tmp_path: Path, tiny_data: list[str]) -> None:
     run_here([*tiny_data, "trainer.steps=2"], tmp_path / "old")
     (tmp_path / "old").rename(tmp_path / "new")
