@@ -275,6 +275,7 @@ def test_the_first_interval_of_each_process_is_no_part_of_the_throughput(tmp_pat
     run_here([*overrides, "trainer.steps=6"], tmp_path)
     state = json.loads((tmp_path / "checkpoints/step_00000006/state.json").read_text())
     assert state["progress"]["timed_tokens"] == 2 * 12 * 32, "of steps 5 and 6 alone"
+    assert summary(tmp_path)["timed_tokens"] == 2 * 12 * 32
 
 
 @pytest.mark.parametrize("lost", [(), ("summary.json",), ("summary.json", "metrics.jsonl")])

@@ -210,7 +210,7 @@ def summarize(run: Run, *, tokens_per_s: float | None = None) -> dict[str, Any]:
     state = run.state
     if state.timed_s > 0:
         tokens_per_s = state.timed_tokens / state.timed_s
-    elif state.elapsed_s > 0:  # a run of one log interval, warm-up included
+    elif state.elapsed_s > 0:  # with the warm-up of each process: `timed_tokens` says that this compares with nothing
         tokens_per_s = state.step * run.batch_tokens / state.elapsed_s
     summary = {
         "status": run.status.name,
@@ -226,6 +226,7 @@ def summarize(run: Run, *, tokens_per_s: float | None = None) -> dict[str, Any]:
         "peak_logit": state.peak_logit,
         "delta_mean": state.delta_mean,
         "tokens_per_s": tokens_per_s,
+        "timed_tokens": state.timed_tokens,
         "elapsed_s": state.elapsed_s,
         "outside_s": state.outside_s,
         "checkpoint_s": run.saver.total_s,

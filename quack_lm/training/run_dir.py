@@ -58,6 +58,7 @@ class _Summary(pydantic.BaseModel):
     outside_s: dict[str, Seconds] | None = None
     probes: int = 0
     tokens_per_s: TokensPerSecond | None = None
+    timed_tokens: Count | None = None
 
 
 def checked_summary(values: dict[str, Any]) -> dict[str, Any] | None:
