@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from calls import call_here
+from calls import call, call_here
 
 from quack_lm.cli.completion import main as print_completion
 from quack_lm.config import CONFIG_DIR, choices, compose, groups, help_text, reference_markdown
@@ -134,6 +134,32 @@ def test_what_users_of_hydra_and_argparse_type_gets_an_answer(
     code, stdout, stderr = call_here("train", arguments, monkeypatch, capsys)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert message in stderr
+
+
+def test_a_quoted_tilde_is_the_home_directory_wherever_a_path_is_given(
+    tmp_path, tiny_data: list[str], monkeypatch
+) -> None:
+    home = tmp_path / "home"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(home))
+    home.mkdir()
+    (home / "s.yaml").write_text("# Why?\nbase: [experiment=tiny]\ngrid: {attention: [mha]}\nseeds: [0]\n")
+    (home / "c.yaml").write_text(yaml.safe_dump(compose(["experiment=tiny", *tiny_data])))
+    for arguments in (
+        ["sweep", "plan", "sweep=~/s.yaml", "dir=~/sw", *tiny_data],
+        ["sweep", "plan", "sweep=~/s.yaml", "dir=~/other", "reuse=~/sw", *tiny_data],
+        ["sweep", "collect", "dir=~/sw", "out=~/coll"],
+        ["report", "~/coll", "-o", "~/rep"],
+        ["train", "--config", "~/c.yaml", 'run_dir="~/run"', "--check"],
+    ):
+        code, stdout, stderr = call(*arguments)
+        assert code == 0, stderr
+    made = {path.name for path in home.glob("[!.]*")}  # and matplotlib's cache
+    assert made == {"s.yaml", "c.yaml", "sw", "other", "coll", "rep"}
+    assert f"ready to train in {home}/run" in stdout
+    assert call("report", "~no_such_user/sw")[0] == 2
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_a_config_of_another_version_says_so(tmp_path, monkeypatch, capsys) -> None:
