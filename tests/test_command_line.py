@@ -103,6 +103,7 @@ def test_info_defaults_prints_the_choice_of_every_group(monkeypatch, capsys) -> 
         (["steps=5"], "did you mean trainer.steps=5?"),
         (["d_modle=5"], "did you mean model.d_model=5?"),
         (["stabilizer.tau=1"], "stabilizer.tau: it belongs to stabilizer=fixed and stabilizer=quack"),
+        (["checkpoint.interval=10"], "unknown key checkpoint: did you mean trainer? (choices: run_dir, seed, model, "),
         (["--lr", "1e-3"], "settings are key=value, without dashes; did you mean optimizer.lr=1e-3?"),
         (["--optimizer.lr=1e-3"], "did you mean optimizer.lr=1e-3?"),
         (["--batch-size", "8"], "unknown flag --batch-size"),
@@ -254,8 +255,15 @@ def test_a_broken_variant_is_named_and_breaks_no_suggestion_for_the_others(
         ("optimizer.tau=0.1", "stabilizer.tau"),
         ("learning_rate=1e-3", "optimizer.lr"),
         ("batch_size=8", "trainer.global_batch_size"),
+        ("optimizer.learning_rate=1e-3", "optimizer.lr"),
+        ("training.learning_rate=1e-3", "optimizer.lr"),
+        ("trainer.batch_size=8", "trainer.global_batch_size"),
+        ("training.steps=8", "trainer.steps"),
+        ("modle.d_model=64", "model.d_model"),
+        ("optim.adamw_beta1=0.9", "optimizer.adamw_beta1"),
     ],
 )
 def test_a_key_in_the_wrong_section_or_of_another_codebase_is_suggested(override: str, suggested: str) -> None:
-    with pytest.raises(UserError, match=re.escape(suggested)):
+    value = override.partition("=")[2]
+    with pytest.raises(UserError, match=re.escape(f"did you mean {suggested}={float(value):g}?")):
         compose(["experiment=tiny", "stabilizer=quack", override])

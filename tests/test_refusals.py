@@ -278,7 +278,7 @@ LAUNCHES: dict[str, Bad] = {
 # Each is appended to: experiment=tiny, a prepared data set, trainer.steps=1, run_dir=TMP/run.
 TRAIN: dict[str, Bad] = {
     # names
-    "unknown_section": one("trainr.steps=3", r"unknown key trainr.*did you mean trainer\?"),
+    "unknown_section": one("trainr.steps=3", r"unknown key trainr\.steps: did you mean trainer\.steps=3\?"),
     "unknown_key": one("trainer.step=3", r"unknown key trainer\.step:.*did you mean trainer\.steps\?"),
     "key_of_another_stabilizer": one("stabilizer.tau=1", r"unknown key stabilizer\.tau"),
     "unknown_choice": one("stabilizer=quak", r"stabilizer=quak: did you mean quack\?"),
