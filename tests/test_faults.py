@@ -346,6 +346,23 @@ def test_time_in_which_a_process_is_stopped_is_no_hang(kind: str, watched: subpr
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
+def test_time_in_which_a_run_is_stopped_is_no_training_time(tmp_path: Path, tiny_data: list[str]) -> None:
+    run_dir = tmp_path / "run"
+    process = start([*tiny_data, *FAULTS, "trainer.steps=100000", "trainer.checkpoint_every=0"], run_dir)
+    wait_for_step(run_dir, 20, process)
+    process.send_signal(signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    before = summary(run_dir)["elapsed_s"]
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    wait_for_step(run_dir, summary(run_dir)["step"] + 20, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0, log_of(run_dir)
+    assert summary(run_dir)["elapsed_s"] - before < time.monotonic() - stopped_at - 4
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    assert sum("throughput/tokens_per_s" not in line for line in lines if "train/loss" in line) == 1
+
+
 def test_a_hang_that_holds_the_interpreters_lock_ends_the_process_with_its_stack(
     watched: subprocess.Popen[str],
 ) -> None:
