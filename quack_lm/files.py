@@ -150,6 +150,11 @@ def relative_note(path: str | Path) -> str:
     return "" if os.path.isabs(path) else f" (relative to the current directory, {Path.cwd()})"
 
 
+def user_path(text: str) -> Path:
+    """A path as somebody typed it: a shell leaves a quoted `~` as it is, and `~` after a `=`."""
+    return Path(os.path.expanduser(text))
+
+
 def nearest_existing_parent(path: Path) -> Path:
     """The path itself where it exists, else the nearest directory above it that does."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())

@@ -119,11 +119,6 @@ def test_checking_and_building_make_each_object_once(
     assert made == {"QuacK": 2, "Attention": 2 * 3, "Transformer": 2, "Sequences": 3}
 
 
-def test_a_quoted_tilde_in_run_dir_is_the_home_directory(tmp_path: Path, tiny_data: list[str], monkeypatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert check_run(compose([*SMALL, *tiny_data, 'run_dir="~/r"'])).run_dir.path == tmp_path / "r"
-
-
 def test_a_run_of_another_version_is_refused_by_its_name(tmp_path: Path, tiny_data: list[str]) -> None:
     config = compose([*SMALL, *tiny_data, f"run_dir={tmp_path}"])
     train(build_run(check_run(config)))

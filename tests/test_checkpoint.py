@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from calls import as_any_user
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -52,17 +54,67 @@ def write(to: Saver, *steps: int) -> None:
     assert to.error is None
 
 
-def test_an_old_checkpoint_that_is_a_link_is_kept_with_one_warning(
+def linked(old: Path) -> None:
+    old.rename(old.parent.parent / "elsewhere")
+    old.symlink_to(old.parent.parent / "elsewhere")
+
+
+def without_write_bits(old: Path) -> None:
+    for path in (old, *old.iterdir()):
+        path.chmod(path.stat().st_mode & ~0o222)
+
+
+def with_one_read_only_file(old: Path) -> None:
+    (old / "state.json").chmod(0o444)
+
+
+def change_flags(flag: str, path: Path) -> None:
+    done = subprocess.run(["chattr", flag, str(path)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"NO FLAGS OF FILES CAN BE SET HERE: {done.stderr.strip()}")
+
+
+def immutable_file(old: Path) -> None:
+    change_flags("+i", old / "state.json")
+
+
+@pytest.mark.parametrize("protect", [linked, without_write_bits, with_one_read_only_file, immutable_file])
+def test_an_old_checkpoint_that_is_protected_is_kept_with_one_warning(
+    protect: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to, old = saver(tmp_path / "run", keep=1), tmp_path / "run" / "step_00000001"
+    write(to, 1)
+    protect(old)
+    try:
+        write(to, 2, 3)
+    finally:
+        if protect is immutable_file:
+            for file in tmp_path.rglob("state.json"):
+                change_flags("-i", file)
+    assert names(tmp_path / "run") == ["step_00000001", "step_00000003"]
+    assert checkpoint.validate_checkpoint(old, verify_checksums=True) is None
+    assert capsys.readouterr().err.count("is a link or write-protected and is kept") == 1
+
+
+def test_what_cannot_be_deleted_is_a_warning_and_in_the_way_of_no_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    to = saver(tmp_path / "run", keep=1)
-    write(to, 1)
-    (tmp_path / "run" / "step_00000001").rename(tmp_path / "elsewhere")
-    (tmp_path / "run" / "step_00000001").symlink_to(tmp_path / "elsewhere")
-    write(to, 2, 3)
-    assert names(tmp_path / "run") == ["step_00000001", "step_00000003"]
-    assert (tmp_path / "elsewhere" / SHARD).is_file()
-    assert capsys.readouterr().err.count("is a link or write-protected and is kept") == 1
+    write(saver(tmp_path), 1)
+    left = tmp_path / ".step_00000002.partial"
+    left.mkdir()
+    for file in (left / "half", tmp_path / "step_00000001/state.json"):
+        file.touch()
+        change_flags("+a", file)  # which no permission shows
+    try:
+        write(saver(tmp_path, keep=1, first_step=1), 2)
+        write(saver(tmp_path, keep=1, first_step=2), 3, 4)
+    finally:
+        for file in (*tmp_path.rglob("half"), *tmp_path.rglob("state.json")):
+            change_flags("-a", file)
+    assert names(tmp_path) == [".deleted_1", ".deleted_2", "step_00000004"]
+    assert capsys.readouterr().err.count("cannot be deleted and stays: Operation not permitted") == 4
+    write(saver(tmp_path, keep=1, first_step=4), 5)
+    assert names(tmp_path) == ["step_00000005"]
 
 
 def names(directory: Path) -> list[str]:
@@ -195,10 +247,11 @@ def test_what_a_killed_save_left_is_invisible_and_goes_with_the_next(tmp_path: P
 def test_a_save_that_fails_says_which_directory_and_leaves_the_last_one(tmp_path: Path) -> None:
     to = saver(tmp_path, keep=1)
     write(to, 1)
-    # A file in the place of the next directory: fails for root too, whom permissions do not stop.
-    (tmp_path / ".step_00000002.partial").write_text("in the way")
-    to.save(2, tensors(2), STATE)
-    to.wait()
+    tmp_path.chmod(0o555)
+    with as_any_user():
+        to.save(2, tensors(2), STATE)
+        to.wait()
+    tmp_path.chmod(0o755)
     assert to.error is not None
     assert str(tmp_path) in to.error
     assert checkpoint.latest_valid_checkpoint(tmp_path) == tmp_path / "step_00000001"

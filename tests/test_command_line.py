@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from calls import call_here
+from calls import call, call_here
 
 from quack_lm.cli.completion import main as print_completion
 from quack_lm.config import CONFIG_DIR, choices, compose, groups, help_text, reference_markdown
@@ -103,6 +103,7 @@ def test_info_defaults_prints_the_choice_of_every_group(monkeypatch, capsys) -> 
         (["steps=5"], "did you mean trainer.steps=5?"),
         (["d_modle=5"], "did you mean model.d_model=5?"),
         (["stabilizer.tau=1"], "stabilizer.tau: it belongs to stabilizer=fixed and stabilizer=quack"),
+        (["checkpoint.interval=10"], "unknown key checkpoint: did you mean trainer? (choices: run_dir, seed, model, "),
         (["--lr", "1e-3"], "settings are key=value, without dashes; did you mean optimizer.lr=1e-3?"),
         (["--optimizer.lr=1e-3"], "did you mean optimizer.lr=1e-3?"),
         (["--batch-size", "8"], "unknown flag --batch-size"),
@@ -134,6 +135,32 @@ def test_what_users_of_hydra_and_argparse_type_gets_an_answer(
     code, stdout, stderr = call_here("train", arguments, monkeypatch, capsys)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert message in stderr
+
+
+def test_a_quoted_tilde_is_the_home_directory_wherever_a_path_is_given(
+    tmp_path, tiny_data: list[str], monkeypatch
+) -> None:
+    home = tmp_path / "home"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(home))
+    home.mkdir()
+    (home / "s.yaml").write_text("# Why?\nbase: [experiment=tiny]\ngrid: {attention: [mha]}\nseeds: [0]\n")
+    (home / "c.yaml").write_text(yaml.safe_dump(compose(["experiment=tiny", *tiny_data])))
+    for arguments in (
+        ["sweep", "plan", "sweep=~/s.yaml", "dir=~/sw", *tiny_data],
+        ["sweep", "plan", "sweep=~/s.yaml", "dir=~/other", "reuse=~/sw", *tiny_data],
+        ["sweep", "collect", "dir=~/sw", "out=~/coll"],
+        ["report", "~/coll", "-o", "~/rep"],
+        ["train", "--config", "~/c.yaml", 'run_dir="~/run"', "--check"],
+    ):
+        code, stdout, stderr = call(*arguments)
+        assert code == 0, stderr
+    made = {path.name for path in home.glob("[!.]*")}  # and matplotlib's cache
+    assert made == {"s.yaml", "c.yaml", "sw", "other", "coll", "rep"}
+    assert f"ready to train in {home}/run" in stdout
+    assert call("report", "~no_such_user/sw")[0] == 2
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_a_config_of_another_version_says_so(tmp_path, monkeypatch, capsys) -> None:
@@ -228,8 +255,15 @@ def test_a_broken_variant_is_named_and_breaks_no_suggestion_for_the_others(
         ("optimizer.tau=0.1", "stabilizer.tau"),
         ("learning_rate=1e-3", "optimizer.lr"),
         ("batch_size=8", "trainer.global_batch_size"),
+        ("optimizer.learning_rate=1e-3", "optimizer.lr"),
+        ("training.learning_rate=1e-3", "optimizer.lr"),
+        ("trainer.batch_size=8", "trainer.global_batch_size"),
+        ("training.steps=8", "trainer.steps"),
+        ("modle.d_model=64", "model.d_model"),
+        ("optim.adamw_beta1=0.9", "optimizer.adamw_beta1"),
     ],
 )
 def test_a_key_in_the_wrong_section_or_of_another_codebase_is_suggested(override: str, suggested: str) -> None:
-    with pytest.raises(UserError, match=re.escape(suggested)):
+    value = override.partition("=")[2]
+    with pytest.raises(UserError, match=re.escape(f"did you mean {suggested}={float(value):g}?")):
         compose(["experiment=tiny", "stabilizer=quack", override])

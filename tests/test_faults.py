@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -345,6 +346,23 @@ def test_time_in_which_a_process_is_stopped_is_no_hang(kind: str, watched: subpr
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
+def test_time_in_which_a_run_is_stopped_is_no_training_time(tmp_path: Path, tiny_data: list[str]) -> None:
+    run_dir = tmp_path / "run"
+    process = start([*tiny_data, *FAULTS, "trainer.steps=100000", "trainer.checkpoint_every=0"], run_dir)
+    wait_for_step(run_dir, 20, process)
+    process.send_signal(signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    before = summary(run_dir)["elapsed_s"]
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    wait_for_step(run_dir, summary(run_dir)["step"] + 20, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0, log_of(run_dir)
+    assert summary(run_dir)["elapsed_s"] - before < time.monotonic() - stopped_at - 4
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    assert sum("throughput/tokens_per_s" not in line for line in lines if "train/loss" in line) == 1
+
+
 def test_a_hang_that_holds_the_interpreters_lock_ends_the_process_with_its_stack(
     watched: subprocess.Popen[str],
 ) -> None:
@@ -566,6 +584,20 @@ def test_a_signal_before_the_first_step_ends_a_run_in_one_line(
     assert process.wait(timeout=60) == 128 + number, log_of(run_dir)
     assert log_of(run_dir) == f"stopped by {number.name} before the first step; the same command starts it again\n"
     assert not (run_dir / "summary.json").exists()
+
+
+def test_a_rank_whose_launcher_is_killed_does_not_wait_for_the_others(tmp_path: Path, tiny_data: list[str]) -> None:
+    # Both ranks of a torchrun that was killed as it started were still in the rendezvous 40 s later.
+    run_dir = tmp_path / "run"
+    line = f"{shlex.join(command([*tiny_data, *FAULTS], run_dir))} > {run_dir}.log 2>&1 & wait"
+    environment = {**os.environ, **ALONE, "MASTER_PORT": "29743", "TORCHELASTIC_RUN_ID": "mine"}
+    with subprocess.Popen(["sh", "-c", line], cwd=REPOSITORY, env=environment) as launcher:
+        deadline = time.monotonic() + 60
+        while not is_listening(29743):
+            assert time.monotonic() < deadline, log_of(run_dir)
+        launcher.kill()
+    wait_until_gone(run_dir)
+    assert log_of(run_dir) == "stopped by SIGTERM before the first step; the same command starts it again\n"
 
 
 def test_a_run_under_nohup_is_not_stopped_by_a_closed_terminal(tmp_path: Path, tiny_data: list[str]) -> None:

@@ -147,6 +147,12 @@ def bad_run(damage: Callable[[Path], object], message: str, *arguments: str) -> 
     return Bad([*RUN, *arguments], message, arrange=arrange)
 
 
+def foreign(run_dir: str, name: str, files: dict[str, bytes]) -> Bad:
+    """A directory of other things, of which this is one."""
+    message = rf"run_dir=\S+ is no directory of a run, for it holds {name}; choose a new directory"
+    return one(f"run_dir={run_dir}", message, files=files)
+
+
 def bad_checkpoint(damage: Callable[[Path], object], message: str = r"TMP/run/checkpoints/step_\S+") -> Bad:
     """The run's checkpoint is damaged by somebody who writes a right manifest for it."""
 
@@ -272,7 +278,7 @@ LAUNCHES: dict[str, Bad] = {
 # Each is appended to: experiment=tiny, a prepared data set, trainer.steps=1, run_dir=TMP/run.
 TRAIN: dict[str, Bad] = {
     # names
-    "unknown_section": one("trainr.steps=3", r"unknown key trainr.*did you mean trainer\?"),
+    "unknown_section": one("trainr.steps=3", r"unknown key trainr\.steps: did you mean trainer\.steps=3\?"),
     "unknown_key": one("trainer.step=3", r"unknown key trainer\.step:.*did you mean trainer\.steps\?"),
     "key_of_another_stabilizer": one("stabilizer.tau=1", r"unknown key stabilizer\.tau"),
     "unknown_choice": one("stabilizer=quak", r"stabilizer=quak: did you mean quack\?"),
@@ -497,6 +503,18 @@ TRAIN: dict[str, Bad] = {
     ),
     "run_dir_with_results_of_nobody": one(
         "run_dir=TMP/old", r"run_dir=TMP/old holds results without their config", files={"old/metrics.jsonl": b""}
+    ),
+    "run_dir_of_runs": foreign("TMP/runs", "mine/", {"runs/mine/config.yaml": b"seed: 1"}),
+    "run_dir_of_sweeps": foreign("TMP/runs", "sweep/", {"runs/sweep/mine/config.yaml": b"seed: 1"}),
+    "run_dir_of_a_planned_sweep": foreign("TMP/sweep", "plan.json", {"sweep/plan.json": b"{}"}),
+    "run_dir_of_the_checkpoints_of_a_run": foreign(
+        "TMP/run/checkpoints", "step_00000002/", {"run/checkpoints/step_00000002/state.json": b"{}"}
+    ),
+    "run_dir_of_configs": foreign(str(CONFIG_DIR), "attention/", {}),
+    "run_dir_that_is_the_data": Bad(
+        ["data.dir=TMP/data", "run_dir=TMP/data"],
+        r"run_dir=TMP/data is no directory of a run, for it holds manifest\.json; choose a new directory",
+        **damaged_data(lambda data: None),
     ),
     "run_dir_whose_config_is_a_directory": one(
         "run_dir=TMP/old",

@@ -66,6 +66,7 @@ def write_run(
     max_logit: float = 71.0,
     last_step: int = STEPS,
     unstable: tuple[str, ...] = (),
+    timed_tokens: int = 512,
 ) -> None:
     """A run whose loss falls from 6.2 to `final` and whose logits grow to `max_logit`; null where it diverged."""
     cell.run_dir.path.mkdir(parents=True)
@@ -82,6 +83,7 @@ def write_run(
         "best_val_loss": final - 0.01,
         "initial_val_loss": 6.2,
         "tokens_per_s": 41234.5,
+        "timed_tokens": timed_tokens,
         "max_logit": None if status == "diverged" else max_logit,
         "delta_mean": None if status == "diverged" else max_logit / 100,
         "n_params": 1234,
@@ -770,6 +772,14 @@ def test_the_settings_of_a_stabilizer_are_averaged_in_its_speed(tmp_path, save):
         write_run(cell)
     quack = next(speed for speed in speeds(results.from_runs(save(*cells))) if speed.stabilizer == "quack")
     assert (len(quack.logs), quack.ratio) == (3, pytest.approx(1.0))
+
+
+def test_a_speed_that_includes_warm_up_is_compared_with_nothing(tmp_path, save):
+    cells = [make_cell(tmp_path, "mha", stabilizer, seed=seed) for stabilizer in ("none", "quack") for seed in range(3)]
+    for cell, timed_tokens in zip(cells, (512, 512, 0, 512, 0, 512), strict=True):
+        write_run(cell, timed_tokens=timed_tokens)
+    quack = next(speed for speed in speeds(results.from_runs(save(*cells))) if speed.stabilizer == "quack")
+    assert len(quack.logs) == 1
 
 
 def test_a_baseline_that_diverged_without_a_number_is_infinitely_large(tmp_path, save):

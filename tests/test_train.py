@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calls import snapshot
+from calls import call, snapshot
 from safetensors.torch import load_file
 
 from quack_lm.config import choices, compose
@@ -275,31 +275,35 @@ def test_the_first_interval_of_each_process_is_no_part_of_the_throughput(tmp_pat
     run_here([*overrides, "trainer.steps=6"], tmp_path)
     state = json.loads((tmp_path / "checkpoints/step_00000006/state.json").read_text())
     assert state["progress"]["timed_tokens"] == 2 * 12 * 32, "of steps 5 and 6 alone"
+    assert summary(tmp_path)["timed_tokens"] == 2 * 12 * 32
 
 
-def test_fewer_steps_than_a_run_has_made_are_refused_and_change_nothing(tmp_path: Path, tiny_data: list[str]) -> None:
+@pytest.mark.parametrize("lost", [(), ("summary.json",), ("summary.json", "metrics.jsonl")])
+def test_fewer_steps_than_a_run_has_made_are_refused_and_change_nothing(
+    lost: tuple[str, ...], tmp_path: Path, tiny_data: list[str]
+) -> None:
     run_here(tiny_data, tmp_path)
+    for name in lost:
+        (tmp_path / name).write_text("{")
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match=r"holds this run at step 8, beyond trainer\.steps=4"):
         run_here([*tiny_data, "trainer.steps=4"], tmp_path)
     assert snapshot(tmp_path) == before
 
 
-def test_a_directory_of_runs_is_no_run_directory(tmp_path: Path, tiny_data: list[str]) -> None:
-    run_here([*tiny_data, "trainer.steps=2"], tmp_path / "mine")
-    with pytest.raises(UserError, match=r"holds other runs, for example mine"):
-        run_here(tiny_data, tmp_path)
-
-
 def test_a_config_of_a_moved_run_asks_where_to_go_on(tmp_path: Path, tiny_data: list[str]) -> None:
     run_here([*tiny_data, "trainer.steps=2"], tmp_path / "old")
     (tmp_path / "old").rename(tmp_path / "new")
-    line = [sys.executable, "scripts/train.py", "--config", str(tmp_path / "new/config.yaml"), "trainer.steps=4"]
-    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"add run_dir={tmp_path / 'new'} to continue there" in done.stderr
-    done = subprocess.run([*line, f"run_dir={tmp_path / 'new'}"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    shutil.copy(tmp_path / "new/config.yaml", tmp_path / "new/copy.yaml")
+    for verb in ("train", "preflight"):
+        for name in ("config.yaml", "copy.yaml"):
+            code, _, stderr = call(verb, "--config", str(tmp_path / "new" / name), "trainer.steps=4")
+            assert (code, stderr.count("\n")) == (2, 1)
+            assert f"add run_dir={tmp_path / 'new'} to continue there" in stderr
+    assert not (tmp_path / "old").exists()
+    line = ["--config", str(tmp_path / "new/config.yaml"), "trainer.steps=4", f"run_dir={tmp_path / 'new'}"]
+    code, _, stderr = call("train", *line)
+    assert code == 0, stderr
     assert summary(tmp_path / "new")["step"] == 4
 
 

@@ -25,12 +25,14 @@ from typing import NoReturn
 from quack_lm import __version__, slurm
 from quack_lm.errors import UserError, exit_without_teardown, explaining
 from quack_lm.text import PrintableRecord, echo, one_line, refuse_secret
+from quack_lm.training.stop_signals import follow_launcher
 
 VERBS = ("train", "prepare", "sweep", "report", "preflight", "submit", "completion")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit with its code."""
+    follow_launcher()
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     logging.setLogRecordFactory(PrintableRecord)
     with exit_on_user_error():

@@ -15,7 +15,8 @@ Exit codes: 0 ready; 2 something is wrong.
 
 import os
 
-from quack_lm.config import compose, read_flags
+from quack_lm.cli.train import compose_run
+from quack_lm.config import read_flags
 from quack_lm.errors import UserError
 from quack_lm.text import echo
 
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
         return 0
     file, _, overrides = read_flags([one for one in arguments if not one.startswith("ranks=")])
     ranks = expected_ranks([one for one in arguments if one.startswith("ranks=")])
-    config = compose(overrides, file=file)
+    config = compose_run(overrides, file)
 
     # An NCCL that hangs then raises, and the table is still made, instead of ending the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")

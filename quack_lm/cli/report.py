@@ -6,11 +6,11 @@ Works on a sweep that is still running: the page lists the missing runs.
 """
 
 import argparse
-from pathlib import Path
 from typing import NoReturn
 
 from quack_lm import report
 from quack_lm.errors import UserError
+from quack_lm.files import user_path
 from quack_lm.paper import claims, figures
 from quack_lm.text import echo, shell_line
 
@@ -23,8 +23,10 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str]) -> int:
     """Write the report of a sweep directory and return the exit code."""
     parser = _Parser(prog="quack-lm report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep_dir", type=Path, help="a directory of quack-lm sweep run, or of its collected files")
-    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="where to write (default: SWEEP_DIR/report)")
+    parser.add_argument(
+        "sweep_dir", type=user_path, help="a directory of quack-lm sweep run, or of its collected files"
+    )
+    parser.add_argument("-o", "--out", type=user_path, metavar="DIR", help="where to write (default: SWEEP_DIR/report)")
     options = parser.parse_args(arguments)
     command = shell_line(["quack-lm", "report", *arguments])
     path = report.write(

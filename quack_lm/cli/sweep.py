@@ -18,6 +18,7 @@ for a mistake in the command or a file, or a cluster that does not answer.
 
 import json
 import math
+import os
 import re
 import textwrap
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from typing import Any
 
 from quack_lm.config import nearest, split_axes, unknown_flag
 from quack_lm.errors import UserError
+from quack_lm.files import user_path
 from quack_lm.sweep import cluster, cost, file, local, multirun
 from quack_lm.sweep.cell import reuse
 from quack_lm.sweep.plan import PLAN_FILE, SweepPlan, make_cells, read_plan, write_plan
@@ -74,9 +76,10 @@ def time_limit(value: str) -> str:
 
 def sweep_directory(value: str) -> Path:
     """a sweep directory, which has a plan.json"""
-    if not (Path(value) / PLAN_FILE).is_file():
+    directory = user_path(value)
+    if not (directory / PLAN_FILE).is_file():
         raise ValueError
-    return Path(value)
+    return directory
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,11 @@ class Key:
 
 TRAINS, PLANS = ("plan", "run", "resume"), ("plan", "run", "resume", "submit")
 KEYS = {
-    "sweep": Key(str, tuple(VERBS), "a file of configs/sweep/ by name, or a path that ends in .yaml"),
+    "sweep": Key(os.path.expanduser, tuple(VERBS), "a file of configs/sweep/ by name, or a path that ends in .yaml"),
     "scale": Key(str, tuple(VERBS), "one of the file's scales, for example proxy or 1b, where it has some"),
-    "dir": Key(Path, tuple(VERBS), "where the runs are; unless given, runs/<sweep>-<scale>, or runs/multirun-<hash>"),
+    "dir": Key(
+        user_path, tuple(VERBS), "where the runs are; unless given, runs/<sweep>-<scale>, or runs/multirun-<hash>"
+    ),
     "reuse": Key(sweep_directory, PLANS, "another sweep's directory: finished runs that both have are copied from it"),
     "jobs": Key(count, TRAINS, "processes at a time, each on its own cores, or GPU; as many as fit unless given"),
     "threads": Key(count, TRAINS, "cores and torch threads of each process, 1 unless given"),
@@ -104,8 +109,8 @@ KEYS = {
     "concurrency": Key(count, ("submit",), "runs at a time, 8 unless given"),
     "mfu": Key(positive, ("plan",), "assumed share of the device's peak, with tflops=...; else that of finished runs"),
     "tflops": Key(positive, ("plan",), "assumed peak of the device in TFLOP/s"),
-    "out": Key(Path, ("collect",), "where the files go, next to the runs unless given"),
-    "file": Key(Path, ("task",), "a file that submit wrote"),
+    "out": Key(user_path, ("collect",), "where the files go, next to the runs unless given"),
+    "file": Key(user_path, ("task",), "a file that submit wrote"),
     "index": Key(index, ("task",), "the run in it"),
 }
 
@@ -124,7 +129,7 @@ class Command:
     def directory(self) -> Path:
         """Where the runs are, from dir=..., or from the sweep's name and scale."""
         if "dir" in self.own:
-            return Path(self.own["dir"]).expanduser()
+            return Path(self.own["dir"])
         if sweep := self.own.get("sweep"):
             name = Path(sweep).stem if sweep.endswith((".yaml", ".yml")) else sweep
             return Path("runs") / (f"{name}-{self.own['scale']}" if "scale" in self.own else name)

@@ -64,20 +64,24 @@ def main(arguments: list[str]) -> int:
         if file:
             raise UserError("-m makes its runs of groups and keys, not of a --config file; leave one of the two out")
         return sweep.main([*(["plan", "--check"] if is_check else ["run"]), *overrides])
-    config = compose(overrides, file=file)
-    if file and not any(override.startswith("run_dir=") for override in overrides):
-        refuse_moved_run(file, config)
+    config = compose_run(overrides, file)
     return check_config(config) if is_check else train_config(config)
 
 
-def refuse_moved_run(file: Path, config: dict[str, Any]) -> None:
-    """UserError where a run's config.yaml no longer lies in the directory that it names."""
-    named, here = config["run_dir"], file.absolute().parent
-    if file.name == "config.yaml" and named and Path(named).absolute().resolve() != here.resolve():
-        raise UserError(
-            f"--config {file} says run_dir={named} and lies in {here}: add run_dir={here} to continue there, or "
-            "another run_dir to start a new run"
-        )
+def compose_run(overrides: list[str], file: Path | None) -> dict[str, Any]:
+    """The config of the run that a command line asks for; UserError where its --config file is of a run that was moved.
+
+    Such a file still names the old directory, where the run would start anew.
+    """
+    config = compose(overrides, file=file)
+    if file and config["run_dir"] and not any(override.startswith("run_dir=") for override in overrides):
+        here, named = RunDir(file.absolute().parent), RunDir.of(config)
+        if here.config_file.exists() and here.path.resolve() != named.path.absolute().resolve():
+            raise UserError(
+                f"--config {file} says run_dir={named} and lies in {here}: add run_dir={here} to continue there, or "
+                "another run_dir to start a new run"
+            )
+    return config
 
 
 def check_config(config: dict[str, Any]) -> int:

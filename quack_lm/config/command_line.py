@@ -4,6 +4,7 @@ from pathlib import Path
 
 from quack_lm.config.groups import CONFIG_DIR, groups, suggest
 from quack_lm.errors import UserError
+from quack_lm.files import user_path
 
 # Hydra's own flags that have no part here, with what to use instead.
 ELSEWHERE = {
@@ -26,7 +27,7 @@ def read_flags(arguments: list[str]) -> tuple[Path | None, bool, list[str]]:
     for i, argument in enumerate(overrides):
         if argument.startswith("-"):
             raise UserError(unknown_flag(argument, overrides[i + 1 :]))
-    return Path(file) if file is not None else None, "--check" in rest, overrides
+    return user_path(file) if file is not None else None, "--check" in rest, overrides
 
 
 def take_flag(arguments: list[str], *names: str) -> tuple[str | None, list[str]]:

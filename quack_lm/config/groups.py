@@ -24,10 +24,9 @@ RENAMED = {
     "trainer.recompute": "trainer.activation_checkpointing",
     "model.q_latent_dim": "attention.q_latent_dim",
     "model.kv_latent_dim": "attention.kv_latent_dim",
-    # What other codebases call it.
-    "learning_rate": "optimizer.lr",
-    "batch_size": "trainer.global_batch_size",
 }
+# What other codebases call a key, in whatever section.
+ELSEWHERE = {"learning_rate": "optimizer.lr", "batch_size": "trainer.global_batch_size"}
 
 
 def groups() -> list[str]:
@@ -133,6 +132,6 @@ def suggest(key: str, chosen: dict[str, str] | None = None) -> str | None:
     preferred = [full for full in same if (chosen or {}).get(full.split(".")[0]) in known[full]]
     if same:
         return (preferred or same)[0]
-    old = next((new for was, new in RENAMED.items() if was.endswith("." + last)), None)
+    old = next((new for was, new in (RENAMED | ELSEWHERE).items() if was.rpartition(".")[2] == last), None)
     close = difflib.get_close_matches(last, endings, n=1, cutoff=0.75)
     return old or (endings[close[0]] if close else None)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from quack_lm.config.groups import RENAMED, choices, keys_by_choice, nearest, suggest
+from quack_lm.config.groups import ELSEWHERE, RENAMED, choices, keys_by_choice, nearest, suggest
 from quack_lm.errors import UserError
 from quack_lm.files import LARGEST_FLOAT
 from quack_lm.text import refuse_secret
@@ -277,9 +277,16 @@ def unknown_key(key: str, known: list[str], chosen: dict[str, str], value: Any) 
     section, _, name = key.rpartition(".")
     if owners := keys_by_choice().get(section, {}).get(key):
         return f"unknown key {key}: it belongs to {' and '.join(f'{section}={owner}' for owner in owners)}"
-    found = suggest(key, chosen)
+    given = key
+    if isinstance(value, dict) and len(value) == 1:  # a section that does not exist: the key in it may exist elsewhere
+        ((inner, value),) = value.items()
+        name = str(inner)
+        given = f"{key}.{name}"
+    found = suggest(given, chosen)
     where, _, last = (found or "").rpartition(".")
-    is_here = where == section and last in known  # then the list of the keys here helps more
-    if found and not is_here and (not section or last == name or found in RENAMED.values()):
-        return f"unknown key {key}: did you mean {found}={as_yaml(value)}?"
+    is_foreign = name in ELSEWHERE
+    is_here = where == section and last in known and not is_foreign  # then the list of the keys here helps more
+    is_meant = not section or last == name or is_foreign or found in RENAMED.values()
+    if found and is_meant and not is_here and not isinstance(value, dict):
+        return f"unknown key {given}: did you mean {found}={as_yaml(value)}?"
     return f"unknown key {key}: {nearest(name, known, section + '.' if section else '')}"

@@ -433,6 +433,7 @@ def _tokens_per_s(runs: Sequence[Result]) -> dict[tuple[str, float, int], float]
     """By condition, rate and seed; the settings of one stabilizer are averaged, not counted as separate pairs."""
     measured: dict[tuple[str, float, int], list[float]] = {}
     for run in runs:
-        if speed := run.number("tokens_per_s"):
+        # Without a timed interval a speed includes warm-up; runs of before this was recorded are taken as they are.
+        if run.number("timed_tokens") != 0 and (speed := run.number("tokens_per_s")):
             measured.setdefault((run.condition, run.lr, run.seed), []).append(speed)
     return {key: geometric_mean(speeds) for key, speeds in measured.items()}

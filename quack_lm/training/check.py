@@ -27,6 +27,9 @@ from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
 
 KEYS_NAMED = 5
 
+# A planned sweep's, and a prepared data set's.
+FILES_OF_OTHERS = ("plan.json", "manifest.json")
+
 # What may change when a run is continued: how long and how it is executed and watched, not what it computes.
 CHANGEABLE = {
     "data.dir",
@@ -134,32 +137,46 @@ def check_run_dir(run_dir: RunDir, config: dict[str, Any], settings: TrainerSett
     if not run_dir.config_file.exists():
         if run_dir.metrics_file.exists() or run_dir.checkpoints.exists():
             raise UserError(f"run_dir={run_dir} holds results without their config.yaml; choose another run_dir")
-        if run_dir.path.is_dir() and (others := sorted(run_dir.path.glob("*/config.yaml"))):
-            raise UserError(
-                f"run_dir={run_dir} holds other runs, for example {others[0].parent.name}; choose a directory of its "
-                f"own, for example run_dir={run_dir}/mine"
-            )
+        _check_nothing_else(run_dir)
         return None, None
     _check_same_run(f"run_dir={run_dir}", identity(run_dir.config()), config)
     if settings.resume == "never":
         raise UserError(
             f"run_dir={run_dir} already holds this run; trainer.resume=auto continues it, or choose another run_dir"
         )
-    step = run_dir.summary().get("step", 0)
-    if step > settings.steps:
-        raise UserError(
-            f"run_dir={run_dir} holds this run at step {step}, beyond trainer.steps={settings.steps}; choose another "
-            f"run_dir, or trainer.steps of at least {step}"
-        )
+    for record in (run_dir.summary(), run_dir.last_line("step")):  # either may be lost or damaged
+        _check_not_beyond(run_dir, record.get("step", 0), settings)
     finished = run_dir.final_status(settings.steps)
     if launched_world()[0] != 0:  # one process reads every byte and chooses; the others get its choice later
         return None, finished
     latest = checkpoint.latest_valid_checkpoint(run_dir.checkpoints)
     if latest:
         _check_same_run(str(latest), checkpoint.read_state(latest)["config"], config)
+        _check_not_beyond(run_dir, checkpoint.step_of(latest), settings)
     elif not finished:
         _check_none_is_missing(run_dir)
     return latest, finished
+
+
+def _check_nothing_else(run_dir: RunDir) -> None:
+    """UserError where the directory of a new run is another thing's already: of runs, of a sweep, of data, of configs.
+
+    Files are no obstacle, for a job or a sweep may have begun a log there.
+    """
+    paths = sorted(run_dir.path.iterdir()) if run_dir.path.is_dir() else []
+    foreign = next((path for path in paths if path.is_dir() or path.name in FILES_OF_OTHERS), None)
+    if foreign:
+        name = foreign.name + "/" * foreign.is_dir()
+        raise UserError(f"run_dir={run_dir} is no directory of a run, for it holds {name}; choose a new directory")
+
+
+def _check_not_beyond(run_dir: RunDir, step: int, settings: TrainerSettings) -> None:
+    """UserError where a run has made more steps than it is to have: to go on would only rewrite its record."""
+    if step > settings.steps:
+        raise UserError(
+            f"run_dir={run_dir} holds this run at step {step}, beyond trainer.steps={settings.steps}; choose another "
+            f"run_dir, or trainer.steps of at least {step}"
+        )
 
 
 def _check_none_is_missing(run_dir: RunDir) -> None:

@@ -4,11 +4,10 @@ A rank that raised by itself would leave the others waiting in the next collecti
 threads are recorded where they occur, and all ranks agree on them, and on signals, once a step in `sync`.
 """
 
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import NamedTuple, Protocol
 
@@ -44,8 +43,6 @@ class Coordinator:
     parts: Sequence[Fallible]
     error: str | None = None  # of this rank, until `sync`
     _signal: int = 0
-    # Of a torchrun that is killed, nobody tells the ranks; a sweep that is killed lets its runs go on.
-    _parent: int | None = field(default_factory=lambda: os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
 
     @contextmanager
     def supervising(self) -> Iterator[None]:
@@ -64,8 +61,6 @@ class Coordinator:
 
     def sync(self, *, is_saving: bool = False) -> Agreement:
         """On all ranks together; raises the UserError of the first rank that has one, on every rank."""
-        if self._parent not in (None, os.getppid()):
-            self._signal = self._signal or signal.SIGTERM
         self.error = self.error or next((part.error for part in self.parts if part.error), None)
         # Before: each rank has its own signal, error and background work, or none. After: all know of all.
         number, has_error, saving = self.world.max_over_ranks(self._signal, self.error is not None, is_saving)

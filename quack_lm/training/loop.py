@@ -62,7 +62,7 @@ class Run:
 def train(run: Run) -> RunStatus:
     """Train to the end, or to a divergence or a stop signal."""
     state, settings, clock = run.state, run.settings, Clock(run.world, run.state.outside_s)
-    with run.coordinator.supervising():
+    with run.coordinator.supervising(), clock.leaving_out_stops():
         if state.step == 0:
             with clock.paused("validation"):
                 validate(run)
@@ -80,6 +80,7 @@ def train(run: Run) -> RunStatus:
             for optimizer in run.optimizers:
                 optimizer.zero_grad()
             # ----------------------------------------------------------------
+            clock.see()
             state.step += 1
             run.log.add_loss(state.step, loss)
             run.log.add(state.step, {"optim/lr": lr, "optim/grad_norm": grad_norm})
@@ -157,17 +158,17 @@ def record_probe(run: Run) -> None:
 def write_log(run: Run, clock: Clock) -> None:
     """Flush the log with the throughput since the last time, and decide whether the run has diverged."""
     state = run.state
-    seconds, steps = clock.take(), run.log.pending_steps
+    (seconds, was_stopped), steps = clock.take(), run.log.pending_steps
     n_tokens = steps * run.batch_tokens
     state.elapsed_s += seconds
     tokens_per_s = n_tokens / seconds if seconds > 0 else 0.0
     # The first interval of each process pays for warm caches, allocation and compilation.
-    if clock.n_intervals > 1:
+    if clock.n_intervals > 1 and not was_stopped:
         state.timed_s += seconds
         state.timed_tokens += n_tokens
     mfu = tokens_per_s * run.flops_per_token / (run.peak_flops * run.world.size)
     throughput = {"throughput/tokens_per_s": tokens_per_s, "throughput/mfu": mfu}
-    run.log.add(state.step, {**throughput, "data/epoch": run.batches.epoch(state.step)})
+    run.log.add(state.step, {**({} if was_stopped else throughput), "data/epoch": run.batches.epoch(state.step)})
     with run.coordinator.recording_write_errors():
         run.log.flush()
     reason = state.take_losses(run.log.losses, run.settings)
@@ -210,7 +211,7 @@ def summarize(run: Run, *, tokens_per_s: float | None = None) -> dict[str, Any]:
     state = run.state
     if state.timed_s > 0:
         tokens_per_s = state.timed_tokens / state.timed_s
-    elif state.elapsed_s > 0:  # a run of one log interval, warm-up included
+    elif state.elapsed_s > 0:  # with the warm-up of each process: `timed_tokens` says that this compares with nothing
         tokens_per_s = state.step * run.batch_tokens / state.elapsed_s
     summary = {
         "status": run.status.name,
@@ -226,6 +227,7 @@ def summarize(run: Run, *, tokens_per_s: float | None = None) -> dict[str, Any]:
         "peak_logit": state.peak_logit,
         "delta_mean": state.delta_mean,
         "tokens_per_s": tokens_per_s,
+        "timed_tokens": state.timed_tokens,
         "elapsed_s": state.elapsed_s,
         "outside_s": state.outside_s,
         "checkpoint_s": run.saver.total_s,

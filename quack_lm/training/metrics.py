@@ -7,12 +7,14 @@ steps, and written, one object per step.
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import FrameType
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -61,6 +63,13 @@ class LoggerSettings:
     wandb_timeout_s: PositiveFloat = 60.0
 
 
+class Interval(NamedTuple):
+    """Training seconds, and whether the process was stopped in them: then up to a step is missing for each time."""
+
+    seconds: float
+    was_stopped: bool
+
+
 class Clock:
     """Seconds spent training: validation, probes and checkpoints are paused out, with the device drained at the
     edges, and counted by name in `outside_s`."""
@@ -70,7 +79,29 @@ class Clock:
         self.outside_s = outside_s
         self.n_intervals = 0  # that `take` has returned in this process
         self._active_s = 0.0
-        self._since = time.perf_counter()
+        self._since = self._seen = time.perf_counter()
+        self._was_stopped = False
+
+    @contextmanager
+    def leaving_out_stops(self) -> Iterator[None]:
+        """Within, time in which this process is stopped (SIGSTOP, a suspended job) counts as nothing.
+
+        Only its end makes itself known, by SIGCONT, so everything since the last `see` is left out.
+        """
+        before = signal.signal(signal.SIGCONT, self._skip)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGCONT, before)
+
+    def see(self) -> None:
+        """Remember when the process was last seen at work; once a step."""
+        self._seen = time.perf_counter()
+
+    def _skip(self, number: int, frame: FrameType | None) -> None:
+        now = time.perf_counter()
+        self._since += now - self._seen
+        self._seen, self._was_stopped = now, True
 
     @contextmanager
     def paused(self, name: str) -> Iterator[None]:
@@ -80,20 +111,21 @@ class Clock:
         self.world.synchronize()
         now = time.perf_counter()
         self.outside_s[name] = self.outside_s.get(name, 0.0) + now - self._since
-        self._since = now
+        self._since = self._seen = now
 
-    def take(self) -> float:
-        """Training seconds since the last call."""
+    def take(self) -> Interval:
+        """The training time since the last call."""
         self._stop()
         self.n_intervals += 1
-        active_s, self._active_s = self._active_s, 0.0
-        return active_s
+        interval = Interval(self._active_s, self._was_stopped)
+        self._active_s, self._was_stopped = 0.0, False
+        return interval
 
     def _stop(self) -> None:
         self.world.synchronize()
         now = time.perf_counter()
         self._active_s += now - self._since
-        self._since = now
+        self._since = self._seen = now
 
 
 class RunLog:

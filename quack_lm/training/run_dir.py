@@ -27,6 +27,7 @@ from quack_lm.files import (
     open_regular,
     read_json,
     take_lock,
+    user_path,
     write_atomically,
     write_json,
 )
@@ -58,6 +59,7 @@ class _Summary(pydantic.BaseModel):
     outside_s: dict[str, Seconds] | None = None
     probes: int = 0
     tokens_per_s: TokensPerSecond | None = None
+    timed_tokens: Count | None = None
 
 
 def checked_summary(values: dict[str, Any]) -> dict[str, Any] | None:
@@ -82,7 +84,7 @@ class RunDir:
         That is the same for the same run, so that calling again continues it.
         """
         default = f"runs/{choice(config['attention'])}-{choice(config['stabilizer'])}-{fingerprint(config)}"
-        return cls(Path(config["run_dir"] or default).expanduser())
+        return cls(user_path(config["run_dir"] or default))
 
     def __str__(self) -> str:
         return str(self.path)

@@ -5,6 +5,7 @@ advance  at a step boundary, once no rank writes: rank 0 commits in a thread
 commit   state.json and manifest.json, all synced, then the rename; then older checkpoints are deleted
 """
 
+import itertools
 import os
 import shutil
 import time
@@ -48,7 +49,7 @@ class Saver:
         self._work: Future[Any] | None = None  # first the tensors', then the commit's
         self._uncommitted: tuple[int, dict[str, Any], dict[str, TensorSpec]] | None = None
         self._started_at = 0.0
-        self._protected: set[Path] = set()  # old checkpoints that are not deleted
+        self._undeletable: set[Path] = set()  # of which a warning has been given
         # What lies beyond the step that the run continues from was refused: neither counted nor deleted.
         self._refused = {
             path for path in checkpoint.list_checkpoints(directory) if checkpoint.step_of(path) > first_step
@@ -91,8 +92,9 @@ class Saver:
         self.world.barrier()
 
     def _prepare(self, staging: Path) -> None:
-        for left in self.directory.glob(".step_*.partial"):  # by a run that was killed
-            shutil.rmtree(left)
+        # By a run that was killed, or by one that could not delete them.
+        for left in [*self.directory.glob(".step_*.partial"), *self.directory.glob(".deleted_*")]:
+            self._delete(left)
         staging.mkdir(parents=True)
 
     def _commit(self, step: int, state: dict[str, Any], specs: dict[str, TensorSpec]) -> None:
@@ -113,17 +115,27 @@ class Saver:
         valid = [path for path in candidates if not checkpoint.validate_checkpoint(path)]
         kept = set(checkpoint.retained_checkpoints(valid, keep=self.keep, keep_every=self.keep_every))
         for old in valid:
-            if old not in kept and old not in self._protected:
+            if old not in kept:
                 self._delete(old)
 
-    def _delete(self, old: Path) -> None:
-        """Delete a checkpoint; one that is protected, by a link or by its permissions, is left with a warning."""
-        if old.is_symlink() or not os.access(old, os.W_OK):
-            self._protected.add(old)
-            echo(f"warning: {old} is a link or write-protected and is kept", err=True)
+    def _delete(self, directory: Path) -> None:
+        """Delete an old checkpoint or a leftover; one that cannot be, or is protected, stays with one warning."""
+        if directory in self._undeletable:
             return
-        # Renamed first: a crash in the middle must not leave half a checkpoint under its name.
-        shutil.rmtree(old.rename(self.directory / f".{old.name}.partial"))
+        try:
+            if not directory.name.startswith(".") and _is_protected(directory):
+                self._undeletable.add(directory)
+                echo(f"warning: {directory} is a link or write-protected and is kept", err=True)
+                return
+            # Renamed first: neither a crash nor an error in the middle may leave half a checkpoint under its name, or
+            # something in the way of the next one.
+            if not directory.name.startswith(".deleted_"):
+                places = (self.directory / f".deleted_{number}" for number in itertools.count(1))
+                directory = directory.rename(next(place for place in places if not place.exists()))
+            shutil.rmtree(directory)
+        except OSError as error:
+            self._undeletable.add(directory)
+            echo(f"warning: {directory} cannot be deleted and stays: {error.strerror}", err=True)
 
     def _staging_dir(self, step: int) -> Path:
         return self.directory / f".{checkpoint.name_of(step)}.partial"
@@ -143,6 +155,16 @@ class Saver:
                 f"{self.directory}: no checkpoint could be written ({what}); "
                 "fix that and run the same command again: it continues from the last complete one"
             )
+
+
+def _is_protected(old: Path) -> bool:
+    """Whether somebody wants to keep a checkpoint: it is a link, or it or one of its files must not be written to.
+
+    The mode is asked as well, because root may write in spite of it; `os.access` also knows of immutable files.
+    """
+    if old.is_symlink():
+        return True
+    return any(not (path.stat().st_mode & 0o222 and os.access(path, os.W_OK)) for path in (old, *old.iterdir()))
 
 
 def _rename_damaged(damaged: Path) -> None:

@@ -1,5 +1,6 @@
 """What the `trainer` section of a config sets."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -73,8 +74,16 @@ class TrainerSettings(StabilityRules):
         """Raise UserError where so many ranks cannot form the replicas or share the batch equally."""
         if ranks % self.replicas:
             raise UserError(f"trainer.replicas={self.replicas} must divide the number of ranks, {ranks}")
-        if self.global_batch_size % (ranks * self.micro_batch_size):
+        at_once = ranks * self.micro_batch_size
+        if self.global_batch_size % at_once:
+            # A smaller micro batch computes the same.
+            each, rest = divmod(self.global_batch_size, ranks)
+            fix = (
+                f"trainer.global_batch_size={-(-self.global_batch_size // at_once) * at_once}"
+                if rest
+                else f"trainer.micro_batch_size={math.gcd(each, self.micro_batch_size)}"
+            )
             raise UserError(
                 f"trainer.global_batch_size={self.global_batch_size} must be a multiple of ranks x "
-                f"trainer.micro_batch_size = {ranks} x {self.micro_batch_size} = {ranks * self.micro_batch_size}"
+                f"trainer.micro_batch_size = {ranks} x {self.micro_batch_size} = {at_once}; for example {fix}"
             )

@@ -5,14 +5,28 @@ the settings to the loop there is nothing to save, and a signal ends the process
 to save and stop: see `Coordinator.supervising`.
 """
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # SIGHUP: the terminal was closed
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def follow_launcher() -> None:
+    """From now on, a torchrun that is killed sends SIGTERM to this process, on Linux: nobody else tells its ranks.
+
+    Called first of all, since they may wait for each other for minutes. A sweep that is killed lets its runs go on.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def hold() -> None:
