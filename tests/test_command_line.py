@@ -33,7 +33,7 @@ def test_the_keys_read_from_source_are_those_of_the_constructor(target: str) -> 
 
 def test_the_configuration_page_is_what_the_code_says() -> None:
     page = CONFIG_DIR.parent / "docs" / "configuration.md"
-    assert page.read_text() == reference_markdown() + "\n", "quack-lm train --help=markdown > docs/configuration.md"
+    assert page.read_text() == reference_markdown(), "quack-lm train --help=markdown > docs/configuration.md"
 
 
 @pytest.mark.parametrize("group", groups())
