@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quack_lm.attention.scores import (
-    MAX_ROWS,
+    MIN_ROWS,
     Backend,
     attend,
     check_backend,
@@ -121,7 +121,7 @@ def test_no_maximum_is_computed_unless_wanted(backend: Backend) -> None:
 
 # ------------------------------------------------------------------------------------------------ maxima over many rows
 
-LONG = 2 * MAX_ROWS + 37
+LONG = 2 * MIN_ROWS + 37
 
 
 def planted(*cells: tuple[int, int, int, float]) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ def planted(*cells: tuple[int, int, int, float]) -> tuple[Tensor, Tensor]:
     return q, k
 
 
-@pytest.mark.parametrize("row", [0, 1, MAX_ROWS - 1, MAX_ROWS, MAX_ROWS + 1, 2 * MAX_ROWS - 1, 2 * MAX_ROWS, LONG - 1])
+@pytest.mark.parametrize("row", [0, 1, MIN_ROWS - 1, MIN_ROWS, MIN_ROWS + 1, 2 * MIN_ROWS - 1, 2 * MIN_ROWS, LONG - 1])
 def test_a_maximum_is_found_in_every_block_of_rows(row: int) -> None:
     for column in {0, row // 2, row}:
         q, k = planted((0, row, column, 9.0), (1, LONG - 2, 3, 4.0))
@@ -146,7 +146,7 @@ def test_a_maximum_is_found_in_every_block_of_rows(row: int) -> None:
         torch.testing.assert_close(max_logits(q, k, mask), torch.tensor([9.0, 4.0]))
 
 
-@pytest.mark.parametrize(("row", "column"), [(0, 1), (MAX_ROWS - 1, MAX_ROWS), (5, LONG - 1), (LONG - 2, LONG - 1)])
+@pytest.mark.parametrize(("row", "column"), [(0, 1), (MIN_ROWS - 1, MIN_ROWS), (5, LONG - 1), (LONG - 2, LONG - 1)])
 def test_a_logit_in_the_future_is_no_maximum(row: int, column: int) -> None:
     q, k = planted((0, row, column, 50.0))
     mask = make_mask("sdpa", length=LONG, documents_BT=None, device=CPU)
@@ -154,7 +154,7 @@ def test_a_logit_in_the_future_is_no_maximum(row: int, column: int) -> None:
     torch.testing.assert_close(max_logits(q, k, mask), torch.tensor([-1.0, -1.0]))
 
 
-@pytest.mark.parametrize("row", [MAX_ROWS - 2, MAX_ROWS + 7, LONG - 1])
+@pytest.mark.parametrize("row", [MIN_ROWS - 2, MIN_ROWS + 7, LONG - 1])
 def test_a_logit_into_another_document_is_no_maximum(row: int) -> None:
     documents = torch.zeros(1, LONG, dtype=torch.long)
     documents[:, row - 1 :] = 1

@@ -22,8 +22,10 @@ from quack_lm.errors import UserError
 
 Backend = Literal["sdpa", "eager", "flash", "flex"]
 
-# Query rows for which logits are materialized at once when a backend does not report its maxima.
-MAX_ROWS = 512
+# Query rows whose logits exist at once where a backend does not report its maxima: few enough for the cache of a CPU,
+# many enough for a GPU.
+MIN_ROWS, MAX_ROWS = 64, 512
+CPU_BLOCKS = 16
 # FlexAttention's kernels multiply tiles of this many columns; narrower heads are filled up with zeros.
 LEAST_FLEX_WIDTH = 16
 
@@ -102,7 +104,7 @@ def logits(q_BHTK: Tensor, k_BGTK: Tensor, *, rows: slice | None = None) -> Tens
     return (q_BGSRK @ k.unsqueeze(2).mT).flatten(1, 2) / math.sqrt(q.shape[-1])
 
 
-def row_chunks(length: int, rows: int = MAX_ROWS) -> list[slice]:
+def row_chunks(length: int, rows: int) -> list[slice]:
     """Slices of at most `rows` that cover the queries."""
     return [slice(start, min(start + rows, length)) for start in range(0, length, rows)]
 
@@ -110,13 +112,18 @@ def row_chunks(length: int, rows: int = MAX_ROWS) -> list[slice]:
 @torch.no_grad()
 def max_logits(q_BHTK: Tensor, k_BGTK: Tensor, mask: Mask) -> Tensor:
     """Each head's largest visible logit, [H] float32, a block of query rows at a time: memory stays linear in T."""
+    length, device = q_BHTK.shape[-2], q_BHTK.device
+    n_rows = min(max(MIN_ROWS, length // CPU_BLOCKS), MAX_ROWS) if device.type == "cpu" else MAX_ROWS
     best = []
-    for rows in row_chunks(q_BHTK.shape[-2]):
-        seen = mask.visible(rows, rows.stop, q_BHTK.device)
+    for rows in row_chunks(length, n_rows):
         # In the working precision: a second pass in float32 would cost more than the attention itself.
         k_seen = k_BGTK[:, :, : rows.stop].unsqueeze(2)
         scores = (q_BHTK[:, :, rows].unflatten(1, (k_BGTK.shape[1], -1)) @ k_seen.mT).flatten(1, 2)
-        best.append(scores.masked_fill(~seen, -torch.inf).amax((0, 2, 3)))
+        # Of earlier keys only documents hide some.
+        columns = rows if mask.documents_BT is None else slice(0, rows.stop)
+        hidden = ~mask.visible(rows, rows.stop, device)[..., columns]
+        scores[..., columns].masked_fill_(hidden, -torch.inf)
+        best.append(scores.amax((0, 2, 3)))
     return torch.stack(best).amax(0).float() / math.sqrt(q_BHTK.shape[-1])
 
 
