@@ -1,6 +1,7 @@
 """Building a run: one stabilizer object, nothing built twice, and a directory that knows which version wrote it."""
 
 import json
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -131,3 +132,34 @@ def test_a_run_of_another_version_is_refused_by_its_name(tmp_path: Path, tiny_da
     run_dir.environment_file.unlink()
     with pytest.raises(UserError, match="was written by an earlier version of quack_lm"):
         check_run(config)
+
+
+FAULTS = """
+import resource, sys, torch
+from quack_lm.training.memory import keep_freed_memory
+
+def step():
+    x = torch.ones(1 << 24)
+    y = x + 1
+    del x
+    return y * 2
+
+if sys.argv[1] == "kept" and not keep_freed_memory():
+    print("no glibc")
+    raise SystemExit
+step(), step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    counts = []
+    for how in ("as it comes", "kept"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+        counts.append(done.stdout.strip())
+    if counts[1] == "no glibc":
+        pytest.skip("another C library has no such setting")
+    assert int(counts[1]) < int(counts[0]) / 3

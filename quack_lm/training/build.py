@@ -36,6 +36,7 @@ from quack_lm.training.coordinator import Coordinator
 from quack_lm.training.environment import package_versions
 from quack_lm.training.flops import flops_per_token, peak_flops
 from quack_lm.training.loop import Run
+from quack_lm.training.memory import keep_freed_memory
 from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
 from quack_lm.training.run_dir import READER_S, RunDir
 from quack_lm.training.saver import Saver
@@ -294,6 +295,8 @@ def build_measurement(
 
 
 def _start_world(plan: RunPlan) -> World:
+    if plan.device == "cpu":
+        keep_freed_memory()
     # What some rank reads before it joins the others: all data, and the checkpoints until a valid one.
     n_bytes = plan.data.n_bytes + plan.run_dir.checkpoint_bytes()
     return start_world(
