@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from quack_lm.attention.base import Attention, linear
 from quack_lm.attention.rope import rope_table
 from quack_lm.attention.scores import Mask, make_mask, number_documents
+from quack_lm.loss import cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Transformer(nn.Module):
         weight = self.embedding.weight if self.head is None else self.head.weight
         if targets_BT is None:
             return F.linear(x, weight)
-        return _cross_entropy(x, weight, targets_BT, self.loss_chunk)
+        return cross_entropy(x.flatten(0, 1), weight, targets_BT.flatten(), self.loss_chunk)
 
     def initial_value(self, name: str, shape: torch.Size, *, seed: int, device: torch.device) -> Tensor:
         """The whole initial value of a parameter: a function of its name, the seed and the type of device alone.
@@ -151,19 +152,6 @@ class SwiGLU(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]; positions do not interact."""
         return self.w_down(F.silu(self.w_gate(x_BTD)) * self.w_up(x_BTD))
-
-
-def _cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, chunk: int | None) -> Tensor:
-    """Nats per token, [B * T]; with a chunk, vocabulary logits are recomputed in the backward pass piece by piece."""
-
-    def nats(x_ND: Tensor, targets_N: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x_ND, weight_VD).float(), targets_N, reduction="none")
-
-    x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-    if chunk is None:
-        return nats(x_ND, targets_N)
-    pieces = zip(x_ND.split(chunk), targets_N.split(chunk), strict=True)
-    return torch.cat([checkpoint(nats, x, t, use_reentrant=False, preserve_rng_state=False) for x, t in pieces])
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

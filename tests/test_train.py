@@ -136,6 +136,10 @@ def test_curves_do_not_depend_on_micro_batches_recomputation_or_loss_chunks(
     run_here([*overrides, "trainer.activation_checkpointing=true", "trainer.loss_chunk=17"], tmp_path / "frugal")
     assert_close_records(tmp_path / "plain", tmp_path / "whole", 2e-4)
     assert_close_records(tmp_path / "plain", tmp_path / "frugal", 2e-4)
+    for ranks in (2, 3):
+        done = run_process([*overrides, "trainer.loss_chunk=17"], tmp_path / str(ranks), ranks)
+        assert done.returncode == 0, done.stderr
+        assert_close_records(tmp_path / "plain", tmp_path / str(ranks), 2e-4)
 
 
 def test_the_same_run_twice_is_the_same_to_the_last_bit(tmp_path: Path, tiny_data: list[str]) -> None:
