@@ -23,6 +23,7 @@ from test_refusals import TABLES
 
 from quack_lm import __version__
 from quack_lm.cli import VERBS, main
+from quack_lm.cli.bench import read as read_bench
 from quack_lm.cli.sweep import parse
 from quack_lm.config import CONFIG_DIR, compose, instantiate
 from quack_lm.logit_paths import Factor, LogitPath
@@ -118,6 +119,8 @@ def check_verb(words: list[str], command: Command, capsys: pytest.CaptureFixture
         check_verb(arguments[start:], command, capsys)
     elif verb == "sweep":
         check_sweep(arguments)
+    elif verb == "bench":
+        assert read_bench(arguments)[1]
     elif verb == "report":
         directory = arguments[0]
         assert directory.startswith("runs/") or (ROOT / directory / "results.parquet").is_file()

@@ -24,7 +24,12 @@ OWNERS = {
     },
     "datasets": {"quack_lm/data/corpus.py", "quack_lm/data/prepare.py", "quack_lm/data/tokenizer.py"},
     "tokenizers": {"quack_lm/data/corpus.py", "quack_lm/data/prepare.py", "quack_lm/data/tokenizer.py"},
-    "transformers": {"quack_lm/data/corpus.py", "quack_lm/data/prepare.py", "quack_lm/data/tokenizer.py"},
+    "transformers": {
+        "quack_lm/bench/peers.py",
+        "quack_lm/data/corpus.py",
+        "quack_lm/data/prepare.py",
+        "quack_lm/data/tokenizer.py",
+    },
     "flash_attn": {"quack_lm/attention/scores.py"},
     "matplotlib": {"quack_lm/report/draw.py"},
     "PIL": {"quack_lm/report/draw.py"},
@@ -67,6 +72,7 @@ LAYERS["training"] = {*LAYERS}
 LAYERS["sweep"] = {"config", "errors", "files", "slurm", "text", "training"}
 LAYERS["report"] = {"config", "errors", "files", "slurm", "sweep", "text", "training"}
 LAYERS["paper"] = {"report"}
+LAYERS["bench"] = {*LAYERS} - {"paper", "sweep"}
 LAYERS["cli"] = {*LAYERS}
 LAYERS["__main__"] = {"cli"}
 
