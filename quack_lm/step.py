@@ -6,7 +6,7 @@ Scaling the finished step works with every optimizer: for Muon it scales each he
 update, for AdamW it is a learning rate per block, decoupled decay included.
 """
 
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -31,9 +31,17 @@ class LogitWeights:
         self.blocks = declared_weights(self.paths)
         self.parameters = {name: [a.get_parameter(f"{name}.weight") for a in attentions] for name in self.blocks}
 
+    @cached_property
+    def _rows(self) -> dict[str, list[Tensor]]:
+        """This rank's rows of each weight, by layer: views, which are made once because a DTensor takes long to ask.
+
+        They stay valid as long as the parameters keep their memory, as they do from the first step on.
+        """
+        return {name: [local(p.detach()) for p in parameters] for name, parameters in self.parameters.items()}
+
     def stack(self, name: str) -> Tensor:
         """This rank's rows of one weight in all layers, copied: [layers, local rows, columns]."""
-        return torch.stack([local(p.detach()) for p in self.parameters[name]])
+        return torch.stack(self._rows[name])
 
     @torch.no_grad()
     def norms(self, kind: str) -> dict[str, Tensor]:
@@ -48,7 +56,7 @@ class LogitWeights:
     def write(self, stacks: dict[str, Tensor]) -> None:
         """Put back what `stacks` took, or something of its shape."""
         for name, stacked in stacks.items():
-            torch._foreach_copy_([local(p.detach()) for p in self.parameters[name]], list(stacked.unbind()))
+            torch._foreach_copy_(self._rows[name], list(stacked.unbind()))
 
     @torch.no_grad()
     def rescale_step(self, before: dict[str, Tensor], scales: Scales) -> None:
@@ -131,9 +139,12 @@ def _trace(matrices: Tensor) -> Tensor:
 @torch.no_grad()
 def stabilized_step(optimizers: list[Optimizer], stabilizer: Stabilizer, weights: LogitWeights, world: World) -> None:
     """Step every optimizer, under the stabilizer's rates, then let it edit the weights."""
-    norms = weights.norms(stabilizer.needs_norms) if stabilizer.needs_norms else {}
+    kind = stabilizer.needs_norms
+    # The copies that have their norms taken are also where the scaled move starts.
+    stacks = weights.stacks() if kind == "frobenius" else {}
+    norms = weights.frobenius(stacks) if stacks else weights.norms(kind) if kind else {}
     scales = stabilizer.step_scale(weights.paths, norms)
-    before = {name: weights.stack(name) for name in scales}
+    before = {name: stacks[name] if name in stacks else weights.stack(name) for name in scales}
     if not stabilizer.scales_weight_decay:
         _decay(before, weights, optimizers)
     for optimizer in optimizers:
