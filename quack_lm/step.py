@@ -33,7 +33,7 @@ class LogitWeights:
 
     @cached_property
     def _rows(self) -> dict[str, list[Tensor]]:
-        """This rank's rows of each weight, by layer: views, which are made once because a DTensor takes long to ask.
+        """This rank's rows of each weight, by layer: views, made once because a sharded tensor takes long to ask.
 
         They stay valid as long as the parameters keep their memory, as they do from the first step on.
         """
