@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from quack_lm.bench.step import Phases
-from quack_lm.report.statistics import t_interval
+from quack_lm.report.statistics import interval_of_ratios
 
 Step = Callable[[Phases], None]
 
@@ -114,7 +114,6 @@ def summarize(baselines: Mapping[str, str], turns: Sequence[Turn], kept: set[int
     for name, baseline in baselines.items():
         own = [by_round[name, number] for number in sorted(kept)]
         logs = [math.log(turn.step_s / by_round[baseline, turn.round].step_s) for turn in own]
-        bounds = t_interval(logs) if name != baseline else None
         found.append(
             Summary(
                 variant=name,
@@ -122,7 +121,7 @@ def summarize(baselines: Mapping[str, str], turns: Sequence[Turn], kept: set[int
                 phases_s={phase: median(turn.phases_s[phase] for turn in own) for phase in own[0].phases_s},
                 baseline=baseline,
                 ratio=math.exp(fmean(logs)),
-                interval=(math.exp(bounds[0]), math.exp(bounds[1])) if bounds else None,
+                interval=interval_of_ratios(logs) if name != baseline else None,
             )
         )
     return found

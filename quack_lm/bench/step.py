@@ -1,7 +1,6 @@
 """The training step of a config on random tokens, with the time of each of its phases."""
 
 import time
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +8,10 @@ from torch import Tensor
 
 from quack_lm.config import instantiate
 from quack_lm.optim.recipe import Recipe, set_lr
-from quack_lm.parallel import World, clip_gradients, materialize, set_gradient_reduction, shard
+from quack_lm.parallel import World, clip_gradients, set_gradient_reduction
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights, stabilized_step
-from quack_lm.training.build import count_flops_per_token, initialize_stabilizer, make_model
+from quack_lm.training.build import initialize_stabilizer, make_model, place_model
 from quack_lm.training.settings import TrainerSettings
 
 
@@ -53,20 +52,13 @@ class TrainingStep:
         self.world = world
         self.stabilizer: Stabilizer = instantiate(config["stabilizer"])
         self.model = make_model(config, self.stabilizer)
-        if settings.compile:
-            for block in self.model.blocks:
-                block.compile()
-        shard(self.model, list(self.model.blocks), world, precision=settings.precision)
-        materialize(
-            self.model, partial(self.model.initial_value, seed=config["seed"], device=world.device), world.device
-        )
+        place_model(self.model, settings, world, seed=config["seed"])
         self.optimizers = recipe.build(self.model)
         self.weights = LogitWeights(self.model.attentions)
         initialize_stabilizer(self.stabilizer, self.weights)
         self.max_grad_norm = recipe.max_grad_norm
         self.micro_batches = self._random_tokens(config, settings)
         self.tokens_per_step = settings.global_batch_size * settings.seq_len
-        self.flops_per_token = count_flops_per_token(config)
         # Small, so that however many steps are made the model stays as it was drawn.
         set_lr(self.optimizers, 1e-3)
 

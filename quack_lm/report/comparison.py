@@ -19,6 +19,7 @@ from quack_lm.report.statistics import (
     detectable_effect,
     geometric_mean,
     holm,
+    interval_of_ratios,
     interval_of_selected,
     is_evenly_spaced,
     largest_stable_rate,
@@ -394,9 +395,8 @@ class Speed:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The t interval of the mean logarithm, as ratios: a ratio and its inverse then have one interval."""
-        bounds = t_interval(self.logs)
-        return (math.exp(bounds[0]), math.exp(bounds[1])) if bounds else None
+        """The 95% t interval of the mean logarithm, as ratios."""
+        return interval_of_ratios(self.logs)
 
     def p_lower(self) -> float:
         """The two-sided p-value of a ratio below 1."""

@@ -67,6 +67,12 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, fl
     return fmean(values) - half, fmean(values) + half
 
 
+def interval_of_ratios(logs: Sequence[float]) -> tuple[float, float] | None:
+    """The t interval of the mean logarithm, as ratios: a ratio and its inverse then have one interval."""
+    bounds = t_interval(logs)
+    return (math.exp(bounds[0]), math.exp(bounds[1])) if bounds else None
+
+
 def interval_of_selected(values: Sequence[float], tries: int) -> tuple[float, float] | None:
     """The interval of the mean of a sample that was selected among several by its mean (Bonferroni).
 

@@ -132,6 +132,16 @@ def open_data(corpus: Corpus, vocab_size: int) -> TokenData:
     return data
 
 
+def place_model(model: Transformer, settings: TrainerSettings, world: World, *, seed: int | None) -> None:
+    """Shard a model of the meta device and draw its weights; without a seed they wait for those of a checkpoint."""
+    if settings.compile:
+        for block in model.blocks:
+            block.compile()
+    shard(model, list(model.blocks), world, precision=settings.precision)
+    initial = None if seed is None else partial(model.initial_value, seed=seed, device=world.device)
+    materialize(model, initial, world.device)
+
+
 def initialize_stabilizer(stabilizer: Stabilizer, weights: LogitWeights) -> None:
     """Give it the norms of the weights with which a run begins, if it asks for norms.
 
@@ -218,12 +228,7 @@ def build_model(plan: RunPlan, world: World, resumes_from: Path | None, watchdog
     model = plan.model
     if resumes_from:  # without values: what there is to load
         initialize_stabilizer(plan.stabilizer, LogitWeights(model.attentions))
-    if plan.settings.compile:
-        for block in model.blocks:
-            block.compile()
-    shard(model, list(model.blocks), world, precision=plan.settings.precision)
-    initial = partial(model.initial_value, seed=plan.config["seed"], device=world.device)
-    materialize(model, None if resumes_from else initial, world.device)
+    place_model(model, plan.settings, world, seed=None if resumes_from else plan.config["seed"])
     watchdog.feed()
     optimizers = plan.recipe.build(model)
     weights = LogitWeights(model.attentions)
