@@ -1,12 +1,15 @@
 """The report, on sweep directories that these tests write in the format of the trainer."""
 
+import itertools
 import json
 import math
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -342,6 +345,24 @@ def test_a_large_sweep_is_drawn_in_part_and_tabled_in_full(tmp_path, save, monke
     for section in (by_setting, all_runs):
         assert section.count("\n| mha") == section.count("\n| mla") == 112
         assert "<details><summary>224 entries</summary>\n\n|" in section
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_report_of_5000_runs_fits_in_two_gigabytes(tmp_path, save):
+    rates = [0.001 * 3**i for i in range(6)]
+    taus = [0.1 * 1.2**i for i in range(42)]
+    places = itertools.product(("mha", "mla"), rates, taus, range(10))
+    cells = [make_cell(tmp_path, attention, "quack", lr, seed, tau=tau) for attention, lr, tau, seed in places]
+    for cell in cells:
+        write_run(cell)
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "quack_lm", "report", str(save(*cells)), "-o", str(tmp_path / "page")]
+    subprocess.run(command, check=True, capture_output=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(f"{len(cells)} runs: {time.perf_counter() - start:.0f} s, {peak / 1e9:.2f} GB")
+    assert len(cells) > 5000
+    assert peak < 2e9
 
 
 def test_there_is_no_figure_over_the_rates_with_a_single_rate(tmp_path, save):
