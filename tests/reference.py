@@ -5,7 +5,7 @@ Slow and literal on purpose: one loop for each index that the paper writes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,13 +160,12 @@ def visible_pairs(length: int, documents: list[int] | None = None) -> list[tuple
 # ------------------------------------------------------------------------------------------------ optimizers
 
 
-def newton_schulz(matrix: Array, steps: int = 5) -> Array:
-    """Jordan's quintic iteration X <- a X + (b A + c A A) X with A = X X^T, from X / |X|_F, on the wide side."""
-    a, b, c = NS_QUINTIC
+def newton_schulz(matrix: Array, coefficients: Sequence[tuple[float, float, float]] = (NS_QUINTIC,) * 5) -> Array:
+    """Quintic iterations X <- a X + (b A + c A A) X with A = X X^T, from X / |X|_F, on the wide side."""
     x = matrix / frobenius(matrix)
     if len(x) > x.shape[1]:
         x = x.T
-    for _ in range(steps):
+    for a, b, c in coefficients:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if len(matrix) > matrix.shape[1] else x

@@ -86,6 +86,7 @@ def test_model_1b_is_the_papers_setting_number_by_number(attention: str) -> None
         "momentum": 0.95,
         "nesterov": True,
         "update_scale": "jordan",
+        "ns": "jordan",
         "ns_dtype": "bfloat16",
         "adamw_lr": None,
         "adamw_beta1": 0.9,

@@ -1,9 +1,13 @@
 """Muon (Keller Jordan, 2024): momentum, orthogonalized matrix by matrix, the work shared among the ranks.
 
 B <- mu B + (1 - mu) G;   O = NewtonSchulz(G + mu (B - G));   W <- (1 - lr wd) W - lr scale O
+
+A Newton-Schulz iteration multiplies X by a polynomial of its Gram matrix, X <- (a + b X X^T + c (X X^T)^2) X. For wide
+matrices the polynomials are multiplied with each other first, on the small side, and with X afterwards.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,9 +15,29 @@ from torch import Tensor, nn
 
 from quack_lm.parallel import local, map_full_matrices
 
-# Jordan's quintic: chosen for slope at zero, so that five steps bring singular values into about [0.7, 1.2].
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-NS_STEPS = 5
+Iteration = Literal["jordan", "polar_express"]
+Coefficients = tuple[tuple[float, float, float], ...]  # (a, b, c) of each iteration in turn
+
+# Chosen for slope at zero, so that five iterations bring singular values into about [0.7, 1.2].
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
+# The best polynomials for singular values from 0.001 to 1, in turn (arXiv 2505.16932, algorithm 1).
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+SAFETY = 1.01  # that paper's, against rounding: singular values may be larger than one by so much
+COEFFICIENTS: dict[Iteration, Coefficients] = {
+    "jordan": JORDAN,
+    "polar_express": tuple((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS),
+}
+# How many iterations share a Gram matrix. In bfloat16 its small eigenvalues are rounding errors, which every iteration
+# amplifies by a^2: too many, and negative ones outgrow all others (Zhang et al., "Gram Newton-Schulz", 2026).
+ITERATIONS_OF_A_GRAM: dict[Iteration, tuple[int, ...]] = {"jordan": (3, 2), "polar_express": (2, 2, 1)}
+# Smaller matrices, and those nearer to a square, are faster multiplied one iteration at a time.
+LEAST_GRAM_RATIO, LEAST_GRAM_ENTRIES = 2, 2**18
 
 UpdateScale = Literal["jordan", "moonlight"]
 
@@ -22,7 +46,7 @@ class Muon(torch.optim.Optimizer):
     """Muon over matrices, each orthogonalized on its own.
 
     `update_scale` is `jordan`, max(1, rows / cols)^0.5, or `moonlight`, 0.2 max(rows, cols)^0.5 (arXiv 2502.16982).
-    `ns_dtype` is the precision of the Newton-Schulz products.
+    `ns` names the Newton-Schulz iteration, `ns_dtype` is the precision of its products.
     """
 
     def __init__(
@@ -34,6 +58,7 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         update_scale: UpdateScale = "jordan",
+        ns: Iteration = "jordan",
         ns_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         defaults = {
@@ -42,6 +67,7 @@ class Muon(torch.optim.Optimizer):
             "nesterov": nesterov,
             "weight_decay": weight_decay,
             "update_scale": update_scale,
+            "ns": ns,
             "ns_dtype": ns_dtype,
         }
         super().__init__(params, defaults)
@@ -70,22 +96,52 @@ class Muon(torch.optim.Optimizer):
         directions = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
         # One batch of matrices, cast first: half the bytes travel in bfloat16.
         stack_NrC = torch.stack([d.to(group["ns_dtype"]) for d in directions])
-        update_NrC = map_full_matrices(orthogonalize, stack_NrC, parameters[0]).to(weights[0].dtype)
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        newton_schulz = partial(orthogonalize, iteration=group["ns"])
+        update_NrC = map_full_matrices(newton_schulz, stack_NrC, parameters[0]).to(weights[0].dtype)
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] * _update_scale(group["update_scale"], parameters[0].shape)
         torch._foreach_add_(weights, list(update_NrC.unbind()), alpha=-rate)
 
 
-def orthogonalize(matrices_NRC: Tensor) -> Tensor:
-    """U S V^T -> U S' V^T with S' near one, for a batch of matrices, by Newton-Schulz."""
-    a, b, c = NS_COEFFICIENTS
+def orthogonalize(matrices_NRC: Tensor, iteration: Iteration = "jordan") -> Tensor:
+    """U S V^T -> U S' V^T with S' near one, for a batch of matrices, by five Newton-Schulz iterations."""
     is_tall = matrices_NRC.shape[-2] > matrices_NRC.shape[-1]
-    x = matrices_NRC.mT if is_tall else matrices_NRC
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for _ in range(NS_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
+    wide = matrices_NRC.mT if is_tall else matrices_NRC
+    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    coefficients, (short, long) = COEFFICIENTS[iteration], wide.shape[-2:]
+    if long < LEAST_GRAM_RATIO * short or short * long < LEAST_GRAM_ENTRIES:
+        wide = _iterate(wide, coefficients)
+    else:
+        for number in ITERATIONS_OF_A_GRAM[iteration]:
+            polynomial, coefficients = _gather(wide @ wide.mT, coefficients[:number]), coefficients[number:]
+            # Tall matrices keep their layout: transposed, every later pass over them would be slow.
+            wide = (wide.mT @ polynomial).mT if is_tall else polynomial @ wide
+    return wide.mT if is_tall else wide
+
+
+def _iterate(x_NRC: Tensor, coefficients: Coefficients) -> Tensor:
+    for a, b, c in coefficients:
+        gram = x_NRC @ x_NRC.mT
+        x_NRC = torch.baddbmm(x_NRC, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x_NRC, beta=a)
+    return x_NRC
+
+
+def _gather(gram_NRR: Tensor, coefficients: Coefficients) -> Tensor:
+    """What iterations together multiply X by: with P = a + b G + c G^2, the product Q <- P Q while G <- P G P."""
+    gathered = None
+    for number, (a, b, c) in enumerate(coefficients, start=1):
+        rest = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)  # P - a: rounded apart from the larger a
+        if number < len(coefficients):
+            half = torch.baddbmm(gram_NRR, rest, gram_NRR, beta=a)
+            gram_NRR = torch.baddbmm(half, rest, half, beta=a)
+        if gathered is None:
+            gathered = rest
+            gathered.diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            gathered = torch.baddbmm(gathered, rest, gathered, beta=a)
+    assert gathered is not None
+    return gathered
 
 
 def _update_scale(kind: UpdateScale, shape: torch.Size) -> float:

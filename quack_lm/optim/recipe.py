@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import nn
 from torch.optim import Optimizer
 
-from quack_lm.optim.muon import Muon, UpdateScale
+from quack_lm.optim.muon import Iteration, Muon, UpdateScale
 from quack_lm.optim.schedule import ScheduleName, make_schedule
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -92,6 +92,7 @@ class MuonRecipe(Recipe):
         momentum: Muon's momentum.
         nesterov: whether the momentum is Nesterov's.
         update_scale: scale of Muon's update: jordan is max(1, rows/cols)^0.5, moonlight 0.2 max(rows, cols)^0.5.
+        ns: Newton-Schulz iteration, of five steps: jordan (Keller Jordan, 2024) or polar_express (arXiv 2505.16932).
         ns_dtype: precision of the Newton-Schulz products.
         adamw_lr: learning rate of the AdamW part; null: the same as lr.
     """
@@ -99,6 +100,7 @@ class MuonRecipe(Recipe):
     momentum: Beta = 0.95
     nesterov: bool = True
     update_scale: UpdateScale = "jordan"
+    ns: Iteration = "jordan"
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     adamw_lr: Rate | None = None
 
@@ -112,6 +114,7 @@ class MuonRecipe(Recipe):
             nesterov=self.nesterov,
             weight_decay=self.weight_decay,
             update_scale=self.update_scale,
+            ns=self.ns,
             ns_dtype=getattr(torch, self.ns_dtype),
         )
         rest = [p for p in model.parameters() if p not in hidden]
