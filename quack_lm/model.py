@@ -91,11 +91,25 @@ class Transformer(nn.Module):
         x = self.embedding(tokens_BT)
         for block in self.blocks:
             x = block(x, rope, mask)
-        x = self.norm(x)
+        return self.read_out(x, targets_BT)
+
+    def read_out(self, x_BTD: Tensor, targets_BT: Tensor | None) -> Tensor:
+        """What `forward` returns, from the last block's output."""
+        x_BTD = self.norm(x_BTD)
         weight = self.embedding.weight if self.head is None else self.head.weight
         if targets_BT is None:
-            return F.linear(x, weight)
-        return cross_entropy(x.flatten(0, 1), weight, targets_BT.flatten(), self.loss_chunk)
+            return F.linear(x_BTD, weight)
+        return cross_entropy(x_BTD.flatten(0, 1), weight, targets_BT.flatten(), self.loss_chunk)
+
+    def compile_parts(self) -> None:
+        """torch.compile each block, and what follows them.
+
+        Parts, because between them FSDP gathers weights; a loss in chunks is a loop that gains nothing.
+        """
+        for block in self.blocks:
+            block.compile()
+        if self.loss_chunk is None:
+            self.read_out = torch.compile(self.read_out)  # type: ignore[method-assign]
 
     def initial_value(self, name: str, shape: torch.Size, *, seed: int, device: torch.device) -> Tensor:
         """The whole initial value of a parameter: a function of its name, the seed and the type of device alone.

@@ -29,7 +29,7 @@ class PeerStep:
         recipe: Recipe = instantiate(config["optimizer"])
         torch.manual_seed(config["seed"])
         self.model = _model(name, config).to(world.device)
-        if trainer["compile"]:
+        if trainer["compile"] is True:
             self.model.compile()
         self.optimizers = recipe.build(self.model)
         set_lr(self.optimizers, 1e-3)

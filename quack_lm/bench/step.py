@@ -52,7 +52,7 @@ class TrainingStep:
         self.world = world
         self.stabilizer: Stabilizer = instantiate(config["stabilizer"])
         self.model = make_model(config, self.stabilizer)
-        place_model(self.model, settings, world, seed=config["seed"])
+        place_model(self.model, settings, world, seed=config["seed"], is_compiled=settings.compile is True)
         self.optimizers = recipe.build(self.model)
         self.weights = LogitWeights(self.model.attentions)
         initialize_stabilizer(self.stabilizer, self.weights)

@@ -17,6 +17,7 @@ BASE = (
     "trainer.seq_len=512",
     "trainer.micro_batch_size=8",
     "trainer.global_batch_size=8",
+    "trainer.compile=false",
 )
 # Models of `transformers`, by the names of their variants.
 PEERS = ("qwen3", "llama", "deepseek_v3")

@@ -68,6 +68,7 @@ class RunPlan:
     sequences: dict[SplitName, Sequences]
     device: str
     flops_per_token: float
+    is_compiled: bool
     resumes_from: Path | None  # known to rank 0 alone
     snapshot: tuple[list[str], str | None]  # of the run directory when it was checked
     finished: str | None  # the status with which this very run has ended already
@@ -132,11 +133,12 @@ def open_data(corpus: Corpus, vocab_size: int) -> TokenData:
     return data
 
 
-def place_model(model: Transformer, settings: TrainerSettings, world: World, *, seed: int | None) -> None:
+def place_model(
+    model: Transformer, settings: TrainerSettings, world: World, *, seed: int | None, is_compiled: bool
+) -> None:
     """Shard a model of the meta device and draw its weights; without a seed they wait for those of a checkpoint."""
-    if settings.compile:
-        for block in model.blocks:
-            block.compile()
+    if is_compiled:
+        model.compile_parts()
     shard(model, list(model.blocks), world, precision=settings.precision)
     initial = None if seed is None else partial(model.initial_value, seed=seed, device=world.device)
     materialize(model, initial, world.device)
@@ -209,7 +211,7 @@ def build_run(plan: RunPlan) -> Run:
         )
         _on_main_rank(world, plan.run_dir, lambda: run.log.rewind(state.step if resumes_from else -1))
         _on_main_rank(
-            world, plan.run_dir, lambda: plan.run_dir.write_description(config, _environment(world, n_params))
+            world, plan.run_dir, lambda: plan.run_dir.write_description(config, _environment(plan, world, n_params))
         )
     if world.is_main:
         _start_logging(plan, run, resumes_from)
@@ -228,7 +230,8 @@ def build_model(plan: RunPlan, world: World, resumes_from: Path | None, watchdog
     model = plan.model
     if resumes_from:  # without values: what there is to load
         initialize_stabilizer(plan.stabilizer, LogitWeights(model.attentions))
-    place_model(model, plan.settings, world, seed=None if resumes_from else plan.config["seed"])
+    seed = None if resumes_from else plan.config["seed"]
+    place_model(model, plan.settings, world, seed=seed, is_compiled=plan.is_compiled)
     watchdog.feed()
     optimizers = plan.recipe.build(model)
     weights = LogitWeights(model.attentions)
@@ -351,7 +354,7 @@ def _start_logging(plan: RunPlan, run: Run, resumes_from: Path | None) -> None:
     run.log.start_progress(run.state.step, "/".join(choice(section) for section in sections))
 
 
-def _environment(world: World, n_params: int) -> dict[str, Any]:
+def _environment(plan: RunPlan, world: World, n_params: int) -> dict[str, Any]:
     """What is needed to reproduce a result."""
     is_cuda = world.device.type == "cuda"
     return {
@@ -367,6 +370,7 @@ def _environment(world: World, n_params: int) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "n_params": n_params,
+        "is_compiled": plan.is_compiled,
     }
 
 

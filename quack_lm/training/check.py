@@ -21,6 +21,7 @@ from quack_lm.step import LogitWeights
 from quack_lm.text import refuse_secret
 from quack_lm.training import checkpoint
 from quack_lm.training.build import RunPlan, count_flops_per_token, initialize_stabilizer, make_model, open_data
+from quack_lm.training.compilation import check_compiler, is_compiled
 from quack_lm.training.metrics import LoggerSettings
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
@@ -70,6 +71,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     check_world(device=device)
     settings.check_ranks(world_size)
     check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
+    check_compiler(settings, device=device)
     model = make_model(config, stabilizer)
     if not is_rehearsal or settings.device != "auto" or device == "cuda":
         check_memory(config, model, device=device, ranks_of_a_copy=world_size // settings.replicas)
@@ -87,6 +89,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     if corpus.verify_checksums and local_rank == 0 and not finished:
         data.verify_checksums()
     model.eot_id = data.manifest.eot_id if corpus.mask_documents else None
+    flops = count_flops_per_token(config)
     return RunPlan(
         config={**config, "run_dir": str(run_dir)},
         run_dir=run_dir,
@@ -98,7 +101,8 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
         data=data,
         sequences=sequences,
         device=device,
-        flops_per_token=count_flops_per_token(config),
+        flops_per_token=flops,
+        is_compiled=is_compiled(settings, device=device, flops_per_token=flops, ranks=world_size),
         resumes_from=resumes_from,
         snapshot=snapshot,
         finished=finished,

@@ -35,7 +35,8 @@ class TrainerSettings(StabilityRules):
         resume: auto continues from the newest valid checkpoint of run_dir; never refuses a run_dir that holds a run.
         device: where to train; auto: cuda where there is a GPU.
         replicas: more than 1: HSDP, sharded within groups of processes and replicated across so many.
-        compile: torch.compile each block.
+        compile: torch.compile each block and the loss; auto: on a GPU, and on a CPU for runs of at least 1e14 FLOPs per
+            process, if there is a compiler.
         activation_checkpointing: recompute activations in the backward instead of keeping them.
         loss_chunk: tokens whose vocabulary logits exist at once; null: all.
         reduce_every_micro_batch: reduce the gradients over the ranks after every micro-batch; false: once per step, for
@@ -62,7 +63,7 @@ class TrainerSettings(StabilityRules):
     resume: Literal["auto", "never"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     replicas: PositiveInt = 1
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     activation_checkpointing: bool = False
     loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | None = None
     reduce_every_micro_batch: bool = True
