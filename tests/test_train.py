@@ -123,7 +123,8 @@ def test_one_two_and_three_ranks_write_the_same_curves(
         assert done.returncode == 0, done.stderr
         assert summary(tmp_path / str(ranks))["world_size"] == ranks
         assert_close_records(tmp_path / "1", tmp_path / str(ranks), 2e-4)
-    assert run_process(overrides, tmp_path / "again", ranks=2).returncode == 0
+    again = [*overrides, "trainer.reshard_after_forward=always"]
+    assert run_process(again, tmp_path / "again", ranks=2).returncode == 0
     assert records(tmp_path / "again") == records(tmp_path / "2")
 
 
@@ -186,17 +187,20 @@ def test_a_continued_run_equals_one_that_never_stopped(
     assert_same_tensors(tmp_path / "straight", tmp_path / "stopped")
 
 
+HALF = ["trainer.reduce_dtype=bfloat16", "optimizer.state_dtype=bfloat16"]
 PAIRS = [f"{attention}/{stabilizer}" for attention in choices("attention") for stabilizer in choices("stabilizer")]
 
 
 @pytest.mark.parametrize(
-    "pairs", [["mla/qk_clip"], pytest.param(PAIRS, marks=pytest.mark.slow)], ids=["one pair", "every pair"]
+    ("pairs", "more"),
+    [(["mla/qk_clip"], HALF), pytest.param(PAIRS, [], marks=pytest.mark.slow)],
+    ids=["one pair", "every pair"],
 )
 def test_a_continued_run_of_two_ranks_equals_one_that_never_stopped(
-    pairs: list[str], tmp_path: Path, tiny_data: list[str]
+    pairs: list[str], more: list[str], tmp_path: Path, tiny_data: list[str]
 ) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    overrides = [*SMALL, *tiny_data, "logger.log_every=1", "trainer.val_every=2", "trainer.probe_every=2"]
+    overrides = [*SMALL, *tiny_data, *more, "logger.log_every=1", "trainer.val_every=2", "trainer.probe_every=2"]
     done = subprocess.run(
         [*launcher, "tests/resume_worker.py", str(tmp_path), *pairs, "--", *overrides],
         cwd=REPOSITORY,
@@ -471,7 +475,7 @@ def test_the_environment_is_written_down(tmp_path: Path, tiny_data: list[str]) -
 def test_bfloat16_trains_close_to_float32(tmp_path: Path, tiny_data: list[str]) -> None:
     overrides = [*tiny_data, "stabilizer=qk_norm", "optimizer.lr=0.03", "trainer.steps=20"]
     exact = run_here(overrides, tmp_path / "float32")
-    done = run_process([*overrides, "trainer.precision=bfloat16"], tmp_path / "bfloat16")
+    done = run_process([*overrides, *HALF, "trainer.precision=bfloat16"], tmp_path / "bfloat16")
     assert done.returncode == 0, done.stderr
     assert summary(tmp_path / "bfloat16")["val_loss"] == pytest.approx(exact["val_loss"], abs=0.05)
     assert exact["val_loss"] < exact["initial_val_loss"] - 0.3

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quack_lm.attention.scores import check_backend
 from quack_lm.config import flatten, identity, instantiate
 from quack_lm.data.corpus import Corpus
@@ -48,6 +50,7 @@ CHANGEABLE = {
     "trainer.activation_checkpointing",
     "trainer.loss_chunk",
     "trainer.reduce_every_micro_batch",
+    "trainer.reshard_after_forward",
     "trainer.deterministic",
     "trainer.timeout_s",
 }
@@ -121,7 +124,8 @@ def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ran
     n_params = count_parameters(model)["total"]
     needed, available = BYTES_PER_PARAMETER * n_params / ranks_of_a_copy, memory_of_a_rank(device)
     if not config["trainer"]["reduce_every_micro_batch"]:
-        needed += 4 * n_params * (1 - 1 / ranks_of_a_copy)  # the other ranks' part of the gradients
+        # The other ranks' part of the gradients.
+        needed += getattr(torch, config["trainer"]["reduce_dtype"]).itemsize * n_params * (1 - 1 / ranks_of_a_copy)
     if needed > available:
         sizes = flatten({name: config[name] for name in ("model", "attention")})
         key = max((k for k, v in sizes.items() if isinstance(v, int)), key=sizes.__getitem__)
