@@ -1,5 +1,6 @@
 """Whole runs of the trainer, for real: one process, several under torchrun, stopped, killed, continued, diverging."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -22,9 +23,11 @@ from safetensors.torch import load_file
 
 from quack_lm.config import choices, compose
 from quack_lm.errors import UserError
-from quack_lm.training.build import build_run
-from quack_lm.training.check import check_run
+from quack_lm.training import build
+from quack_lm.training.build import build_run, count_flops_per_token
+from quack_lm.training.check import check_run, run_warnings
 from quack_lm.training.loop import train
+from quack_lm.training.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = [
@@ -154,6 +157,33 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit(tmp_path: Path, tiny_dat
     run_here([*overrides, "seed=1"], tmp_path / "other")
     assert not torch.are_deterministic_algorithms_enabled()
     assert records(tmp_path / "one") != records(tmp_path / "other")
+
+
+def test_mfu_is_relative_to_the_peak_and_absent_without_one(
+    tmp_path: Path, tiny_data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logged(*overrides: str) -> dict[str, Any]:
+        run_here([*tiny_data, *overrides], tmp_path / str(len(overrides)))
+        return json.loads((tmp_path / str(len(overrides)) / "metrics.jsonl").read_text().splitlines()[-1])
+
+    line = logged("logger.peak_tflops=0.5")
+    flops = count_flops_per_token(RunDir(tmp_path / "1").config())
+    assert line["throughput/mfu"] == pytest.approx(line["throughput/tokens_per_s"] * flops / 0.5e12)
+    # As on a GPU that is not known.
+    monkeypatch.setattr(build, "peak_flops", lambda *_: None)
+    line = logged()
+    assert "throughput/mfu" not in line
+    assert line["throughput/tokens_per_s"] > 0
+
+
+def test_a_run_on_an_unknown_gpu_says_how_to_have_an_mfu(
+    tmp_path: Path, tiny_data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H800")
+    for overrides, expected in (([], ["NVIDIA H800"]), (["logger.peak_tflops=900"], [])):
+        plan = check_run(compose([*SMALL, *tiny_data, *overrides, f"run_dir={tmp_path / 'run'}"]))
+        warnings = run_warnings(dataclasses.replace(plan, device="cuda"))
+        assert [re.findall("NVIDIA H800", text)[0] for text in warnings] == expected
 
 
 def test_a_run_from_the_written_config_is_the_same_run(tmp_path: Path, tiny_data: list[str]) -> None:

@@ -212,7 +212,9 @@ def build_run(plan: RunPlan) -> Run:
             state=state,
             unigram_entropy=plan.data.manifest.unigram_entropy,
             flops_per_token=plan.flops_per_token,
-            peak_flops=peak_flops(world.device, settings.precision),
+            peak_flops=1e12 * plan.logger.peak_tflops
+            if plan.logger.peak_tflops
+            else peak_flops(world.device, settings.precision),
             facts=facts,
             lock=lock,
         )

@@ -23,6 +23,7 @@ from quack_lm.step import LogitWeights
 from quack_lm.text import refuse_secret
 from quack_lm.training import checkpoint
 from quack_lm.training.build import RunPlan, count_flops_per_token, initialize_stabilizer, make_model, open_data
+from quack_lm.training.flops import peak_flops
 from quack_lm.training.metrics import LoggerSettings
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
@@ -110,13 +111,21 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
 
 def run_warnings(plan: RunPlan) -> list[str]:
     """What is allowed and probably not meant."""
-    warmup = plan.recipe.warmup_steps
+    found, warmup, precision = [], plan.recipe.warmup_steps, plan.settings.precision
     if plan.settings.steps < warmup:
-        return [
+        found.append(
             f"trainer.steps={plan.settings.steps} ends before optimizer.warmup_steps={warmup} do: the rate never "
             "reaches optimizer.lr"
-        ]
-    return []
+        )
+    if plan.device == "cuda" and plan.logger.peak_tflops is None:
+        device = torch.device("cuda", launched_world()[2])
+        if peak_flops(device, precision) is None:
+            name = torch.cuda.get_device_name(device)
+            found.append(
+                f"the {precision} peak of {name} is unknown, so there is no throughput/mfu; logger.peak_tflops=... "
+                "gives the peak in TFLOP/s"
+            )
+    return found
 
 
 def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ranks_of_a_copy: int) -> None:
