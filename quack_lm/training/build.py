@@ -27,7 +27,7 @@ from quack_lm.errors import UserError, explained
 from quack_lm.files import LOCK_WAIT_S
 from quack_lm.model import ModelSizes, Transformer, count_parameters
 from quack_lm.optim.recipe import Recipe
-from quack_lm.parallel import World, launched_world, materialize, set_determinism, shard, start_world
+from quack_lm.parallel import World, launched_world, materialize, shard, start_world
 from quack_lm.probe import Probe
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
@@ -38,6 +38,7 @@ from quack_lm.training.flops import flops_per_token, peak_flops
 from quack_lm.training.loop import Run
 from quack_lm.training.memory import keep_freed_memory
 from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
+from quack_lm.training.numerics import set_numerics
 from quack_lm.training.run_dir import READER_S, RunDir
 from quack_lm.training.saver import Saver
 from quack_lm.training.settings import TrainerSettings
@@ -139,7 +140,16 @@ def place_model(
     """Shard a model of the meta device and draw its weights; without a seed they wait for those of a checkpoint."""
     if is_compiled:
         model.compile_parts()
-    shard(model, list(model.blocks), world, precision=settings.precision)
+    shard(
+        model,
+        list(model.blocks),
+        world,
+        precision=settings.precision,
+        reduce_dtype=settings.reduce_dtype,
+        frees_blocks_after_forward=settings.frees_blocks_after_forward(
+            sum(p.numel() for p in model.blocks.parameters())
+        ),
+    )
     initial = None if seed is None else partial(model.initial_value, seed=seed, device=world.device)
     materialize(model, initial, world.device)
 
@@ -159,7 +169,7 @@ def initialize_stabilizer(stabilizer: Stabilizer, weights: LogitWeights) -> None
 def build_run(plan: RunPlan) -> Run:
     """Start the process group, claim the run directory, and build every object of the run."""
     settings, config = plan.settings, plan.config
-    set_determinism(settings.deterministic)
+    set_numerics(is_deterministic=settings.deterministic)
     world = _start_world(plan)
     # From here on the ranks wait for each other, and none may hang; of a restart, one may wait for the lock.
     startup = Watchdog(settings.timeout_s + (LOCK_WAIT_S if slurm.is_restart() else 0.0), rank=world.rank)
@@ -205,7 +215,9 @@ def build_run(plan: RunPlan) -> Run:
             state=state,
             unigram_entropy=plan.data.manifest.unigram_entropy,
             flops_per_token=plan.flops_per_token,
-            peak_flops=peak_flops(world.device, settings.precision),
+            peak_flops=1e12 * plan.logger.peak_tflops
+            if plan.logger.peak_tflops
+            else peak_flops(world.device, settings.precision),
             facts=facts,
             lock=lock,
         )
