@@ -20,6 +20,7 @@ from quack_lm.attention.base import Attention, linear
 from quack_lm.attention.rope import rope_table
 from quack_lm.attention.scores import Mask, make_mask, number_documents
 from quack_lm.loss import cross_entropy
+from quack_lm.rms_norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(sizes, make_attention(), activation_checkpointing) for _ in range(sizes.n_layers)
         )
-        self.norm = nn.RMSNorm(sizes.d_model, eps=sizes.norm_eps)
+        self.norm = RMSNorm(sizes.d_model, eps=sizes.norm_eps)
         self.head = None if sizes.tied_embeddings else linear(sizes.d_model, sizes.vocab_size)
 
     @property
@@ -137,9 +138,9 @@ class Block(nn.Module):
     def __init__(self, sizes: ModelSizes, attention: Attention, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
-        self.attention_norm = nn.RMSNorm(sizes.d_model, eps=sizes.norm_eps)
+        self.attention_norm = RMSNorm(sizes.d_model, eps=sizes.norm_eps)
         self.attention = attention
-        self.mlp_norm = nn.RMSNorm(sizes.d_model, eps=sizes.norm_eps)
+        self.mlp_norm = RMSNorm(sizes.d_model, eps=sizes.norm_eps)
         self.mlp = SwiGLU(sizes.d_model, sizes.d_ff)
 
     def forward(self, x_BTD: Tensor, rope_2TF: Tensor, mask: Mask) -> Tensor:

@@ -13,6 +13,7 @@ from quack_lm.attention.rope import rope_table, rotate
 from quack_lm.config import compose
 from quack_lm.model import Transformer, count_parameters
 from quack_lm.parallel import materialize
+from quack_lm.rms_norm import RMSNorm
 from quack_lm.training.build import make_model
 
 CPU = torch.device("cpu")
@@ -375,3 +376,32 @@ def test_rotation_keeps_the_precision_of_what_it_rotates() -> None:
     assert turned.dtype == torch.bfloat16
     exact = rotate(x.float(), rope_table(7, 4, theta=100.0, device="cpu"))
     assert torch.equal(turned, exact.bfloat16()), "rounded once, at the end"
+
+
+# ------------------------------------------------------------------------------------------------ RMSNorm
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 4, 6)])
+def test_the_norm_is_torchs_and_so_is_its_gradient(shape: tuple[int, ...]) -> None:
+    norm = RMSNorm(shape[-1], eps=0.01).double()
+    torch.nn.init.normal_(norm.weight)
+    # Heads, as split from a product: in memory the time axis comes first.
+    x = torch.randn(shape, dtype=torch.float64).transpose(0, -2).contiguous().transpose(0, -2).requires_grad_()
+    torch.testing.assert_close(norm(x), torch.nn.RMSNorm.forward(norm, x), rtol=1e-13, atol=0)
+    assert torch.autograd.gradcheck(
+        lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, x), (x, norm.weight)
+    )
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1.5e-7), (torch.bfloat16, 5e-3)])
+def test_the_norm_is_exact_up_to_rounding_in_working_precision(dtype: torch.dtype, bound: float) -> None:
+    norm = RMSNorm(64, eps=1e-6).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x, grad = (torch.randn(50, 64).to(dtype).requires_grad_() for _ in range(2))
+    norm(x).backward(grad)
+    exact_x, weight = (t.detach().double().requires_grad_() for t in (x, norm.weight))
+    exact = torch.nn.functional.rms_norm(exact_x, (64,), weight, 1e-6)
+    exact.backward(grad.double())
+    for got, wanted in ((norm(x), exact), (x.grad, exact_x.grad), (norm.weight.grad, weight.grad)):
+        assert got.dtype == dtype
+        assert (got.double() - wanted).norm() < bound * wanted.norm()

@@ -17,6 +17,7 @@ from quack_lm.attention.base import Attention, even_split, linear, split_heads
 from quack_lm.attention.scores import Backend
 from quack_lm.errors import UserError
 from quack_lm.logit_paths import Factor, LogitPath
+from quack_lm.rms_norm import RMSNorm
 
 
 class MLA(Attention):
@@ -78,8 +79,8 @@ class MLA(Attention):
         self.w_uv = linear(kv_latent_dim, n_heads * v_dim)
         self.w_kr = linear(d_model, rope_dim)
         self.w_o = linear(n_heads * v_dim, d_model)
-        self.q_norm = nn.RMSNorm(q_latent_dim, eps=norm_eps) if latent_norm else nn.Identity()
-        self.kv_norm = nn.RMSNorm(kv_latent_dim, eps=norm_eps) if latent_norm else nn.Identity()
+        self.q_norm = RMSNorm(q_latent_dim, eps=norm_eps) if latent_norm else nn.Identity()
+        self.kv_norm = RMSNorm(kv_latent_dim, eps=norm_eps) if latent_norm else nn.Identity()
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Down to the latents, up to the heads; the rotary key is repeated for every head."""

@@ -6,6 +6,7 @@ In MLA it acts on the concatenated (nope, rope) query and key of each head.
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
+from quack_lm.rms_norm import RMSNorm
 from quack_lm.stabilizers.base import Stabilizer
 
 
@@ -29,8 +30,8 @@ class QueryKeyNorm(nn.Module):
 
     def __init__(self, head_dim: int, *, eps: float) -> None:
         super().__init__()
-        self.q_norm = nn.RMSNorm(head_dim, eps=eps)
-        self.k_norm = nn.RMSNorm(head_dim, eps=eps)
+        self.q_norm = RMSNorm(head_dim, eps=eps)
+        self.k_norm = RMSNorm(head_dim, eps=eps)
 
     def forward(self, q_BHTK: Tensor, k_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Normalize both; shapes are kept."""
