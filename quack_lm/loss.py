@@ -3,6 +3,8 @@
 Axes: N tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,16 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# 256 MiB of float32: fewer tokens at once are slower, more are not faster.
+LOGITS_OF_A_CHUNK = 2**26
 
-def cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int | None = None) -> Tensor:
+
+def cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int | None = None, *, is_compiled: bool = False
+) -> Tensor:
     """Nats of each token [N], float32; with a chunk, the logits of so many tokens exist at once.
 
     With a chunk the gradient is made beside the loss, while the logits are there: three matrix products a token as
     without, where recomputing them in the backward pass takes four.
     """
-    if chunk is None:
-        return F.cross_entropy(F.linear(x_ND, weight_VD).float(), targets_N, reduction="none")
-    return _InChunks.apply(x_ND, weight_VD, targets_N, chunk)
+    if chunk is None or chunk >= len(x_ND):
+        return (_compiled(_whole) if is_compiled else _whole)(x_ND, weight_VD, targets_N)
+    chunk_loss = _compiled(_loss_and_gradient) if is_compiled else _loss_and_gradient
+    return _InChunks.apply(x_ND, weight_VD, targets_N, chunk, chunk_loss)
+
+
+def _whole(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x_ND, weight_VD).float(), targets_N, reduction="none")
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
 
 
 class _InChunks(torch.autograd.Function):
@@ -30,13 +47,20 @@ class _InChunks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        chunk: int,
+        chunk_loss: Callable[..., tuple[Tensor, Tensor]],
+    ) -> Tensor:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         nats, grads_x = [], []
         # In float32: the sum has a term for each chunk.
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         for x, targets in zip(x_ND.split(chunk), targets_N.split(chunk), strict=True):
-            loss, grad_logits = _loss_and_gradient(x, weight_VD, targets, needs_grad=needs_x or needs_weight)
+            loss, grad_logits = chunk_loss(x, weight_VD, targets, needs_grad=needs_x or needs_weight)
             nats.append(loss)
             if needs_x:
                 grads_x.append(grad_logits @ weight_VD)
@@ -59,7 +83,7 @@ class _InChunks(torch.autograd.Function):
             else:
                 grad_weight = _weighted(x_ND, weight_VD, targets_N, grad_N, ctx.chunk)
             grad_weight = grad_weight.to(weight_VD.dtype)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
 def _loss_and_gradient(

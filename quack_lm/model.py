@@ -71,6 +71,7 @@ class Transformer(nn.Module):
         self.sizes = sizes
         self.eot_id = eot_id
         self.loss_chunk = loss_chunk
+        self.is_compiled = False
         self.embedding = nn.Embedding(sizes.vocab_size, sizes.d_model)
         self.blocks = nn.ModuleList(
             Block(sizes, make_attention(), activation_checkpointing) for _ in range(sizes.n_layers)
@@ -92,25 +93,18 @@ class Transformer(nn.Module):
         x = self.embedding(tokens_BT)
         for block in self.blocks:
             x = block(x, rope, mask)
-        return self.read_out(x, targets_BT)
-
-    def read_out(self, x_BTD: Tensor, targets_BT: Tensor | None) -> Tensor:
-        """What `forward` returns, from the last block's output."""
-        x_BTD = self.norm(x_BTD)
+        x = self.norm(x)
         weight = self.embedding.weight if self.head is None else self.head.weight
         if targets_BT is None:
-            return F.linear(x_BTD, weight)
-        return cross_entropy(x_BTD.flatten(0, 1), weight, targets_BT.flatten(), self.loss_chunk)
+            return F.linear(x, weight)
+        x_ND, targets_N = x.flatten(0, 1), targets_BT.flatten()
+        return cross_entropy(x_ND, weight, targets_N, self.loss_chunk, is_compiled=self.is_compiled)
 
     def compile_parts(self) -> None:
-        """torch.compile each block, and what follows them.
-
-        Parts, because between them FSDP gathers weights; a loss in chunks is a loop that gains nothing.
-        """
+        """torch.compile each block, and the loss: parts, because between them FSDP gathers weights."""
+        self.is_compiled = True
         for block in self.blocks:
             block.compile()
-        if self.loss_chunk is None:
-            self.read_out = torch.compile(self.read_out)  # type: ignore[method-assign]
 
     def initial_value(self, name: str, shape: torch.Size, *, seed: int, device: torch.device) -> Tensor:
         """The whole initial value of a parameter: a function of its name, the seed and the type of device alone.

@@ -51,6 +51,7 @@ def test_nothing_is_compiled_again_after_the_first_step(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     overrides = [*tiny_data, f"attention={attention}", f"stabilizer={stabilizer}", "trainer.steps=4"]
     overrides += [f"trainer.precision={'float32' if stabilizer == 'none' else 'bfloat16'}"]  # bfloat16 is under FSDP
+    overrides += [f"trainer.loss_chunk={25 if attention == 'mla' else 'auto'}"]
     overrides += ["trainer.compile=true", "trainer.val_every=2", "trainer.probe_every=2", "data.mask_documents=true"]
     run = build_run(check_run(compose([*SMALL, *overrides, f"run_dir={tmp_path}"])))
     schedule, started = run.schedule, []

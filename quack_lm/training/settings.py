@@ -41,7 +41,8 @@ class TrainerSettings(StabilityRules):
         compile: torch.compile each block and the loss; auto: on a GPU, and on a CPU for runs of at least 1e14 FLOPs per
             process, if there is a compiler.
         activation_checkpointing: recompute activations in the backward instead of keeping them.
-        loss_chunk: tokens whose vocabulary logits exist at once; null: all.
+        loss_chunk: tokens whose vocabulary logits exist at once; auto: as many as have 2^26 logits, 256 MiB in float32;
+            null: all.
         reduce_every_micro_batch: reduce the gradients over the ranks after every micro-batch; false: once per step, for
             which each rank holds all of them in reduce_dtype.
         reduce_dtype: precision in which gradients are summed over the ranks, and over micro-batches where
@@ -72,7 +73,7 @@ class TrainerSettings(StabilityRules):
     replicas: PositiveInt = 1
     compile: bool | Literal["auto"] = "auto"
     activation_checkpointing: bool = False
-    loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | None = None
+    loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | Literal["auto"] | None = "auto"
     reduce_every_micro_batch: bool = True
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
