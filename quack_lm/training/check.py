@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from quack_lm.attention.scores import check_backend
 from quack_lm.config import flatten, identity, instantiate
 from quack_lm.data.corpus import Corpus
 from quack_lm.data.manifest import SPLITS, TokenData
@@ -20,7 +19,14 @@ from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
 from quack_lm.text import refuse_secret
 from quack_lm.training import checkpoint
-from quack_lm.training.build import RunPlan, count_flops_per_token, initialize_stabilizer, make_model, open_data
+from quack_lm.training.build import (
+    RunPlan,
+    choose_kernels,
+    count_flops_per_token,
+    initialize_stabilizer,
+    make_model,
+    open_data,
+)
 from quack_lm.training.metrics import LoggerSettings
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
@@ -69,8 +75,8 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     device = default_device() if settings.device == "auto" else settings.device
     check_world(device=device)
     settings.check_ranks(world_size)
-    check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
     model = make_model(config, stabilizer)
+    choose_kernels(model, settings, device=device)
     if not is_rehearsal or settings.device != "auto" or device == "cuda":
         check_memory(config, model, device=device, ranks_of_a_copy=world_size // settings.replicas)
     data = open_data(corpus, config["model"]["vocab_size"])

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from quack_lm.attention.scores import MaxLogitKernel
 from quack_lm.errors import UserError
 from quack_lm.training.state import StabilityRules
 
@@ -37,6 +38,9 @@ class TrainerSettings(StabilityRules):
         replicas: more than 1: HSDP, sharded within groups of processes and replicated across so many.
         compile: torch.compile each block.
         activation_checkpointing: recompute activations in the backward instead of keeping them.
+        max_logits: how max logits are computed that stabilizer=qk_clip asks for and the backend does not report: matmul
+            forms the scores block by block, flex is a forward of FlexAttention, which never writes them (CUDA); auto:
+            flex on CUDA where Triton is installed.
         loss_chunk: tokens whose vocabulary logits exist at once; null: all.
         reduce_every_micro_batch: reduce the gradients over the ranks after every micro-batch; false: once per step, for
             which each rank holds all of them in float32.
@@ -64,6 +68,7 @@ class TrainerSettings(StabilityRules):
     replicas: PositiveInt = 1
     compile: bool = False
     activation_checkpointing: bool = False
+    max_logits: MaxLogitKernel = "auto"
     loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | None = None
     reduce_every_micro_batch: bool = True
     deterministic: bool = False
