@@ -27,7 +27,7 @@ from quack_lm.training.settings import TrainerSettings
 from quack_lm.training.state import TrainState
 
 DEVICE = World(0, 1, 0, torch.device("meta"))
-SMALL = ["experiment=tiny", "model.d_model=32", "model.n_layers=2", "model.n_heads=4", "model.d_ff=48"]
+SMALL = ["experiment=tiny", "model.d_model=32", "model.n_layers=1", "model.n_heads=4", "model.d_ff=48"]
 SMALL += ["trainer.seq_len=16", "trainer.micro_batch_size=2", "trainer.global_batch_size=4"]
 MICRO_BATCHES = ["aten._to_copy.default: cpu [2, 17] int64 -> meta [2, 17] int64"] * 2  # from the host, as they must
 
