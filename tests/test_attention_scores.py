@@ -1,6 +1,8 @@
 """Attention kernels against a reference of one query and one head at a time, and the maxima they report."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,6 +265,23 @@ def test_the_newest_flash_attn_with_kernels_for_card_and_width_is_chosen(
     installed: set[int], card: tuple[int, int], head_width: int, expected: int | None
 ) -> None:
     assert flash.newest_version(installed, card, head_width) == expected
+
+
+@pytest.mark.skipif(bool(flash.installed_versions()), reason="a flash-attn is installed")
+def test_a_flash_attn_is_known_by_its_distribution_and_one_that_does_not_import_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only version 4, whose folder flash_attn has no __init__.py; and broken.
+    (tmp_path / "flash_attn/cute").mkdir(parents=True)
+    (tmp_path / "flash_attn/cute/__init__.py").write_text("raise RuntimeError('no cutlass\\nhere')\n")
+    (tmp_path / "flash_attn_4-4.0.dist-info").mkdir()
+    (tmp_path / "flash_attn_4-4.0.dist-info/METADATA").write_text("Name: flash-attn-4\nVersion: 4.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert flash.installed_versions() == {4}
+    line = r"^attention\.backend=flash: flash-attn-4 does not load \(RuntimeError: no cutlass here\); .*backend=sdpa$"
+    with pytest.raises(UserError, match=line):
+        flash.load_version(4)
+    sys.modules.pop("flash_attn", None)
 
 
 @given(problem=problems())

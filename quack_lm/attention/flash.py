@@ -62,7 +62,7 @@ def is_available(head_width: int) -> bool:
 
 @cache
 def load(head_width: int) -> FlashAttention:
-    """Import the version for this machine's card; UserError where there is none or it does not import."""
+    """The version for this machine's card and heads of this width, imported; UserError where none can be."""
     installed = installed_versions()
     number = newest_version(installed, torch.cuda.get_device_capability(), head_width)
     if number is None:
@@ -71,12 +71,17 @@ def load(head_width: int) -> FlashAttention:
             f"kernels for heads of {head_width} dimensions on {torch.cuda.get_device_name()}; use "
             "attention.backend=sdpa"
         )
+    return load_version(number)
+
+
+def load_version(number: int) -> FlashAttention:
+    """Import a version; UserError where it does not import."""
     try:
         return FlashAttention(number, *_functions(number))
     except Exception as error:  # of any kind: a missing symbol, no network, no build for this version of torch
         raise UserError(
-            f"attention.backend=flash: {DISTRIBUTIONS[number]} is installed and does not load "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); mend it, or use attention.backend=sdpa"
+            f"attention.backend=flash: {DISTRIBUTIONS[number]} does not load ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); mend it, or use attention.backend=sdpa"
         ) from error
 
 

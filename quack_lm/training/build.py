@@ -32,6 +32,7 @@ from quack_lm.parallel import World, launched_world, materialize, set_determinis
 from quack_lm.probe import Probe
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
+from quack_lm.text import echo
 from quack_lm.training import checkpoint
 from quack_lm.training.coordinator import Coordinator
 from quack_lm.training.environment import package_versions
@@ -234,6 +235,8 @@ def build_run(plan: RunPlan) -> Run:
             world, plan.run_dir, lambda: plan.run_dir.write_description(config, _environment(world, n_params, kernel))
         )
     if world.is_main:
+        if world.device.type == "cuda":
+            echo(f"attention: {kernel}", err=True)
         _start_logging(plan, run, resumes_from)
     return run
 
