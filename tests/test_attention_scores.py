@@ -318,6 +318,7 @@ def test_documents_counted_on_the_host_are_the_cuts_on_the_device() -> None:
     assert document_cuts(documents, count_documents(tokens, 9)).tolist() == cuts
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("has_documents", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_flex_gives_what_eager_gives(has_documents: bool, grouped: bool) -> None:

@@ -99,7 +99,7 @@ def assert_nothing_waits(overrides: list[str], run_dir: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer", choices("optimizer"))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
 def test_the_host_waits_for_nothing_in_a_step(

@@ -1,6 +1,6 @@
 """Check quack_lm on this machine's GPU: tests, benchmarks, a run of 20 steps at 1B and a trace, and a page about them.
 
-    quack-lm gpu-check                  # needs: GPU. About 10 min
+    quack-lm gpu-check                  # needs: GPU. Meant to take 10 min
     quack-lm gpu-check --dry-run        # print the commands, run nothing
     quack-lm gpu-check only=run,trace
 
@@ -147,7 +147,8 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
     sizes = ("experiment=tiny", *SMALL, "trainer.steps=8", "logger.log_every=2") if is_small else RUN
     train = (*cli, "train", *data, *sizes)
     quiet = ("trainer.val_every=0", "trainer.probe_every=0", "trainer.checkpoint_every=0", "logger.progress=false")
-    tests = ("-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={directory / 'tests.xml'}")
+    # Each test is mostly start-up and compilation, so several share the GPU.
+    tests = ("-m", "gpu", "-n", "4", "-q", "-p", "no:cacheprovider", f"--junitxml={directory / 'tests.xml'}")
     trace = ("suite=stabilizers", "only=none", "rounds=1", f"trace={directory / 'trace.json.gz'}")
     return [
         Part("tests", "Tests that need a GPU", (sys.executable, "-m", "pytest", str(REPOSITORY / "tests"), *tests)),
