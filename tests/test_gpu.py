@@ -118,7 +118,7 @@ def test_the_host_waits_for_nothing_in_a_step(
 @pytest.mark.parametrize("max_logits", ["matmul", "flex"])
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "flex"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_nor_does_it_with_masked_documents(
+def test_the_host_waits_for_nothing_with_masked_documents(
     attention: str, backend: str, max_logits: str, tmp_path: Path, tiny_data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = [f"attention.backend={backend}", f"trainer.max_logits={max_logits}", "data.mask_documents=true"]

@@ -148,7 +148,7 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
     train = (*cli, "train", *data, *sizes)
     quiet = ("trainer.val_every=0", "trainer.probe_every=0", "trainer.checkpoint_every=0", "logger.progress=false")
     # Each test is mostly start-up and compilation, so several share the GPU.
-    tests = ("-m", "gpu", "-n", "4", "-q", "-p", "no:cacheprovider", f"--junitxml={directory / 'tests.xml'}")
+    tests = ("-m", "gpu", "-n", "4", "-rfs", "-p", "no:cacheprovider", f"--junitxml={directory / 'tests.xml'}")
     trace = ("suite=stabilizers", "only=none", "rounds=1", f"trace={directory / 'trace.json.gz'}")
     return [
         Part("tests", "Tests that need a GPU", (sys.executable, "-m", "pytest", str(REPOSITORY / "tests"), *tests)),
