@@ -201,7 +201,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple[
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple[Tensor, None]:
-    loaded = flash.load(padded := flash.padded_width(max(q.shape[-1], v.shape[-1])))
+    width = flash.padded_width(max(q.shape[-1], v.shape[-1]))
+    loaded = flash.load(width)
     # Of the backward; flash-attn does not ask torch.
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     options = {"softmax_scale": q.shape[-1] ** -0.5, "causal": True, "deterministic": is_deterministic}
@@ -213,7 +214,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple
     if mask.documents_BT is not None:
         cuts = document_cuts(mask.documents_BT) if mask.cuts is None else mask.cuts
         return packed(attention, q, k, v, cuts), None
-    wide = (x.transpose(1, 2) for x in _equal_widths(q, k, v, width=padded))
+    wide = (x.transpose(1, 2) for x in _equal_widths(q, k, v, width=width))
     return _first(loaded.dense(*wide, **options)).transpose(1, 2)[..., : v.shape[-1]], None
 
 
