@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from quack_lm.attention.base import Attention, linear
+from quack_lm.attention.mask import Mask, count_documents, number_documents
 from quack_lm.attention.rope import rope_table
-from quack_lm.attention.scores import Mask, make_mask, number_documents
 from quack_lm.loss import cross_entropy
 from quack_lm.rms_norm import RMSNorm
 
@@ -84,13 +84,20 @@ class Transformer(nn.Module):
         """The attention of each layer."""
         return [block.attention for block in self.blocks]  # type: ignore[misc]
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V]; with targets the cross-entropy of each token, [B * T], in nats and float32."""
-        length, first = tokens_BT.shape[1], self.attentions[0]
+    def count_documents(self, tokens_BT: Tensor) -> int | None:
+        """How many documents the attention tells apart in tokens on the host; None where it does not."""
+        return None if self.eot_id is None else count_documents(tokens_BT, self.eot_id)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, n_documents: int | None = None) -> Tensor:
+        """Logits [B, T, V]; with targets the cross-entropy of each token, [B * T], in nats and float32.
+
+        With the tokens' `count_documents`, no GPU is asked for it.
+        """
+        first = self.attentions[0]
         documents = None if self.eot_id is None else number_documents(tokens_BT, self.eot_id)
-        mask = make_mask(first.backend, length=length, documents_BT=documents, device=tokens_BT.device)
-        rope = rope_table(length, first.rope_width, theta=first.rope_theta, device=tokens_BT.device)
+        rope = rope_table(tokens_BT.shape[1], first.rope_width, theta=first.rope_theta, device=tokens_BT.device)
         x = self.embedding(tokens_BT)
+        mask = first.make_mask(x, documents, n_documents)
         for block in self.blocks:
             x = block(x, rope, mask)
         x = self.norm(x)

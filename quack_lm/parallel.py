@@ -68,7 +68,8 @@ class World:
     def to_device(self, tensor: Tensor) -> Tensor:
         """A host tensor on this rank's device, without waiting for what the device is doing."""
         # From ordinary memory a copy of more than 64 kB would queue behind the running kernels and block the host.
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return pinned.to(self.device, non_blocking=True)
 
     def barrier(self, group: HostGroup = None) -> None:
         """Wait for every rank, for as long as the group allows."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from quack_lm.attention.base import Attention
-from quack_lm.attention.scores import Mask, logits, number_documents, row_chunks
+from quack_lm.attention.mask import Mask, number_documents
+from quack_lm.attention.scores import logits, row_chunks
 from quack_lm.logit_paths import largest_change_of_product
 from quack_lm.parallel import World, evaluating
 from quack_lm.step import LogitWeights

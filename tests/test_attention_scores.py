@@ -1,7 +1,8 @@
 """Attention kernels against a reference of one query and one head at a time, and the maxima they report."""
 
-import importlib.util
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,22 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quack_lm.attention import flash
+from quack_lm.attention.mask import Mask, count_documents, document_cuts, number_documents
 from quack_lm.attention.scores import (
     MIN_ROWS,
     Backend,
+    MaxLogitKernel,
     attend,
-    check_backend,
+    implementation,
     logits,
     make_mask,
     max_logits,
-    number_documents,
+    packed,
+    packs_documents,
+    resolve_backend,
+    resolve_max_logits,
     row_chunks,
 )
 from quack_lm.errors import UserError
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-has_flash = importlib.util.find_spec("flash_attn") is not None
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -207,26 +213,149 @@ def test_documents_are_numbered_from_zero_and_end_with_their_end_of_text() -> No
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_gpu_backends_refuse_a_cpu_and_name_the_key_and_the_mend(backend: Backend, precision: str) -> None:
     with pytest.raises(UserError, match=rf"attention\.backend={backend} .*CUDA.* cpu.*attention\.backend=sdpa"):
-        check_backend(backend, device="cpu", precision=precision)
+        resolve_backend(backend, device="cpu", precision=precision, head_width=64)
 
 
-@pytest.mark.skipif(has_flash, reason="flash-attn is installed")
+@pytest.mark.skipif(bool(flash.installed_versions()), reason="a flash-attn is installed")
 def test_flash_without_its_package_says_how_to_get_it() -> None:
     with pytest.raises(UserError, match=r"attention\.backend=flash .*pip install .*flash.*attention\.backend=sdpa"):
-        check_backend("flash", device="cuda", precision="bfloat16")
+        resolve_backend("flash", device="cuda", precision="bfloat16", head_width=64)
 
 
-@pytest.mark.skipif(not has_flash, reason="needs flash-attn")
 def test_flash_refuses_float32_and_names_the_key() -> None:
     with pytest.raises(UserError, match=r"trainer\.precision=bfloat16"):
-        check_backend("flash", device="cuda", precision="float32")
+        resolve_backend("flash", device="cuda", precision="float32", head_width=64)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_eager_and_sdpa_run_everywhere(backend: Backend, device: str, precision: str) -> None:
-    check_backend(backend, device=device, precision=precision)
+    assert resolve_backend(backend, device=device, precision=precision, head_width=64) == backend
+
+
+def test_auto_is_sdpa_and_products_of_matrices_on_a_cpu() -> None:
+    assert resolve_backend("auto", device="cpu", precision="bfloat16", head_width=64) == "sdpa"
+    assert resolve_max_logits("auto", device="cpu") == "matmul"
+    with pytest.raises(UserError, match=r"trainer\.max_logits=flex .*CUDA.* cpu.*trainer\.max_logits=auto"):
+        resolve_max_logits("flex", device="cpu")
+
+
+AMPERE, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 0), (9, 0), (10, 0), (12, 0)
+
+
+@pytest.mark.parametrize(
+    ("installed", "card", "head_width", "expected"),
+    [
+        ({4, 3, 2}, HOPPER, 64, 4),
+        ({3, 2}, HOPPER, 64, 3),
+        ({4, 3, 2}, BLACKWELL, 128, 4),
+        ({4, 3, 2}, BLACKWELL, 192, 2),  # beyond what version 4 has there
+        ({4, 3, 2}, AMPERE, 64, 2),
+        ({4, 3, 2}, CONSUMER_BLACKWELL, 64, 2),
+        ({4}, HOPPER, 256, 4),  # with nothing but version 4
+        ({4}, AMPERE, 64, None),
+        ({3}, BLACKWELL, 64, None),
+        ({4, 3, 2}, HOPPER, 264, None),
+        ({2}, (7, 5), 64, None),
+        (set(), HOPPER, 64, None),
+    ],
+)
+def test_the_newest_flash_attn_with_kernels_for_card_and_width_is_chosen(
+    installed: set[int], card: tuple[int, int], head_width: int, expected: int | None
+) -> None:
+    assert flash.newest_version(installed, card, head_width) == expected
+
+
+@pytest.mark.skipif(bool(flash.installed_versions()), reason="a flash-attn is installed")
+def test_a_flash_attn_is_known_by_its_distribution_and_one_that_does_not_import_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only version 4, whose folder flash_attn has no __init__.py; and broken.
+    (tmp_path / "flash_attn/cute").mkdir(parents=True)
+    (tmp_path / "flash_attn/cute/__init__.py").write_text("raise RuntimeError('no cutlass\\nhere')\n")
+    (tmp_path / "flash_attn_4-4.0.dist-info").mkdir()
+    (tmp_path / "flash_attn_4-4.0.dist-info/METADATA").write_text("Name: flash-attn-4\nVersion: 4.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert flash.installed_versions() == {4}
+    line = r"^attention\.backend=flash: flash-attn-4 does not load \(RuntimeError: no cutlass here\); .*backend=sdpa$"
+    with pytest.raises(UserError, match=line):
+        flash.load_version(4)
+    sys.modules.pop("flash_attn", None)
+
+
+@given(problem=problems())
+@settings(max_examples=40)
+def test_documents_in_a_row_give_what_the_mask_gives(problem) -> None:
+    q, k, v, documents = problem
+    if documents is None:
+        documents = torch.zeros(q.shape[0], q.shape[2], dtype=torch.long)
+
+    def each_on_its_own(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, length: int) -> Tensor:
+        assert {x.shape[-1] % flash.WIDTH_MULTIPLE for x in (q, k, v)} == {0}
+        assert (cuts.dtype, cuts[0].item(), cuts[-1].item()) == (torch.int32, 0, len(q))
+        pieces = []
+        for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+            assert 0 < stop - start <= length
+            # The widths are filled up, so the scale is not that of the tensors.
+            one = (x[start:stop].transpose(0, 1)[None] for x in (q * (q.shape[-1] / width) ** 0.5, k, v))
+            mask = make_mask("eager", length=stop - start, documents_BT=None, device=CPU)
+            pieces.append(attend(*one, mask=mask, backend="eager")[0][0].transpose(0, 1))
+        return torch.cat(pieces)
+
+    width = q.shape[-1]
+    whole = make_mask("eager", length=q.shape[2], documents_BT=documents, device=CPU)
+    expected, _ = attend(q, k, v, mask=whole, backend="eager")
+    got = packed(each_on_its_own, q, k, v, document_cuts(documents))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_counted_on_the_host_are_the_cuts_on_the_device() -> None:
+    tokens = torch.tensor([[5, 9, 9, 5, 5, 9, 5], [9, 5, 5, 5, 5, 5, 9], [5, 5, 5, 5, 5, 5, 5]])
+    documents = number_documents(tokens, 9)
+    cuts = [0, 2, 3, 6, 7, 8, 14, 21]
+    assert document_cuts(documents).tolist() == cuts
+    assert document_cuts(documents, count_documents(tokens, 9)).tolist() == cuts
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_flex_gives_what_eager_gives(has_documents: bool, grouped: bool) -> None:
+    # Without maxima and gradients, which FlexAttention has on GPUs alone; several blocks of its mask.
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, LONG, 6, generator=generator)
+    k, v = (torch.randn(2, 2 if grouped else 4, LONG, w, generator=generator) for w in (6, 3))
+    documents = number_documents(torch.randint(40, (2, LONG), generator=generator), 0) if has_documents else None
+    outs = []
+    for backend in ("flex", "eager"):
+        mask = make_mask(backend, length=LONG, documents_BT=documents, device=CPU)
+        outs.append(attend(q, k, v, mask=mask, backend=backend)[0])
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_causal_block_mask_is_made_once_for_a_length() -> None:
+    one, other, longer = (make_mask("flex", length=n, documents_BT=None, device=CPU).blocks for n in (9, 9, 10))
+    assert one is other
+    assert longer is not one
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_mask_made_for_all_layers_is_what_a_layer_would_make(backend: Backend) -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]])
+    q = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    made = make_mask(backend, length=5, documents_BT=documents, device=CPU)
+    assert made.dense is not None
+    outs = [attend(q, q, q, mask=mask, backend=backend)[0] for mask in (made, Mask(documents))]
+    assert torch.equal(*outs)
+
+
+def test_the_kernel_that_torch_chooses_has_its_name() -> None:
+    q = torch.zeros(1, 2, 8, 16, requires_grad=True)
+    causal = make_mask("sdpa", length=8, documents_BT=None, device=CPU)
+    names = {implementation("sdpa", *(x.to(dtype) for x in (q, q, q)), causal) for dtype in (torch.float32, torch.int8)}
+    assert names == {"sdpa: FLASH_ATTENTION", "sdpa: MATH"}
+    assert implementation("eager", q, q, q, causal) == "eager"
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
@@ -248,12 +377,26 @@ def gpu_problem(shape: str, has_documents: bool, dtype: torch.dtype) -> tuple[li
     return [2 * normal(heads, width), normal(groups, width), normal(groups, value_width)], documents
 
 
-def compare_with_eager(backend: Backend, shape: str, has_documents: bool, dtype: torch.dtype, tolerance: float) -> None:
+def compare_with_eager(
+    backend: Backend,
+    shape: str,
+    has_documents: bool,
+    dtype: torch.dtype,
+    tolerance: float,
+    max_logit_kernel: MaxLogitKernel = "matmul",
+) -> None:
     inputs, documents = gpu_problem(shape, has_documents, dtype)
     results = {}
     for name, precision in ((backend, dtype), ("eager", torch.float32)):
         q, k, v = (x.detach().to(precision).requires_grad_() for x in inputs)
-        mask = make_mask(name, length=q.shape[2], documents_BT=documents, device=q.device)
+        mask = make_mask(
+            name,
+            length=q.shape[2],
+            documents_BT=documents,
+            device=q.device,
+            packs_documents=packs_documents(name, q, max(q.shape[-1], v.shape[-1])),
+            max_logits=max_logit_kernel,
+        )
         out, maxima = attend(q, k, v, mask=mask, backend=name, want_max=True)
         assert maxima is not None
         loss = (out.float() * torch.linspace(-1, 1, out.shape[-1], device="cuda")).sum()
@@ -279,13 +422,17 @@ def test_flex_agrees_with_eager_in_outputs_maxima_and_gradients(
 @needs_gpu
 @pytest.mark.parametrize("has_documents", [False, True])
 @pytest.mark.parametrize("shape", GPU_SHAPES)
-def test_sdpa_on_a_gpu_agrees_with_eager(shape: str, has_documents: bool) -> None:
-    compare_with_eager("sdpa", shape, has_documents, torch.bfloat16, 3e-2)
+@pytest.mark.parametrize("max_logit_kernel", ["matmul", "flex"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 3e-2)])
+def test_sdpa_on_a_gpu_agrees_with_eager(
+    shape: str, has_documents: bool, max_logit_kernel: MaxLogitKernel, dtype: torch.dtype, tolerance: float
+) -> None:
+    compare_with_eager("sdpa", shape, has_documents, dtype, tolerance, max_logit_kernel)
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.skipif(not has_flash, reason="needs flash-attn")
+@pytest.mark.skipif(not flash.installed_versions(), reason="needs flash-attn")
 @pytest.mark.parametrize("has_documents", [False, True])
 @pytest.mark.parametrize("shape", GPU_SHAPES)
 def test_flash_agrees_with_eager_in_outputs_maxima_and_gradients(shape: str, has_documents: bool) -> None:

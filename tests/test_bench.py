@@ -12,6 +12,7 @@ from quack_lm.bench import suites
 from quack_lm.bench.peers import make_step
 from quack_lm.bench.rounds import Turn, quiet_rounds, summarize
 from quack_lm.bench.step import Phases, TrainingStep
+from quack_lm.cli.bench import read
 from quack_lm.config import choices, compose
 from quack_lm.optim.recipe import set_lr
 from quack_lm.parallel import World
@@ -28,6 +29,11 @@ HERE = World(0, 1, 0, torch.device("cpu"))
 def test_every_variant_of_a_suite_is_a_run_that_could_be_made(suite: str) -> None:
     configs = {name: compose([*suites.BASE, *settings]) for name, settings in suites.variants(suite).items()}
     assert len(configs) == len({json.dumps(config) for config in configs.values()}) or suite == "peers"
+
+
+def test_a_chosen_model_has_its_own_sizes() -> None:
+    chosen = read(["suite=compile", "model=1b", "model.n_layers=8"])[1]["eager"]["model"]
+    assert (chosen["d_model"], chosen["n_heads"], chosen["d_ff"], chosen["n_layers"]) == (2048, 32, 8192, 8)
 
 
 def test_ratios_are_taken_within_a_round_so_that_a_slow_machine_changes_none() -> None:

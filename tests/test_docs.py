@@ -24,6 +24,8 @@ from test_refusals import TABLES
 from quack_lm import __version__
 from quack_lm.cli import VERBS, main
 from quack_lm.cli.bench import read as read_bench
+from quack_lm.cli.gpu_check import choose, parts
+from quack_lm.cli.gpu_check import read as read_gpu_check
 from quack_lm.cli.sweep import parse
 from quack_lm.config import CONFIG_DIR, compose, instantiate
 from quack_lm.logit_paths import Factor, LogitPath
@@ -121,6 +123,10 @@ def check_verb(words: list[str], command: Command, capsys: pytest.CaptureFixture
         check_sweep(arguments)
     elif verb == "bench":
         assert read_bench(arguments)[1]
+    elif verb == "gpu-check":
+        own, is_dry = read_gpu_check(arguments)
+        assert is_dry or command.is_marked
+        assert choose(parts(Path("DIR"), is_small=False), own.get("only"))
     elif verb == "report":
         directory = arguments[0]
         assert directory.startswith("runs/") or (ROOT / directory / "results.parquet").is_file()

@@ -11,8 +11,9 @@ from models import ATTENTIONS, small_config, small_model
 from torch import Tensor
 
 from quack_lm.attention.base import Attention
+from quack_lm.attention.mask import Mask, number_documents
 from quack_lm.attention.rope import rope_table
-from quack_lm.attention.scores import Mask, attend, logits, number_documents
+from quack_lm.attention.scores import attend, logits
 from quack_lm.logit_paths import (
     Factor,
     LogitPath,

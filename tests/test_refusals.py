@@ -376,6 +376,7 @@ TRAIN: dict[str, Bad] = {
     ),
     "flex_on_cpu": Bad(["attention.backend=flex", "trainer.device=cpu"], r"attention\.backend=flex .*sdpa"),
     "flash_on_cpu": Bad(["attention.backend=flash", "trainer.device=cpu"], r"attention\.backend=flash .*sdpa"),
+    "flex_maxima_on_cpu": Bad(["trainer.max_logits=flex", "trainer.device=cpu"], r"trainer\.max_logits=flex .*auto"),
     "unset_files": one("data=local", r"data\.files"),
     # run_dir
     "run_dir_is_a_file": one("run_dir=TMP/file", r"run_dir=TMP/file.*choose another run_dir", files={"file": b"x"}),

@@ -15,9 +15,10 @@ from models import ATTENTIONS, LONE, STABILIZERS, small_config, small_model, tok
 from torch import Tensor, nn
 
 from quack_lm.attention.base import Attention
+from quack_lm.attention.mask import number_documents
 from quack_lm.attention.mha import MHA
 from quack_lm.attention.mla import MLA
-from quack_lm.attention.scores import logits, number_documents
+from quack_lm.attention.scores import logits
 from quack_lm.config import choices, instantiate
 from quack_lm.data.batches import EvalBatches, Sequences
 from quack_lm.model import Transformer

@@ -502,6 +502,7 @@ def test_the_environment_is_written_down(tmp_path: Path, tiny_data: list[str]) -
     assert seen["versions"]["torch"] == metadata.version("torch")
     assert torch.__version__.startswith(seen["versions"]["torch"])
     assert seen["world_size"] == 1
+    assert seen["attention_kernel"] in ("sdpa: FLASH_ATTENTION", "sdpa: CUDNN_ATTENTION", "sdpa: EFFICIENT_ATTENTION")
 
 
 def test_bfloat16_trains_close_to_float32(tmp_path: Path, tiny_data: list[str]) -> None:

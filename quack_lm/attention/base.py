@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from quack_lm.attention.mask import Mask
 from quack_lm.attention.rope import rotate
-from quack_lm.attention.scores import Backend, Mask, attend
+from quack_lm.attention.scores import Backend, MaxLogitKernel, attend, make_mask, packs_documents
 from quack_lm.errors import UserError
 from quack_lm.logit_paths import LogitPath
 
@@ -58,6 +59,7 @@ class Attention(nn.Module, ABC):
         self.rope_width = rope_width
         self.backend: Backend = backend
         self.tracks_max_logits = False
+        self.max_logit_kernel: MaxLogitKernel = "matmul"
         self.seam = QueryKeySeam(make_transform(qk_width) if make_transform else None)
         self.register_buffer("max_logits_H", torch.full((n_heads,), -torch.inf), persistent=False)
 
@@ -69,13 +71,33 @@ class Attention(nn.Module, ABC):
     def logit_paths(self) -> tuple[LogitPath, ...]:
         """Which weights multiply into the logits, head by head."""
 
+    @property
+    def head_width(self) -> int:
+        """The larger width of a head: of its queries and keys, or of its values."""
+        return max(self.qk_width, self.w_o.in_features // self.n_heads)
+
+    @property
+    def wants_max_logits(self) -> bool:
+        """Whether a forward keeps its maxima: those of validation and probe are not what a clip is decided on."""
+        return self.tracks_max_logits and self.training
+
+    def make_mask(self, x_BTD: Tensor, documents_BT: Tensor | None, n_documents: int | None = None) -> Mask:
+        """The mask that `forward` reads with inputs like x, in this and all other layers."""
+        return make_mask(
+            self.backend,
+            length=x_BTD.shape[1],
+            documents_BT=documents_BT,
+            device=x_BTD.device,
+            n_documents=n_documents,
+            packs_documents=packs_documents(self.backend, x_BTD, self.head_width),
+            max_logits=self.max_logit_kernel if self.wants_max_logits else "matmul",
+        )
+
     def forward(self, x_BTD: Tensor, rope_2TF: Tensor, mask: Mask) -> Tensor:
         """Project, stabilize and rotate, attend, project out."""
         q, k, v = self.project(x_BTD)
         q, k = self.seam(q, k, rope_2TF)
-        # Validation and probe forwards are not the training data that a clip is decided on.
-        want_max = self.tracks_max_logits and self.training
-        out_BHTV, max_H = attend(q, k, v, mask=mask, backend=self.backend, want_max=want_max)
+        out_BHTV, max_H = attend(q, k, v, mask=mask, backend=self.backend, want_max=self.wants_max_logits)
         if max_H is not None:
             # Maximum, not mean: activation recomputation may report a head twice, and a maximum does not mind.
             self.max_logits_H.copy_(torch.maximum(self.max_logits_H, max_H))

@@ -22,8 +22,8 @@ class MHA(Attention):
         n_kv_heads: number of key and value heads; fewer than n_heads: grouped-query attention (GQA).
         head_dim: width of each head; null: d_model / n_heads.
         rope_theta: base of the rotary frequencies.
-        backend: how attention is computed: eager is the slow reference, flash (flash-attn) and flex (FlexAttention)
-            need CUDA.
+        backend: how attention is computed: sdpa (torch chooses the kernel), eager (the slow reference), flash
+            (flash-attn 4, 3 or 2, CUDA), flex (FlexAttention, CUDA), auto (flash where one runs, else sdpa).
     """
 
     def __init__(

@@ -33,8 +33,8 @@ class MLA(Attention):
         latent_norm: RMSNorm on both latents, as in DeepSeek-V3; the paper's equations have none.
         norm_eps: epsilon of these norms.
         rope_theta: base of the rotary frequencies.
-        backend: how attention is computed: eager is the slow reference, flash (flash-attn) and flex (FlexAttention)
-            need CUDA.
+        backend: how attention is computed: sdpa (torch chooses the kernel), eager (the slow reference), flash
+            (flash-attn 4, 3 or 2, CUDA), flex (FlexAttention, CUDA), auto (flash where one runs, else sdpa).
     """
 
     def __init__(

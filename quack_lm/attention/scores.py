@@ -2,25 +2,29 @@
 
     out, max_logits = attend(q, k, v, mask=mask, backend="sdpa", want_max=True)
 
-`eager` is the reference; `sdpa` runs everywhere; `flash` (flash-attn) and `flex` (FlexAttention) need CUDA. A *logit*
-is q . k / sqrt(K) in this whole project: scaled, before the mask and softmax. A maximum is over the visible logits
-only. Axes: B batch, T time, H query heads, G key heads (G divides H), K width of queries and keys, V width of values.
+`eager` is the reference; `sdpa` runs everywhere; `flash` (flash-attn 4, 3 or 2) and `flex` (FlexAttention) need CUDA. A
+*logit* is q . k / sqrt(K) in this whole project: scaled, before the mask and softmax. A maximum is over the visible
+logits only. Axes: B batch, T time, H query heads, G key heads (G divides H), K width of queries and keys, V width of
+values.
 """
 
-import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from importlib.util import find_spec
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quack_lm.attention import flash
+from quack_lm.attention.mask import Mask, causal_blocks, document_blocks, document_cuts
 from quack_lm.errors import UserError
 
-Backend = Literal["sdpa", "eager", "flash", "flex"]
+Backend = Literal["sdpa", "eager", "flash", "flex", "auto"]
+# How max logits are computed that a backend does not report.
+MaxLogitKernel = Literal["auto", "flex", "matmul"]
 
 # Query rows whose logits exist at once where a backend does not report its maxima: few enough for the cache of a CPU,
 # many enough for a GPU.
@@ -30,59 +34,93 @@ CPU_BLOCKS = 16
 LEAST_FLEX_WIDTH = 16
 
 
-@dataclass(frozen=True)
-class Mask:
-    """Who sees whom: causal, and within one document where `documents_BT` numbers them."""
+def resolve_backend(backend: Backend, *, device: str, precision: str, head_width: int) -> Backend:
+    """The backend that a run uses, `auto` replaced: flash-attn where one runs, else sdpa.
 
-    documents_BT: Tensor | None = None
-    flex: Any = None  # FlexAttention's own form, built once for all layers
-
-    def visible(self, rows: slice, length: int, device: torch.device) -> Tensor:
-        """Whether query rows see keys 0..length-1: [rows, length], or [B, 1, rows, length] with documents."""
-        keys = torch.arange(length, device=device)
-        seen = keys <= torch.arange(rows.start, rows.stop, device=device)[:, None]
-        if self.documents_BT is None:
-            return seen
-        same = self.documents_BT[:, rows, None] == self.documents_BT[:, None, :length]
-        return (seen & same)[:, None]
-
-
-def number_documents(tokens_BT: Tensor, eot_id: int) -> Tensor:
-    """The number of each token's document within its sequence; an end-of-text token belongs to the document it ends."""
-    ends = (tokens_BT == eot_id).long()
-    return ends.cumsum(-1) - ends
-
-
-def make_mask(backend: Backend, *, length: int, documents_BT: Tensor | None, device: torch.device) -> Mask:
-    """The mask of one forward, shared by all layers."""
-    if backend != "flex":
-        return Mask(documents_BT)
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return q >= k
-
-    def causal_in_document(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        assert documents_BT is not None
-        return (q >= k) & (documents_BT[b, q] == documents_BT[b, k])
-
-    rule, batch = (causal, None) if documents_BT is None else (causal_in_document, documents_BT.shape[0])
-    return Mask(documents_BT, create_block_mask(rule, batch, None, length, length, device=device))
-
-
-def check_backend(backend: Backend, *, device: str, precision: str) -> None:
-    """Raise UserError, naming attention.backend and a backend that runs, where this one cannot."""
+    Raises UserError, naming attention.backend and a backend that runs, where this one cannot: flash-attn is imported,
+    unless this machine has no GPU and only rehearses a run that will.
+    """
     if backend in ("flash", "flex") and device != "cuda":
         raise UserError(
             f"attention.backend={backend} needs a CUDA device and this run is on {device}; use attention.backend=sdpa"
         )
-    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
-        raise UserError(
-            "attention.backend=flash needs the flash-attn package: pip install -e '.[flash]' --no-build-isolation, "
-            "or use attention.backend=sdpa"
-        )
     if backend == "flash" and precision != "bfloat16":
         raise UserError(f"attention.backend=flash needs trainer.precision=bfloat16, got {precision}")
+    if backend == "flash" and not flash.installed_versions():
+        raise UserError(
+            "attention.backend=flash needs one of the packages flash-attn-4, kernels and flash-attn (docs, "
+            "Installation), for example: pip install -e '.[flash]'; or use attention.backend=sdpa"
+        )
+    width = flash.padded_width(head_width)
+    can_ask = device == "cuda" and torch.cuda.is_available()
+    if backend == "auto":
+        backend = "flash" if can_ask and precision == "bfloat16" and flash.is_available(width) else "sdpa"
+    if backend == "flash" and can_ask:
+        flash.load(width)
+    return backend
+
+
+def resolve_max_logits(kernel: MaxLogitKernel, *, device: str) -> MaxLogitKernel:
+    """`flex` or `matmul`: FlexAttention where Triton compiles it, unless the config says otherwise."""
+    if kernel == "flex" and device != "cuda":
+        raise UserError(
+            f"trainer.max_logits=flex needs a CUDA device and this run is on {device}; use trainer.max_logits=auto"
+        )
+    if kernel == "auto":
+        return "flex" if device == "cuda" and find_spec("triton") else "matmul"
+    return kernel
+
+
+def make_mask(
+    backend: Backend,
+    *,
+    length: int,
+    documents_BT: Tensor | None,
+    device: torch.device,
+    n_documents: int | None = None,
+    packs_documents: bool = False,
+    max_logits: MaxLogitKernel = "matmul",
+) -> Mask:
+    """The mask of one forward, in the forms that its backend, and the kernel of its max logits, read.
+
+    `n_documents` is how many documents the batch has (`count_documents`), which a GPU need then not be asked for.
+    """
+    dense = cuts = blocks = None
+    if documents_BT is not None and packs_documents:
+        cuts = document_cuts(documents_BT, n_documents)
+    elif backend == "eager" or (backend == "sdpa" and documents_BT is not None):
+        dense = Mask(documents_BT).matrix(length, device)
+    if backend == "flex" or max_logits == "flex":
+        blocks = causal_blocks(length, device) if documents_BT is None else document_blocks(documents_BT)
+    return Mask(documents_BT, dense, cuts, blocks)
+
+
+def packs_documents(backend: Backend, x: Tensor, head_width: int) -> bool:
+    """Whether masked documents go to a kernel of variable length, for inputs like x: of flash-attn, or torch's own."""
+    if backend == "flash":
+        return True
+    is_half = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+    # The bounds of the flash-attn 2 that torch brings.
+    return backend == "sdpa" and is_half and head_width <= 256 and torch.cuda.get_device_capability(x.device)[0] >= 8
+
+
+def implementation(backend: Backend, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, mask: Mask) -> str:
+    """What computes `attend` for such tensors: the version of flash-attn, or the kernel that torch chooses for sdpa."""
+    if backend == "flash":
+        return f"flash-attn {flash.load(flash.padded_width(max(q_BHTK.shape[-1], v_BGTV.shape[-1]))).version}"
+    if backend != "sdpa":
+        return backend
+    if mask.cuts is not None:
+        return "sdpa: varlen_attn"
+    from torch.nn.attention import SDPBackend
+
+    q, k, v = _equal_widths(q_BHTK, k_BGTK, v_BGTV)
+    is_causal = mask.documents_BT is None
+    # What scaled_dot_product_attention itself asks; there is no public name for it.
+    chosen = torch._fused_sdp_choice(
+        q, k, v, mask.dense, 0.0, is_causal, scale=q.shape[-1] ** -0.5, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return f"sdpa: {SDPBackend(chosen).name}"
 
 
 def attend(
@@ -91,7 +129,7 @@ def attend(
     """Attention output [B, H, T, V], and each head's largest visible logit [H] (float32, no gradient) if wanted."""
     out, max_H = _BACKENDS[backend](q_BHTK, k_BGTK, v_BGTV, mask, want_max)
     if want_max and max_H is None:
-        max_H = max_logits(q_BHTK, k_BGTK, mask)
+        max_H = max_logits(q_BHTK, k_BGTK, mask) if mask.blocks is None else fused_max_logits(q_BHTK, k_BGTK, mask)
     return out, max_H
 
 
@@ -127,63 +165,92 @@ def max_logits(q_BHTK: Tensor, k_BGTK: Tensor, mask: Mask) -> Tensor:
     return torch.stack(best).amax(0).float() / math.sqrt(q_BHTK.shape[-1])
 
 
+@torch.no_grad()
+def fused_max_logits(q_BHTK: Tensor, k_BGTK: Tensor, mask: Mask) -> Tensor:
+    """`max_logits` by a forward of FlexAttention, which keeps the scores on the chip, with values as narrow as can
+    be."""
+    _, max_H = _flex(q_BHTK, k_BGTK, k_BGTK[..., :LEAST_FLEX_WIDTH], mask, want_max=True)
+    assert max_H is not None
+    return max_H
+
+
 # ------------------------------------------------------------------------------------------------ backends
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple[Tensor, Tensor | None]:
-    scores = logits(q, k)
-    length = q.shape[-2]
-    scores = scores.masked_fill(~mask.visible(slice(0, length), length, q.device), -torch.inf)
+    scores = logits(q, k).masked_fill(~mask.matrix(q.shape[-2], q.device), -torch.inf)
     weights_BGSTT = scores.softmax(-1).to(v.dtype).unflatten(1, (k.shape[1], -1))
     out = (weights_BGSTT @ v.unsqueeze(2)).flatten(1, 2)
     return out, scores.detach().amax((0, 2, 3)).float() if want_max else None
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple[Tensor, None]:
-    length, width = q.shape[-2], v.shape[-1]
-    seen = None if mask.documents_BT is None else mask.visible(slice(0, length), length, q.device)
-    scale, grouped = q.shape[-1] ** -0.5, q.shape[1] != k.shape[1]
+    width, scale, grouped = v.shape[-1], q.shape[-1] ** -0.5, q.shape[1] != k.shape[1]
+    if mask.cuts is not None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, length: int) -> Any:
+            causal = (-1, 0)  # as a window: everything before, nothing after
+            return varlen_attn(q, k, v, cuts, cuts, length, length, scale=scale, window_size=causal, enable_gqa=grouped)
+
+        return packed(attention, q, k, v, mask.cuts), None
     q, k, v = _equal_widths(q, k, v)
+    seen = None if mask.documents_BT is None else mask.matrix(q.shape[-2], q.device)
     out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=grouped)
     return out[..., :width], None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple[Tensor, None]:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+    width = flash.padded_width(max(q.shape[-1], v.shape[-1]))
+    loaded = flash.load(width)
+    # Of the backward; flash-attn does not ask torch.
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    options = {"softmax_scale": q.shape[-1] ** -0.5, "causal": True, "deterministic": is_deterministic}
 
-    width, length, scale = v.shape[-1], q.shape[-2], q.shape[-1] ** -0.5
-    is_deterministic = torch.are_deterministic_algorithms_enabled()  # of the backward; flash-attn does not ask torch
-    q, k, v = (x.transpose(1, 2) for x in _equal_widths(q, k, v))
-    if mask.documents_BT is None:
-        out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, deterministic=is_deterministic)
-    else:
-        # For the kernel every document is a sequence: cut where the number changes, and between sequences.
-        starts_BT = torch.ones_like(mask.documents_BT, dtype=torch.bool)
-        starts_BT[:, 1:] = mask.documents_BT[:, 1:] != mask.documents_BT[:, :-1]
-        cuts = F.pad(starts_BT.flatten().nonzero().flatten(), (0, 1), value=starts_BT.numel()).int()
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        out = flash_attn_varlen_func(
-            *flat, cuts, cuts, length, length, softmax_scale=scale, causal=True, deterministic=is_deterministic
-        )
-        out = out.unflatten(0, (-1, length))
-    return out.transpose(1, 2)[..., :width], None
+    def attention(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, length: int) -> Any:
+        sizes = {"cu_seqlens_q": cuts, "cu_seqlens_k": cuts, "max_seqlen_q": length, "max_seqlen_k": length}
+        return _first(loaded.packed(q, k, v, **sizes, **options))
+
+    if mask.documents_BT is not None:
+        cuts = document_cuts(mask.documents_BT) if mask.cuts is None else mask.cuts
+        return packed(attention, q, k, v, cuts), None
+    wide = (x.transpose(1, 2) for x in _equal_widths(q, k, v, width=width))
+    return _first(loaded.dense(*wide, **options)).transpose(1, 2)[..., : v.shape[-1]], None
+
+
+def _first(result: Any) -> Tensor:
+    """The output alone: version 4 also returns the log-sum-exp."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def packed(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, cuts: Tensor) -> Tensor:
+    """The output [B, H, T, V] of a kernel of variable length, to which each document is a sequence.
+
+    `attention(q, k, v, cuts, length)` gets [B * T, heads, width], the cuts, and a bound on a document's length.
+    """
+    width, length = v.shape[-1], q.shape[-2]
+    wide = _equal_widths(q, k, v, width=flash.padded_width(max(q.shape[-1], width)))
+    out = attention(*(x.transpose(1, 2).flatten(0, 1) for x in wide), cuts, length)
+    return out.unflatten(0, (-1, length)).transpose(1, 2)[..., :width]
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
+def _flex_attention(is_compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return cast(Callable[..., Any], torch.compile(flex_attention) if is_compiled else flex_attention)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple[Tensor, Tensor | None]:
     from torch.nn.attention.flex_attention import AuxRequest
 
+    assert mask.blocks is not None
     # max_scores is [B, H, T], after the softmax scale and the mask: this project's logit.
     request = AuxRequest(max_scores=True) if want_max else None
     width, scale, grouped = v.shape[-1], q.shape[-1] ** -0.5, q.shape[1] != k.shape[1]
     q, k, v = (F.pad(x, (0, max(0, LEAST_FLEX_WIDTH - x.shape[-1]))) for x in (q, k, v))
-    result = _compiled_flex()(q, k, v, block_mask=mask.flex, scale=scale, enable_gqa=grouped, return_aux=request)
+    flex = _flex_attention(q.device.type == "cuda")
+    result = flex(q, k, v, block_mask=mask.blocks, scale=scale, enable_gqa=grouped, return_aux=request)
     out, aux = result if want_max else (result, None)
     out = out[..., :width]
     if aux is None:
@@ -191,9 +258,9 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, want_max: bool) -> tuple[
     return out, aux.max_scores.detach().amax((0, 2)).float()
 
 
-def _equal_widths(*tensors: Tensor) -> list[Tensor]:
+def _equal_widths(*tensors: Tensor, width: int = 0) -> list[Tensor]:
     """Zeros up to the largest width, which change no logit: kernels for unequal widths are slower or missing."""
-    width = max(x.shape[-1] for x in tensors)
+    width = max(width, *(x.shape[-1] for x in tensors))
     return [F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors]
 
 

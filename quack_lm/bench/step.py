@@ -11,7 +11,7 @@ from quack_lm.optim.recipe import Recipe, set_lr
 from quack_lm.parallel import World, clip_gradients, set_gradient_reduction
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights, stabilized_step
-from quack_lm.training.build import initialize_stabilizer, make_model, place_model
+from quack_lm.training.build import choose_kernels, initialize_stabilizer, make_model, place_model
 from quack_lm.training.settings import TrainerSettings
 
 
@@ -52,6 +52,7 @@ class TrainingStep:
         self.world = world
         self.stabilizer: Stabilizer = instantiate(config["stabilizer"])
         self.model = make_model(config, self.stabilizer)
+        choose_kernels(self.model, settings, device=world.device.type)
         place_model(self.model, settings, world, seed=config["seed"], is_compiled=settings.compile is True)
         self.optimizers = recipe.build(self.model)
         self.weights = LogitWeights(self.model.attentions)

@@ -54,6 +54,14 @@ SUITES: Mapping[str, Variants] = {
         "muon": ["optimizer=muon"],
         "muon in float32": ["optimizer=muon", "optimizer.ns_dtype=float32"],
     },
+    "kernels": {name: [f"attention.backend={name}"] for name in ("sdpa", "flash", "flex")},
+    # QK clip's maxima: blocks of scores, FlexAttention's forward beside sdpa, and FlexAttention for everything.
+    "max_logits": {
+        "none": [],
+        "sdpa and matmul": ["stabilizer=qk_clip", "trainer.max_logits=matmul"],
+        "sdpa and flex": ["stabilizer=qk_clip", "trainer.max_logits=flex"],
+        "flex": ["stabilizer=qk_clip", "attention.backend=flex"],
+    },
     "compile": {"eager": [], "compiled": ["trainer.compile=true"]},
     "precision": {"float32": [], "bfloat16": ["trainer.precision=bfloat16"]},
     "checkpointing": {"none": [], "every block": ["trainer.activation_checkpointing=true"]},

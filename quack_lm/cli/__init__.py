@@ -5,6 +5,7 @@
     quack-lm sweep       train every run of a grid, here or on a slurm cluster, and compare them
     quack-lm report      tables, figures and a page from the runs of a sweep
     quack-lm bench       compare the speed of training steps
+    quack-lm gpu-check   tests, benchmarks and a trace on a GPU, on one page
     quack-lm preflight   check config, data, machine and ranks before a long run
     quack-lm submit      train, prepare or preflight as a job of a slurm cluster
     quack-lm completion  turn on shell completion, for bash or zsh
@@ -28,7 +29,7 @@ from quack_lm.errors import UserError, exit_without_teardown, explaining
 from quack_lm.text import PrintableRecord, echo, one_line, refuse_secret
 from quack_lm.training.stop_signals import follow_launcher
 
-VERBS = ("train", "prepare", "sweep", "report", "bench", "preflight", "submit", "completion")
+VERBS = ("train", "prepare", "sweep", "report", "bench", "gpu-check", "preflight", "submit", "completion")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             refuse_secret(key[0] if key else f"quack-lm {verb}", argument)
         try:
             # Imported late: no verb pays for the libraries of another.
-            sys.exit(importlib.import_module(f"quack_lm.cli.{verb}").main(rest))
+            sys.exit(importlib.import_module(f"quack_lm.cli.{verb.replace('-', '_')}").main(rest))
         except ModuleNotFoundError as error:
             if (error.name or "quack_lm").startswith("quack_lm"):
                 raise

@@ -12,6 +12,8 @@ steps=3        steps of a turn
 warmup=3       steps of each variant before the first round: caches, and compilation
 out=FILE       a line of JSON for each turn, runs/bench/<suite>.jsonl unless given
 only=A,B       some variants of the suite
+trace=FILE     after that, a trace of the first variant's steps for Perfetto or chrome://tracing (FILE.json.gz), and
+               the operations that took longest
 
 Every other key=value is a setting of all variants, as of quack-lm train. Tokens are random, so no data set is needed.
 Rounds in which a fixed matrix product between the turns took 1.25 times its median are left out and counted: then
@@ -47,6 +49,7 @@ def main(arguments: list[str]) -> int:
     # Imported late: a mistake in the settings need not wait for it.
     from quack_lm.bench import rounds
     from quack_lm.bench.peers import make_step
+    from quack_lm.bench.trace import trace
     from quack_lm.parallel import default_device, launched_world, start_world
     from quack_lm.training.memory import keep_freed_memory
     from quack_lm.training.numerics import set_numerics
@@ -73,6 +76,10 @@ def main(arguments: list[str]) -> int:
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
         left_out = counts["rounds"] - len(kept)
         echo(f"{len(kept)} rounds, {left_out} left out because the machine was busy; each turn is in {path}")
+    if "trace" in own:
+        operations = trace(next(iter(steps.values())), user_path(own["trace"]), device=world.device)
+        if world.is_main:
+            echo("", *operations.splitlines())
     return world.shutdown(0)
 
 
@@ -99,7 +106,10 @@ def read(arguments: list[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]
         if unknown := [name for name in wanted if name not in variants]:
             raise UserError(f"only={own['only']}: the suite has no {unknown[0]}; it has: {', '.join(variants)}")
         variants = {name: variants[name] for name in wanted}
-    return own, {name: compose([*suites.BASE, *settings, *overrides]) for name, settings in variants.items()}
+    # A model that is chosen has its own sizes: those of BASE, as single keys, would win over it.
+    is_chosen = any(override.lstrip("+").startswith("model=") for override in overrides)
+    base = [setting for setting in suites.BASE if not (is_chosen and setting.startswith("model."))]
+    return own, {name: compose([*base, *settings, *overrides]) for name, settings in variants.items()}
 
 
 def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -108,7 +118,7 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         if argument.startswith("-"):
             raise UserError(unknown_flag(argument, []))
         name, _, value = argument.partition("=")
-        if name in ("suite", "out", "only", *DEFAULTS):
+        if name in ("suite", "out", "only", "trace", *DEFAULTS):
             own[name] = value
         else:
             overrides.append(argument)

@@ -107,7 +107,7 @@ A run is described by one config, composed from the yaml files of `configs/` and
   run again.
 
 An unknown key is an error. The fingerprint of a run is the hash of all keys but `run_dir`, `logger.*`,
-`trainer.resume`, `trainer.keep_every` and `trainer.async_checkpoints`.
+`trainer.resume`, `trainer.keep_every`, `trainer.async_checkpoints` and `trainer.max_logits`.
 """
 
 

@@ -48,7 +48,14 @@ class RunKeys:
 
 
 # Two configs that differ only here describe the same run: the keys change where it writes, not what it computes.
-NOT_IDENTITY = ("run_dir", "logger", "trainer.resume", "trainer.keep_every", "trainer.async_checkpoints")
+NOT_IDENTITY = (
+    "run_dir",
+    "logger",
+    "trainer.resume",
+    "trainer.keep_every",
+    "trainer.async_checkpoints",
+    "trainer.max_logits",
+)
 
 LARGEST_INT = 2**63 - 1  # counts are int64 on the device
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from quack_lm import slurm
 from quack_lm.attention.base import Attention
+from quack_lm.attention.scores import implementation, resolve_backend, resolve_max_logits
 from quack_lm.config import choice, fingerprint, identity, instantiate
 from quack_lm.data.batches import EvalBatches, Sequences, TrainBatches
 from quack_lm.data.corpus import Corpus
@@ -32,6 +33,7 @@ from quack_lm.parallel import World, launched_world, materialize, shard, start_w
 from quack_lm.probe import Probe
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
+from quack_lm.text import echo
 from quack_lm.training import checkpoint
 from quack_lm.training.coordinator import Coordinator
 from quack_lm.training.environment import package_versions
@@ -136,6 +138,26 @@ def open_data(corpus: Corpus, vocab_size: int) -> TokenData:
     return data
 
 
+def choose_kernels(model: Transformer, settings: TrainerSettings, *, device: str) -> None:
+    """Settle what `auto` leaves open, and import what was chosen; UserError where it cannot run on the device."""
+    first = model.attentions[0]
+    backend = resolve_backend(first.backend, device=device, precision=settings.precision, head_width=first.head_width)
+    max_logit_kernel = resolve_max_logits(settings.max_logits, device=device)
+    for attention in model.attentions:
+        attention.backend, attention.max_logit_kernel = backend, max_logit_kernel
+
+
+def attention_kernel(meta_model: Transformer, settings: TrainerSettings, device: torch.device) -> str:
+    """What computes the attention of a model of the meta device once it is on a device: `implementation`."""
+    attention = meta_model.attentions[0]
+    dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+    x = torch.empty(1, settings.seq_len, meta_model.sizes.d_model, device="meta")
+    # The choice depends on shapes, and on whether there will be a backward pass.
+    q, k, v = (torch.empty(t.shape, device=device, dtype=dtype, requires_grad=True) for t in attention.project(x))
+    documents = None if meta_model.eot_id is None else torch.zeros(x.shape[:2], device=device, dtype=torch.long)
+    return implementation(attention.backend, q, k, v, attention.make_mask(v.new_empty(x.shape[:2]), documents))
+
+
 def place_model(
     model: Transformer, settings: TrainerSettings, world: World, *, seed: int | None, is_compiled: bool
 ) -> None:
@@ -188,6 +210,7 @@ def build_run(plan: RunPlan) -> Run:
             "world_size": world.size,
             "manifest_sha256": plan.data.manifest_sha256,
         }
+        kernel = attention_kernel(plan.model, settings, world.device)
         trained = build_model(plan, world, resumes_from, startup)
         startup.feed()
         data = build_data(plan, world)
@@ -225,9 +248,13 @@ def build_run(plan: RunPlan) -> Run:
         )
         _on_main_rank(world, plan.run_dir, lambda: run.log.rewind(state.step if resumes_from else -1))
         _on_main_rank(
-            world, plan.run_dir, lambda: plan.run_dir.write_description(config, _environment(plan, world, n_params))
+            world,
+            plan.run_dir,
+            lambda: plan.run_dir.write_description(config, _environment(plan, world, n_params, kernel)),
         )
     if world.is_main:
+        if world.device.type == "cuda":
+            echo(f"attention: {kernel}", err=True)
         _start_logging(plan, run, resumes_from)
     return run
 
@@ -368,7 +395,7 @@ def _start_logging(plan: RunPlan, run: Run, resumes_from: Path | None) -> None:
     run.log.start_progress(run.state.step, "/".join(choice(section) for section in sections))
 
 
-def _environment(plan: RunPlan, world: World, n_params: int) -> dict[str, Any]:
+def _environment(plan: RunPlan, world: World, n_params: int, attention_kernel: str) -> dict[str, Any]:
     """What is needed to reproduce a result."""
     is_cuda = world.device.type == "cuda"
     return {
@@ -385,6 +412,7 @@ def _environment(plan: RunPlan, world: World, n_params: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "n_params": n_params,
         "is_compiled": plan.is_compiled,
+        "attention_kernel": attention_kernel,
     }
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from quack_lm.attention.scores import check_backend
 from quack_lm.config import flatten, identity, instantiate
 from quack_lm.data.corpus import Corpus
 from quack_lm.data.manifest import SPLITS, TokenData
@@ -22,7 +21,14 @@ from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
 from quack_lm.text import refuse_secret
 from quack_lm.training import checkpoint
-from quack_lm.training.build import RunPlan, count_flops_per_token, initialize_stabilizer, make_model, open_data
+from quack_lm.training.build import (
+    RunPlan,
+    choose_kernels,
+    count_flops_per_token,
+    initialize_stabilizer,
+    make_model,
+    open_data,
+)
 from quack_lm.training.compilation import check_compiler, is_compiled
 from quack_lm.training.flops import peak_flops
 from quack_lm.training.metrics import LoggerSettings
@@ -74,9 +80,9 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     device = default_device() if settings.device == "auto" else settings.device
     check_world(device=device)
     settings.check_ranks(world_size)
-    check_backend(config["attention"]["backend"], device=device, precision=settings.precision)
     check_compiler(settings, device=device)
     model = make_model(config, stabilizer)
+    choose_kernels(model, settings, device=device)
     if not is_rehearsal or settings.device != "auto" or device == "cuda":
         check_memory(config, model, device=device, ranks_of_a_copy=world_size // settings.replicas)
     data = open_data(corpus, config["model"]["vocab_size"])

@@ -121,8 +121,9 @@ def accumulate_gradients(run: Run) -> Tensor:
     for number, tokens in enumerate(run.batches.micro_batches(run.state.step), start=1):
         is_last = number == run.batches.n_micro_batches
         set_gradient_reduction(run.model, run.settings.reduce_every_micro_batch or is_last)
+        n_documents = run.model.count_documents(tokens[:, :-1])
         tokens = run.world.to_device(tokens)
-        loss = run.model(tokens[:, :-1], tokens[:, 1:]).sum() / run.batch_tokens
+        loss = run.model(tokens[:, :-1], tokens[:, 1:], n_documents).sum() / run.batch_tokens
         # FSDP averages gradients over ranks; the loss is already this rank's share of a sum.
         (loss * (run.world.size if run.world.mesh is not None else 1)).backward()
         share += loss.detach()

@@ -19,7 +19,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from quack_lm.attention.scores import check_backend
 from quack_lm.config import instantiate
 from quack_lm.data.corpus import Corpus
 from quack_lm.data.manifest import SPLITS, TokenData
@@ -27,7 +26,7 @@ from quack_lm.errors import UserError, explaining
 from quack_lm.files import nearest_existing_parent
 from quack_lm.model import Transformer, count_parameters
 from quack_lm.parallel import World, check_world, default_device, launched_world
-from quack_lm.training.build import make_model, open_data
+from quack_lm.training.build import choose_kernels, make_model, open_data
 from quack_lm.training.check import check_memory, check_run_dir, check_same_data
 from quack_lm.training.environment import MISSING, package_versions
 from quack_lm.training.run_dir import RunDir
@@ -87,8 +86,7 @@ def _check_model(context: Context) -> str:
     context.model = make_model(context.config)
     device = "cuda" if context.is_login_node and context.settings.device != "cpu" else context.device
     if device == "cuda" or context.settings.device == "cpu":
-        backend = context.config["attention"]["backend"]
-        check_backend(backend, device=device, precision=context.settings.precision)
+        choose_kernels(context.model, context.settings, device=device)
     return f"{count_parameters(context.model)['total']:,} parameters"
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from quack_lm.attention.scores import MaxLogitKernel
 from quack_lm.errors import UserError
 from quack_lm.training.state import StabilityRules
 
@@ -41,6 +42,9 @@ class TrainerSettings(StabilityRules):
         compile: torch.compile each block and the loss; auto: on a GPU, and on a CPU for runs of at least 1e14 FLOPs per
             process, if there is a compiler.
         activation_checkpointing: recompute activations in the backward instead of keeping them.
+        max_logits: how max logits are computed that stabilizer=qk_clip asks for and the backend does not report: matmul
+            forms the scores block by block, flex is a forward of FlexAttention, which never writes them (CUDA); auto:
+            flex on CUDA where Triton is installed.
         loss_chunk: tokens whose vocabulary logits exist at once; auto: as many as have 2^26 logits, 256 MiB in float32;
             null: all.
         reduce_every_micro_batch: reduce the gradients over the ranks after every micro-batch; false: once per step, for
@@ -73,6 +77,7 @@ class TrainerSettings(StabilityRules):
     replicas: PositiveInt = 1
     compile: bool | Literal["auto"] = "auto"
     activation_checkpointing: bool = False
+    max_logits: MaxLogitKernel = "auto"
     loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | Literal["auto"] | None = "auto"
     reduce_every_micro_batch: bool = True
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"

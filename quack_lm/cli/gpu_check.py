@@ -1,0 +1,259 @@
+"""Check quack_lm on this machine's GPU: tests, benchmarks, a run of 20 steps at 1B and a trace, and a page about them.
+
+    quack-lm gpu-check                  # needs: GPU. Meant to take 10 min
+    quack-lm gpu-check --dry-run        # print the commands, run nothing
+    quack-lm gpu-check only=run,trace
+
+dir=DIR     where the results go, runs/gpu_check unless given: page.md, to attach to an issue, and what it is made of
+only=A,B    some of the parts: {parts}
+
+A part that fails is on the page too, and the next one starts. A checkout of the repository is needed for the tests.
+Exit codes: 0 every part passed; 1 some did not; 2 no GPU, or a mistake in the command line.
+"""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from quack_lm.config import unknown_flag
+from quack_lm.errors import UserError, explaining
+from quack_lm.files import metrics_line, read_json, user_path, write_atomically
+from quack_lm.report.table import Table, duration, significant
+from quack_lm.text import echo, shell_line
+
+REPOSITORY = Path(__file__).parents[2]
+# No part may keep the others from running.
+LIMIT_S = 900.0
+LINES_SHOWN = 40
+
+# The 1B model: at a depth at which five variants with their optimizers fit into 80 GB, and whole in a run like the
+# paper's but for the number of sequences. The vocabulary is that of the paper's data.
+VOCABULARY = "model.vocab_size=49152"
+BENCH = f"""
+model=1b {VOCABULARY} model.n_layers=8 trainer.seq_len=2048 trainer.micro_batch_size=4 trainer.global_batch_size=4
+trainer.precision=bfloat16 rounds=6
+""".split()
+RUN = f"""
+model=1b {VOCABULARY} trainer.steps=20 trainer.micro_batch_size=8 trainer.global_batch_size=32 trainer.compile=true
+trainer.val_sequences=8 logger.log_every=5
+""".split()
+# For the tests of this command, on a CPU.
+SMALL = [
+    "model.d_model=32",
+    "model.n_layers=2",
+    "model.n_heads=4",
+    "model.d_ff=48",
+    "model.vocab_size=512",
+    "trainer.device=cpu",
+    "trainer.seq_len=16",
+    "trainer.micro_batch_size=2",
+    "trainer.global_batch_size=4",
+    "trainer.val_sequences=2",
+]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, and what the page calls it."""
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a part ended: its exit code, None where it took too long; and what it printed."""
+
+    part: Part
+    code: int | None
+    seconds: float
+    stdout: str
+    stderr: str
+
+    @property
+    def verdict(self) -> str:
+        """`passed`, or how it failed."""
+        if self.code is None:
+            return "stopped: too slow"
+        return f"FAILED (exit code {self.code})" if self.code else "passed"
+
+
+def main(arguments: list[str]) -> int:
+    """Run the parts one after another, and write the page."""
+    if {"-h", "--help"} & set(arguments):
+        names = ", ".join(part.name for part in parts(Path("DIR"), is_small=False))
+        echo(*(__doc__ or "").format(parts=names).splitlines())
+        return 0
+    own, is_dry = read(arguments)
+    directory, is_small = user_path(own.get("dir", "runs/gpu_check")), own.get("small") == "true"
+    chosen = choose(parts(directory, is_small=is_small), own.get("only"))
+    if not is_dry and (directory / "page.md").exists():
+        raise UserError(f"dir={directory} holds the page of an earlier check; choose another dir")
+    if is_dry:
+        echo(*(shell_line(part.command) for part in chosen))
+        return 0
+    if not is_small:
+        refuse_without_gpu()
+    with explaining(f"dir={directory}", "or choose another"):
+        directory.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for number, part in enumerate(chosen, start=1):
+        echo(f"[{number}/{len(chosen)}] {part.title}")
+        outcome = run(part, directory)
+        echo(f"      {outcome.verdict}, {duration(outcome.seconds)}")
+        outcomes.append(outcome)
+        # After each part: whatever ends this command, the page has what there is.
+        write_atomically(directory / "page.md", page(facts(directory), outcomes))
+    echo(f"page: {directory / 'page.md'}")
+    return 0 if all(outcome.code == 0 for outcome in outcomes) else 1
+
+
+def read(arguments: list[str]) -> tuple[dict[str, str], bool]:
+    """The keys of a command line, and whether it is only to be shown; UserError for anything unknown."""
+    own = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if argument.startswith("-") and argument != "--dry-run":
+            raise UserError(unknown_flag(argument, ["--dry-run"]))
+        if not argument.startswith("-") and name not in ("dir", "only", "small"):
+            raise UserError(f"{argument}: quack-lm gpu-check has the keys dir= and only=")
+        own[name] = value
+    return own, own.pop("--dry-run", None) is not None
+
+
+def parts(directory: Path, *, is_small: bool) -> list[Part]:
+    """Everything that is run, in order."""
+    from quack_lm.attention import flash
+
+    cli = (sys.executable, "-m", "quack_lm")
+    bench = (*cli, "bench", *(["rounds=1", "steps=1", "warmup=1", *SMALL] if is_small else BENCH))
+    kernels = "sdpa,flex" + (",flash" if flash.installed_versions() else "")
+    suites = {
+        "stabilizers": ("Stabilizers, MHA", ("suite=stabilizers", "attention=mha")),
+        "stabilizers_mla": ("Stabilizers, MLA", ("suite=stabilizers", "attention=mla")),
+        "max_logits": ("Max logits of QK clip, MLA", ("suite=max_logits", "attention=mla")),
+        "kernels": ("Attention kernels, MHA", ("suite=kernels", "attention=mha", f"only={kernels}")),
+        "compile": ("Compiled blocks, MHA", ("suite=compile", "attention=mha")),
+    }
+    data = ("data=stdlib", f"data.dir={directory / 'data'}")
+    sizes = ("experiment=tiny", *SMALL, "trainer.steps=8", "logger.log_every=2") if is_small else RUN
+    train = (*cli, "train", *data, *sizes)
+    quiet = ("trainer.val_every=0", "trainer.probe_every=0", "trainer.checkpoint_every=0", "logger.progress=false")
+    # Each test is mostly start-up and compilation, so several share the GPU.
+    tests = ("-m", "gpu", "-n", "4", "-rfs", "-p", "no:cacheprovider", f"--junitxml={directory / 'tests.xml'}")
+    trace = ("suite=stabilizers", "only=none", "rounds=1", f"trace={directory / 'trace.json.gz'}")
+    return [
+        Part("tests", "Tests that need a GPU", (sys.executable, "-m", "pytest", str(REPOSITORY / "tests"), *tests)),
+        Part("data", "Data of the run", (*cli, "prepare", *data)),
+        Part(
+            "run",
+            "20 steps of the 1B model, MHA",
+            (*train, *quiet, f"run_dir={directory / 'run'}"),
+        ),
+        Part("trace", "Trace of a step, MHA", (*bench, *trace, f"out={directory / 'trace.jsonl'}")),
+        *(
+            Part(name, title, (*bench, *settings, f"out={directory / name}.jsonl"))
+            for name, (title, settings) in suites.items()
+        ),
+    ]
+
+
+def choose(all_parts: list[Part], only: str | None) -> list[Part]:
+    """The parts that `only=` names; UserError for one that does not exist."""
+    if only is None:
+        return all_parts
+    names = [part.name for part in all_parts]
+    if unknown := [name for name in only.split(",") if name not in names]:
+        raise UserError(f"only={only}: there is no part {unknown[0]}; the parts are: {', '.join(names)}")
+    return [part for part in all_parts if part.name in only.split(",")]
+
+
+def refuse_without_gpu() -> None:
+    """UserError where torch sees no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            "torch sees no GPU here, and everything that gpu-check does needs one; --dry-run prints its commands"
+        )
+
+
+def run(part: Part, directory: Path) -> Outcome:
+    """Run a part in a process group of its own, and keep what it prints in the directory."""
+    out, err = directory / f"{part.name}.log", directory / f"{part.name}.err"
+    start, code = time.monotonic(), None
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(part.command, stdout=stdout, stderr=stderr, start_new_session=True)
+        try:
+            code = process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # also where this command itself is interrupted
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    texts = (path.read_text(encoding="utf-8", errors="replace") for path in (out, err))
+    return Outcome(part, code, time.monotonic() - start, *texts)
+
+
+def facts(directory: Path) -> dict[str, str]:
+    """What the page says of the machine and of the run, as far as there is one."""
+    import torch
+
+    from quack_lm.attention import flash
+    from quack_lm.training.environment import package_versions
+
+    found = {"GPU": "none", "torch's CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        found["GPU"] = f"{torch.cuda.get_device_name()}, {memory:.0f} GiB, {torch.cuda.device_count()} of them"
+    flash_attn = ", ".join(map(str, sorted(flash.installed_versions()))) or "none"
+    found |= {"flash-attn": flash_attn, "machine": platform.platform()}
+    found |= {name: text for name, text in package_versions().items() if name in ("quack_lm", "python", "torch")}
+    return found | facts_of_run(directory / "run")
+
+
+def facts_of_run(run_dir: Path) -> dict[str, str]:
+    """Utilization, speed and losses of the run; the first interval has the compilation and is left out."""
+    about, metrics = read_json(run_dir / "environment.json"), run_dir / "metrics.jsonl"
+    if not about or not metrics.exists():
+        return {}
+    lines = [metrics_line(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    found = {"commit": f"{about['git_revision']}{', modified' * about['git_is_dirty']}"}
+    found["attention kernel of the run"] = about["attention_kernel"]
+    for name, key in (("MFU", "throughput/mfu"), ("tokens/s", "throughput/tokens_per_s")):
+        if values := [line[key] for line in lines if key in line][1:]:
+            found[f"{name} of the run"] = significant(median(values))
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    return found | {"loss of the run": f"{losses[0]:.3f} to {losses[-1]:.3f}"} if losses else found
+
+
+def page(about: Mapping[str, str], outcomes: Sequence[Outcome]) -> str:
+    """The page in Markdown: the machine, every part with its verdict, and the end of what each has printed."""
+    summary = [(o.part.title, o.verdict, duration(o.seconds)) for o in outcomes]
+    blocks = [
+        "# gpu-check",
+        Table(header=("", ""), rows=list(about.items())).as_markdown(),
+        Table(header=("part", "", "time"), rows=summary, numeric=(2,)).as_markdown(),
+    ]
+    for one in outcomes:
+        shown = one.stdout.splitlines() + (one.stderr.splitlines()[-LINES_SHOWN:] if one.code else [])
+        text = "\n".join(line.rstrip() for line in shown[-LINES_SHOWN:])
+        blocks += [f"## {one.part.title}: {one.verdict}", _fenced(shell_line(one.part.command), "bash")]
+        blocks += [_fenced(text, "text")] if text.strip() else []
+    return "\n\n".join(blocks) + "\n"
+
+
+def _fenced(text: str, language: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}\n{fence}"
