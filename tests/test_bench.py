@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,18 @@ import torch
 from calls import call
 
 from quack_lm.bench import suites
-from quack_lm.bench.peers import make_step
+from quack_lm.bench.peers import make_peer_step
+from quack_lm.bench.ranks import LaunchedStep
 from quack_lm.bench.rounds import Turn, quiet_rounds, summarize
+from quack_lm.bench.run_step import RunStep
 from quack_lm.bench.step import Phases, TrainingStep
+from quack_lm.cli.bench import read
 from quack_lm.config import choices, compose
 from quack_lm.optim.recipe import set_lr
 from quack_lm.parallel import World
 from quack_lm.training.build import build_run
 from quack_lm.training.check import check_run
+from quack_lm.training.checkpoint import list_checkpoints
 from quack_lm.training.loop import train
 
 SMALL = ("model.d_model=32", "model.n_layers=2", "model.n_heads=4", "model.d_ff=48", "model.vocab_size=64")
@@ -26,8 +31,11 @@ HERE = World(0, 1, 0, torch.device("cpu"))
 
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_every_variant_of_a_suite_is_a_run_that_could_be_made(suite: str) -> None:
-    configs = {name: compose([*suites.BASE, *settings]) for name, settings in suites.variants(suite).items()}
-    assert len(configs) == len({json.dumps(config) for config in configs.values()}) or suite == "peers"
+    command = read([f"suite={suite}"])
+    assert len({json.dumps([vars(one), command.configs[name]]) for name, one in command.variants.items()}) == len(
+        command.variants
+    )
+    assert set(suites.baselines(command.variants).values()) <= set(command.variants)
 
 
 def test_ratios_are_taken_within_a_round_so_that_a_slow_machine_changes_none() -> None:
@@ -75,7 +83,7 @@ def test_the_step_trains_and_its_phases_are_all_of_its_time(attention: str) -> N
     # Two micro-batches a step, of the same random tokens each time, are learned by heart.
     assert len(losses) == 60
     assert losses[-1] < losses[0] - 0.3
-    assert set(phases.seconds()) == {"forward", "backward", "optimizer", "stabilizer"}
+    assert set(phases.seconds()) == {"data", "forward", "backward", "optimizer", "stabilizer"}
     assert sum(phases.seconds().values()) == pytest.approx(phases.marks[-1][1] - phases.marks[0][1])
     assert all(seconds > 0 for seconds in phases.seconds().values())
 
@@ -85,7 +93,7 @@ def test_the_step_is_that_of_a_run(tmp_path: Path, tiny_data: list[str]) -> None
     config = compose([*suites.BASE, *settings, *tiny_data, "trainer.steps=1", f"run_dir={tmp_path}"])
     run = build_run(check_run(config))
     step = TrainingStep(config, HERE)
-    step.micro_batches = list(run.batches.micro_batches(0))
+    step.batches = run.batches
     set_lr(step.optimizers, 1.0)
     train(run)
     step(Phases(HERE.device))
@@ -93,15 +101,72 @@ def test_the_step_is_that_of_a_run(tmp_path: Path, tiny_data: list[str]) -> None
         assert torch.equal(one, other), name
 
 
-@pytest.mark.parametrize("peer", suites.PEERS)
-def test_a_peer_has_the_parameters_of_our_model(peer: str) -> None:
-    variants = suites.variants("peers")
-    ours, theirs = (
-        make_step(name, compose([*suites.BASE, *variants[name], *SMALL]), HERE) for name in (f"ours, as {peer}", peer)
+def test_the_parts_around_the_step_are_those_of_a_run(tmp_path: Path, tiny_data: list[str]) -> None:
+    settings = ["stabilizer=quack", *SMALL, *tiny_data, "model.vocab_size=512", "optimizer.warmup_steps=0"]
+    settings += ["trainer.steps=6", "trainer.probe_every=3", "trainer.checkpoint_every=3", "logger.log_every=2"]
+    config = compose([*suites.BASE, *settings, f"run_dir={tmp_path / 'run'}"])
+    run = build_run(check_run(config))
+    step = RunStep(config, HERE, tmp_path / "step", ("data", "log", "probe", "checkpoint"))
+    assert 0 < step.run.state.step < 3  # so that a checkpoint does not end a turn
+    step.run.state.step = 0
+    step.batches = step.run.batches = run.batches
+    step.run.probe.batches = run.probe.batches
+    step.lr = set_lr(step.optimizers, 1.0)
+    train(run)
+    timing = step.turn(6)
+    assert {"data", "logging", "probe", "checkpoint"} < set(timing.phases_s)
+    theirs, ours = (
+        [json.loads(line) for line in place.metrics_file.open()] for place in (run.run_dir, step.run.run_dir)
     )
+    theirs = [line for line in theirs if line["step"]]
+    clock = {"throughput/tokens_per_s", "throughput/mfu"}
+    of_ends = {"val/loss", *(key for key in theirs[0] if key.startswith(("logits/", "quack/", "norms/")))}
+    for one, other in zip(theirs, ours, strict=True):
+        # A run probes its first step too, and validates.
+        assert one.keys() - other.keys() <= (of_ends if one["step"] == 1 else {"val/loss"})
+        assert other == {key: other[key] if key in clock else one[key] for key in other}
+    assert "logits/max" in ours[2]
+    for place in (run.run_dir, step.run.run_dir):
+        assert [path.name for path in list_checkpoints(place.checkpoints)] == ["step_00000003", "step_00000006"]
+
+
+PEERS = {name: one for name, one in suites.SUITES["peers"].variants.items() if one.peer}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peer_trains_the_parameters_of_our_model(peer: str, tmp_path: Path) -> None:
+    package = PEERS[peer].package
+    if package and not find_spec(package):
+        pytest.skip(f"{package} is not installed: {suites.INSTALL}")
+    config = compose([*suites.BASE, *PEERS[peer].settings, *SMALL])
+    ours = TrainingStep(config, HERE)
+    theirs = make_peer_step(peer, config, HERE, tmp_path)
     assert sum(p.numel() for p in ours.model.parameters()) == sum(p.numel() for p in theirs.model.parameters())
-    assert suites.baselines(list(variants))[f"ours, as {peer}"] == peer
     assert ours.tokens_per_step == theirs.tokens_per_step
+    before = [p.detach().clone() for p in theirs.model.parameters()]
+    assert theirs.turn(2).step_s > 0
+    assert all(not torch.equal(p, old) for p, old in zip(theirs.model.parameters(), before, strict=True))
+
+
+def test_a_turn_of_several_ranks_is_made_by_so_many_processes(tmp_path: Path) -> None:
+    command = read(["suite=ranks", "only=2 ranks weak", *SMALL])
+    config, settings = command.configs["2 ranks weak"], command.settings["2 ranks weak"]
+    step = LaunchedStep(settings, config["trainer"], 2, tmp_path)
+    assert step.tokens_per_step == 2 * 4 * 16
+    assert step.turn(1).phases_s.keys() == {"data", "forward", "backward", "optimizer", "stabilizer"}
+    assert step.memory_bytes > 0
+
+
+def test_ranks_share_a_batch_or_have_as_much_each() -> None:
+    trainers = {name: config["trainer"] for name, config in read(["suite=ranks"]).configs.items()}
+    batches = {name: (one["global_batch_size"], one["micro_batch_size"]) for name, one in trainers.items()}
+    assert batches == {
+        "1 rank": (8, 8),
+        "2 ranks strong": (8, 4),
+        "4 ranks strong": (8, 2),
+        "2 ranks weak": (16, 8),
+        "4 ranks weak": (32, 8),
+    }
 
 
 def test_the_command_prints_a_table_and_writes_each_turn(tmp_path: Path) -> None:
@@ -125,6 +190,8 @@ def test_the_command_prints_a_table_and_writes_each_turn(tmp_path: Path) -> None
         (["suite=stabilisers"], "suite=stabilisers is unknown; choose one of: stabilizers"),
         (["suite=compile", "only=eagre"], "has no eagre; it has: eager, compiled"),
         (["suite=compile", "rounds=0"], "rounds=0 must be an integer from 1 to 9999"),
+        (["suite=probe", "steps=60"], "steps=60 must be a multiple of trainer.probe_every=50"),
+        (["suite=ranks", "trainer.global_batch_size=12"], "trainer.global_batch_size=12 must be a multiple of"),
         (["suite=compile", "model.width=3"], "model.width"),
         (["suite=compile", "--fast"], "--fast"),
     ],

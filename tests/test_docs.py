@@ -120,7 +120,7 @@ def check_verb(words: list[str], command: Command, capsys: pytest.CaptureFixture
     elif verb == "sweep":
         check_sweep(arguments)
     elif verb == "bench":
-        assert read_bench(arguments)[1]
+        assert read_bench(arguments).configs
     elif verb == "report":
         directory = arguments[0]
         assert directory.startswith("runs/") or (ROOT / directory / "results.parquet").is_file()
