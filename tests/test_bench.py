@@ -10,6 +10,7 @@ import torch
 from calls import call
 
 from quack_lm.bench import suites
+from quack_lm.bench.kernels import count_kernels, count_stabilizer_calls
 from quack_lm.bench.peers import make_peer_step
 from quack_lm.bench.ranks import LaunchedStep
 from quack_lm.bench.rounds import Turn, quiet_rounds, summarize
@@ -167,6 +168,35 @@ def test_ranks_share_a_batch_or_have_as_much_each() -> None:
         "2 ranks weak": (16, 8),
         "4 ranks weak": (32, 8),
     }
+
+
+def test_the_kernels_of_a_graph_are_counted_with_the_bytes_that_they_move() -> None:
+    table = torch.randn(50, 7, requires_grad=True)
+    weight = torch.randn(7, 11, requires_grad=True)
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        return ((table[:30] @ weight).sin() + tokens[:, None]).square().sum()
+
+    found = count_kernels(loss, torch.arange(30))
+    # Forward: one product, and one kernel for all behind it. Backward: one kernel before two products, and one that
+    # puts the 30 rows of a gradient among the 50.
+    assert (found.forward, found.backward, found.matrix_products) == (1, 2, 3)
+    product, rows = 30 * 11 * 4, 30 * 8
+    forward = product + rows + 4
+    backward = 4 + rows + 2 * product + (30 + 50) * 7 * 4
+    assert found.bytes == forward + backward
+    assert (found.attentions, found.other_calls) == (0, 0)
+
+
+def test_a_stabilizer_calls_operators_only_for_what_it_does() -> None:
+    counts = {}
+    for name in ("none", "quack"):
+        for layers in (1, 3):
+            step = TrainingStep(compose([*suites.BASE, *SMALL, f"stabilizer={name}", f"model.n_layers={layers}"]), HERE)
+            counts[name, layers] = count_stabilizer_calls(step)
+    # The optimizers' own operators are not among them, and the layers are stacked.
+    assert counts["none", 1] == counts["none", 3] == 0
+    assert counts["quack", 1] == counts["quack", 3] > 0
 
 
 def test_the_command_prints_a_table_and_writes_each_turn(tmp_path: Path) -> None:

@@ -1,19 +1,23 @@
 """The kernels that inductor makes of a step: a sign of fusion that does not depend on how fast a machine is.
 
-Loss and gradient are compiled as one graph, and the scheduler's nodes are counted after fusion. Bytes are what each
-node must read and write at least; those of matrix products and attention are left out.
+Loss and gradient are one graph each, lowered as `torch.compile` does it, and the scheduler's nodes are counted after
+fusion; nothing is compiled by a C++ compiler or run. Bytes are what each node must read and write at least; those of
+matrix products and attention are left out.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple, NoReturn
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._inductor import compile_fx, ir, metrics
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor import ir
+from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
-from torch._inductor.utils import fresh_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quack_lm.bench.step import Phases, TrainingStep
@@ -25,45 +29,61 @@ MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 class KernelCounts(NamedTuple):
     """Of forward and backward over one micro-batch."""
 
-    kernels: int  # that inductor generates
+    forward: int  # kernels that inductor generates
+    backward: int
     matrix_products: int
     attentions: int
     other_calls: int  # of kernels that exist already
     bytes: int  # of all but matrix products and attention
 
 
+class _ScheduledError(Exception):
+    """Forward and backward are scheduled, and the forward would run now."""
+
+
+class _Module:
+    """What stands for the compiled module of a graph."""
+
+    def call(self, *args: Any) -> NoReturn:
+        raise _ScheduledError
+
+
 def count_kernels(loss: Callable[[Tensor], Tensor], tokens: Tensor) -> KernelCounts:
-    """Compile a loss of tokens with its gradient, run both once, and count."""
+    """Lower a loss of tokens and its gradient, and count."""
+    counts: Counter[str] = Counter()
+
+    def count_and_stop(graph: GraphLowering) -> _Module:
+        graph.codegen()
+        for node in graph.scheduler.nodes:
+            kind = _kind(node) or ("backward" if graph.is_backward else "forward")
+            counts[kind] += 1
+            if kind in ("forward", "backward", "other"):
+                counts["bytes"] += node.get_read_write_buffers_sizes()
+        return _Module()
+
     torch.compiler.reset()
-    metrics.reset()
-    log = compile_fx.inductor_metrics_log
-    level, is_propagated = log.level, log.propagate
-    try:
-        # Where the log is on, and only there, the nodes are kept.
-        log.setLevel(logging.INFO)
-        log.propagate = False
-        with fresh_cache():
-            torch.compile(loss, fullgraph=True)(tokens).backward()
-        kinds: Counter[str] = Counter()
-        n_bytes = 0
-        for node, n_numbers in metrics.nodes_num_elem:  # bytes / 4
-            kind = _kind(node)
-            kinds[kind] += 1
-            n_bytes += 4 * n_numbers if kind in ("kernel", "other") else 0
-    finally:
-        log.setLevel(level)
-        log.propagate = is_propagated
-        metrics.reset()
-    return KernelCounts(kinds["kernel"], kinds["matrix product"], kinds["attention"], kinds["other"], n_bytes)
+    with (
+        # As torch._inductor.utils.get_code does it. Graphs that are found in a cache would not be scheduled.
+        mock.patch.object(GraphLowering, "compile_to_module", count_and_stop),
+        inductor_config.patch(fx_graph_cache=False),
+        functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True),
+        suppress(_ScheduledError),
+    ):
+        torch.compile(loss, fullgraph=True)(tokens)
+    torch.compiler.reset()
+    return KernelCounts(
+        *(counts[name] for name in ("forward", "backward", "matrix product", "attention", "other", "bytes"))
+    )
 
 
-def _kind(node: BaseSchedulerNode) -> str:
+def _kind(node: BaseSchedulerNode) -> str | None:
+    """What a node is that is no kernel of inductor's own."""
     if isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, ir.MultiOutput):
         return "nothing"
     if node.is_template():
         return "matrix product"
     if not node.is_extern():
-        return "kernel"
+        return None
     called = getattr(node.node, "op_overload", None)
     name = called.name() if called is not None else str(getattr(node.node, "python_kernel_name", ""))
     name = name.removeprefix("aten::").removeprefix("extern_kernels.").split(".")[0]
@@ -99,5 +119,5 @@ class _Calls(TorchDispatchMode):
         self._is_on = is_on
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += self._is_on and not func.is_view
+        self.count += self._is_on and not func.is_view and func.namespace == "aten"
         return func(*args, **(kwargs or {}))

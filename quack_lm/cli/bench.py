@@ -56,6 +56,13 @@ PHASES = {
     "checkpoint": "checkpoint",
 }
 MIB = 2**20
+# Of the table of `kernels`.
+LEGEND = """\
+fwd, bwd     kernels that inductor generates for forward and backward of one micro-batch, each as one graph
++fwd, +bwd   how many more than the baseline, per layer
+GEMMs        matrix products, which are calls of libraries, as attention is; other: further such calls
+B/token      bytes that all but GEMMs and attention read and write at least
+stabilizer   operators around the optimizer step, for all layers together and not compiled"""
 
 
 @dataclass(frozen=True)
@@ -227,27 +234,25 @@ def count(command: Command, world: "World", directory: Path) -> list[dict[str, A
         }
     baselines = suites.baselines(command.variants)
     rows = [_kernel_row(name, line, lines[baselines[name]]) for name, line in lines.items()]
-    header = ("variant", "kernels", "more/layer", "GEMMs", "attention", "other calls", "B/token", "stabilizer calls")
+    header = ("variant", "fwd", "bwd", "+fwd", "+bwd", "GEMMs", "attention", "other", "B/token", "stabilizer")
     echo(*Table(header=header, rows=rows, numeric=range(1, len(header))).as_text().splitlines(), "")
-    echo(
-        f"forward and backward of one micro-batch, compiled as one graph by inductor for {world.device.type}; "
-        "kernels: those that it generates; more/layer: than the baseline's; other calls: of ready kernels; "
-        "B/token: bytes that all but GEMMs and attention move at least; stabilizer calls: operators around the "
-        "optimizer step, for all layers together, not compiled"
-    )
+    echo(*LEGEND.splitlines(), f"inductor for {world.device.type}")
     echo(f"each line is in {command.out}")
     return list(lines.values())
 
 
 def _kernel_row(name: str, line: dict[str, Any], baseline: dict[str, Any]) -> tuple[str, ...]:
-    more = (line["kernels"] - baseline["kernels"]) / line["n_layers"]
+    def more(key: str) -> str:
+        return "baseline" if line is baseline else f"{(line[key] - baseline[key]) / line['n_layers']:+.3g}"
+
+    counts = ("matrix_products", "attentions", "other_calls")
     return (
         name,
-        str(line["kernels"]),
-        "baseline" if line is baseline else f"{more:+.3g}",
-        str(line["matrix_products"]),
-        str(line["attentions"]),
-        str(line["other_calls"]),
+        str(line["forward"]),
+        str(line["backward"]),
+        more("forward"),
+        more("backward"),
+        *(str(line[key]) for key in counts),
         format_count(line["bytes_per_token"]),
         str(line["stabilizer_calls"]),
     )
