@@ -18,9 +18,10 @@ from quack_lm.bench.run_step import RunStep
 from quack_lm.bench.step import Phases, TrainingStep
 from quack_lm.cli.bench import read
 from quack_lm.config import choices, compose
+from quack_lm.model import Transformer, count_parameters
 from quack_lm.optim.recipe import set_lr
 from quack_lm.parallel import World
-from quack_lm.training.build import build_run
+from quack_lm.training.build import build_run, make_model
 from quack_lm.training.check import check_run
 from quack_lm.training.checkpoint import list_checkpoints
 from quack_lm.training.loop import train
@@ -199,18 +200,35 @@ def test_a_stabilizer_calls_operators_only_for_what_it_does() -> None:
     assert counts["quack", 1] == counts["quack", 3] > 0
 
 
-def test_the_command_prints_a_table_and_writes_each_turn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suite", "only"),
+    [("stabilizers", "none,quack"), ("checkpoint", "none,asynchronous"), ("kernels", "mha none")],
+)
+def test_the_command_prints_a_table_and_writes_each_turn(suite: str, only: str, tmp_path: Path) -> None:
     out = tmp_path / "new" / "turns.jsonl"
-    few = ("rounds=2", "steps=1", "warmup=1", "only=none,quack", f"out={out}")
-    code, stdout, stderr = call("bench", "suite=stabilizers", *few, *SMALL)
+    few = ("rounds=2", "steps=2", "warmup=2", f"only={only}", f"out={out}", "trainer.checkpoint_every=2")
+    code, stdout, stderr = call("bench", f"suite={suite}", *few, *SMALL, "model.n_layers=1")
     assert (code, stderr) == (0, "")
-    rows = [line.split() for line in stdout.splitlines()]
-    assert [row[0] for row in rows[2:4]] == ["none", "quack"]
-    turns = [json.loads(line) for line in out.read_text().splitlines()]
-    assert sorted((turn["round"], turn["variant"]) for turn in turns) == [
-        (i, n) for i in (0, 1) for n in ("none", "quack")
-    ]
-    assert {turn["suite"] for turn in turns} == {"stabilizers"}
+    names = only.split(",")
+    header, _, *rows = stdout.splitlines()
+    assert [row[: len(name)] for row, name in zip(rows, names, strict=False)] == names
+    assert header.startswith("variant")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["suite"] for line in lines} == {suite}
+    assert list(out.parent.iterdir()) == [out]  # what the variants wrote is gone
+    if suite == "kernels":
+        assert [line["variant"] for line in lines] == names
+        return
+    assert sorted((line["round"], line["variant"]) for line in lines) == [(i, n) for i in (0, 1) for n in sorted(names)]
+    for line in lines:
+        assert line["tokens_per_s"] == pytest.approx(4 * 16 / line["step_s"])
+        assert line["mfu"] > 0
+        # Weights, their gradients, and two moments of some: in float32, and more for activations.
+        assert line["memory_bytes"] > 3 * 4 * count_parameters(small_model())["total"]
+
+
+def small_model() -> Transformer:
+    return make_model(compose([*suites.BASE, *SMALL, "model.n_layers=1"]))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from quack_lm.bench import suites
 from quack_lm.bench.suites import Suite, Variant
 from quack_lm.config import compose, instantiate, unknown_flag
@@ -218,7 +220,7 @@ def count(command: Command, world: "World", directory: Path) -> list[dict[str, A
     if world.size > 1:
         raise UserError("suite=kernels counts in one process; start it without torchrun")
     lines: dict[str, dict[str, Any]] = {}
-    for name, variant in command.variants.items():
+    for name, variant in tqdm(command.variants.items(), disable=None, leave=False):
         config = command.configs[name]
         step: Any = make_step(variant, config, command.settings[name], world, directory)
         calls = count_stabilizer_calls(step) if isinstance(step, TrainingStep) else 0
