@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from quack_lm.bench.ranks import LaunchedStep
 from quack_lm.bench.step import Phases, Timed
 from quack_lm.report.statistics import interval_of_ratios
 from quack_lm.training.memory import PeakMemory
@@ -62,7 +63,8 @@ def warm_up(makers: Mapping[str, Callable[[], Timed]], *, device: torch.device, 
         with PeakMemory(device) as peak:
             step = make()
             step.turn(steps)
-        found[name] = Warm(step, getattr(step, "memory_bytes", peak.bytes - others.bytes))
+        own_bytes = step.memory_bytes if isinstance(step, LaunchedStep) else peak.bytes - others.bytes
+        found[name] = Warm(step, own_bytes)
     return found
 
 

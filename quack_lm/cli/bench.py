@@ -11,6 +11,7 @@ suite=NAME     what is compared
 rounds=10      how often each variant has its turn; a ratio has an interval from two rounds on
 steps=3        steps of a turn
 warmup=3       steps of each variant before the first round: caches, compilation, and its peak memory
+               (loader, probe and checkpoint: 5 rounds of 50 steps, whole intervals; ranks: 5 rounds)
 out=FILE       a line of JSON for each turn, runs/bench/<suite>.jsonl unless given
 only=A,B       some variants of the suite
 
@@ -20,6 +21,7 @@ something else ran.
 """
 
 import json
+import math
 import os
 import tempfile
 import textwrap
@@ -79,6 +81,15 @@ class Command:
     configs: dict[str, dict[str, Any]]
     notes: list[str]  # what is left out
 
+    def leave_out_ranks(self, device: str) -> None:
+        """Drop the variants with more ranks than this machine has GPUs; a CPU's ranks may share its cores."""
+        import torch
+
+        gpus = torch.cuda.device_count() if device == "cuda" else math.inf
+        for name in [name for name, variant in self.variants.items() if variant.ranks > gpus]:
+            del self.variants[name]
+            self.notes.append(f"{name} is left out, for this machine has {gpus} GPUs")
+
 
 def main(arguments: list[str]) -> int:
     """Measure one suite, print its table and write its turns."""
@@ -86,17 +97,19 @@ def main(arguments: list[str]) -> int:
         echo(*(__doc__ or "").format(suites="\n".join(map(_listed, suites.SUITES))).splitlines())
         return 0
     command = read(arguments)
-    for note in command.notes:
-        echo(note, err=True)
 
     # Imported late: a mistake in the settings need not wait for it.
-    from quack_lm.parallel import default_device, launched_world, start_world
+    from quack_lm.parallel import check_world, default_device, launched_world, start_world
     from quack_lm.training.memory import keep_freed_memory
 
     trainers = [config["trainer"] for config in command.configs.values()]
+    device = default_device() if trainers[0]["device"] == "auto" else trainers[0]["device"]
+    check_world(device=device)
     for variant, trainer in zip(command.variants.values(), trainers, strict=True):
         instantiate(trainer).check_ranks(variant.ranks or launched_world()[1])
-    device = default_device() if trainers[0]["device"] == "auto" else trainers[0]["device"]
+    command.leave_out_ranks(device)
+    for note in command.notes:
+        echo(note, err=True)
     if device == "cpu":
         keep_freed_memory()
     # As in training: in bfloat16 also a single process is wrapped.
@@ -125,8 +138,8 @@ def measure(command: Command, world: "World", directory: Path) -> list[dict[str,
         name: partial(make_step, variant, command.configs[name], command.settings[name], world, directory / str(number))
         for number, (name, variant) in enumerate(command.variants.items())
     }
-    peaks = {config["trainer"]["precision"]: 0.0 for config in command.configs.values()}
-    peaks = {precision: peak_flops(world.device, precision) for precision in peaks}
+    precisions = {config["trainer"]["precision"] for config in command.configs.values()}
+    peaks = {precision: peak_flops(world.device, precision) for precision in sorted(precisions)}
     warm = rounds.warm_up(makers, device=world.device, steps=command.counts["warmup"])
     turns = rounds.measure(
         {name: one.step for name, one in warm.items()},
@@ -135,15 +148,12 @@ def measure(command: Command, world: "World", directory: Path) -> list[dict[str,
         steps=command.counts["steps"],
     )
     kept = rounds.quiet_rounds(turns)
-    ranks = {name: variant.ranks or world.size for name, variant in command.variants.items()}
-    scales = {
-        name: Scale(
-            tokens=warm[name].step.tokens_per_step,
-            flops_share=count_flops_per_token(config) / (peaks[config["trainer"]["precision"]] * ranks[name]),
-            memory_bytes=warm[name].memory_bytes,
-        )
-        for name, config in command.configs.items()
-    }
+    scales = {}
+    for name, variant in command.variants.items():
+        config = command.configs[name]
+        peak = peaks[config["trainer"]["precision"]] * (variant.ranks or world.size)
+        step, memory_bytes = warm[name]
+        scales[name] = Scale(step.tokens_per_step, count_flops_per_token(config) / peak, memory_bytes)
     if world.is_main:
         found = rounds.summarize(suites.baselines(command.variants), turns, kept)
         echo(*_table(found, scales).splitlines(), "")
@@ -168,7 +178,7 @@ class Scale:
     """What makes rates of the time of a variant's step."""
 
     tokens: int
-    flops_share: float  # seconds that a token takes at the devices' peak
+    fastest_s: float  # of a token, at the devices' peak
     memory_bytes: int
 
     def tokens_per_s(self, step_s: float) -> float:
@@ -177,7 +187,7 @@ class Scale:
 
     def mfu(self, step_s: float) -> float:
         """Model FLOPs utilization."""
-        return self.tokens_per_s(step_s) * self.flops_share
+        return self.tokens_per_s(step_s) * self.fastest_s
 
 
 def _machine(world: "World") -> str:
