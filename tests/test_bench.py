@@ -208,7 +208,8 @@ def test_the_command_prints_a_table_and_writes_each_turn(suite: str, only: str, 
     out = tmp_path / "new" / "turns.jsonl"
     few = ("rounds=2", "steps=2", "warmup=2", f"only={only}", f"out={out}", "trainer.checkpoint_every=2")
     code, stdout, stderr = call("bench", f"suite={suite}", *few, *SMALL, "model.n_layers=1")
-    assert (code, stderr) == (0, "")
+    # A CUDA build of torch may say once that there is no GPU, when inductor is loaded.
+    assert (code, [line for line in stderr.splitlines() if "No CUDA runtime" not in line]) == (0, [])
     names = only.split(",")
     header, _, *rows = stdout.splitlines()
     assert [row[: len(name)] for row, name in zip(rows, names, strict=False)] == names

@@ -115,14 +115,17 @@ def main(arguments: list[str]) -> int:
     # As in training: in bfloat16 also a single process is wrapped.
     is_wrapped = launched_world()[1] > 1 or any(trainer["precision"] != "float32" for trainer in trainers)
     world = start_world(device=device, is_wrapped=is_wrapped)
-    with explaining(f"out={command.out}", "or choose another"):
+    writing = partial(explaining, f"out={command.out}", "or choose another")
+    with writing():
         command.out.parent.mkdir(parents=True, exist_ok=True)
         # Beside the result, so that checkpoints are written to the disk that they are meant for.
-        with tempfile.TemporaryDirectory(dir=command.out.parent, prefix=".bench_", ignore_cleanup_errors=True) as own:
-            directory = Path(world.all_gather(own)[0])  # of the main process
-            lines = (count if command.suite == "kernels" else measure)(command, world, directory)
-            world.barrier()
-        if world.is_main:
+        own = tempfile.TemporaryDirectory(dir=command.out.parent, prefix=".bench_", ignore_cleanup_errors=True)
+    with own as name:
+        directory = Path(world.all_gather(name)[0])  # of the main process
+        lines = (count if command.suite == "kernels" else measure)(command, world, directory)
+        world.barrier()
+    if world.is_main:
+        with writing():
             write_atomically(command.out, "".join(json.dumps(line) + "\n" for line in lines))
     return world.shutdown(0)
 
