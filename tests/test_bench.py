@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,20 @@ import torch
 from calls import call
 
 from quack_lm.bench import suites
-from quack_lm.bench.peers import make_step
+from quack_lm.bench.kernels import count_kernels, count_stabilizer_calls
+from quack_lm.bench.peers import make_peer_step
+from quack_lm.bench.ranks import LaunchedStep
 from quack_lm.bench.rounds import Turn, quiet_rounds, summarize
+from quack_lm.bench.run_step import RunStep
 from quack_lm.bench.step import Phases, TrainingStep
 from quack_lm.cli.bench import read
 from quack_lm.config import choices, compose
+from quack_lm.model import Transformer, count_parameters
 from quack_lm.optim.recipe import set_lr
 from quack_lm.parallel import World
-from quack_lm.training.build import build_run
+from quack_lm.training.build import build_run, make_model
 from quack_lm.training.check import check_run
+from quack_lm.training.checkpoint import list_checkpoints
 from quack_lm.training.loop import train
 
 SMALL = ("model.d_model=32", "model.n_layers=2", "model.n_heads=4", "model.d_ff=48", "model.vocab_size=64")
@@ -27,12 +33,15 @@ HERE = World(0, 1, 0, torch.device("cpu"))
 
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_every_variant_of_a_suite_is_a_run_that_could_be_made(suite: str) -> None:
-    configs = {name: compose([*suites.BASE, *settings]) for name, settings in suites.variants(suite).items()}
-    assert len(configs) == len({json.dumps(config) for config in configs.values()}) or suite == "peers"
+    command = read([f"suite={suite}"])
+    assert len({json.dumps([vars(one), command.configs[name]]) for name, one in command.variants.items()}) == len(
+        command.variants
+    )
+    assert set(suites.baselines(command.variants).values()) <= set(command.variants)
 
 
 def test_a_chosen_model_has_its_own_sizes() -> None:
-    chosen = read(["suite=compile", "model=1b", "model.n_layers=8"])[1]["eager"]["model"]
+    chosen = read(["suite=compile", "model=1b", "model.n_layers=8"]).configs["eager"]["model"]
     assert (chosen["d_model"], chosen["n_heads"], chosen["d_ff"], chosen["n_layers"]) == (2048, 32, 8192, 8)
 
 
@@ -81,7 +90,7 @@ def test_the_step_trains_and_its_phases_are_all_of_its_time(attention: str) -> N
     # Two micro-batches a step, of the same random tokens each time, are learned by heart.
     assert len(losses) == 60
     assert losses[-1] < losses[0] - 0.3
-    assert set(phases.seconds()) == {"forward", "backward", "optimizer", "stabilizer"}
+    assert set(phases.seconds()) == {"data", "forward", "backward", "optimizer", "stabilizer"}
     assert sum(phases.seconds().values()) == pytest.approx(phases.marks[-1][1] - phases.marks[0][1])
     assert all(seconds > 0 for seconds in phases.seconds().values())
 
@@ -91,7 +100,7 @@ def test_the_step_is_that_of_a_run(tmp_path: Path, tiny_data: list[str]) -> None
     config = compose([*suites.BASE, *settings, *tiny_data, "trainer.steps=1", f"run_dir={tmp_path}"])
     run = build_run(check_run(config))
     step = TrainingStep(config, HERE)
-    step.micro_batches = list(run.batches.micro_batches(0))
+    step.batches = run.batches
     set_lr(step.optimizers, 1.0)
     train(run)
     step(Phases(HERE.device))
@@ -99,29 +108,133 @@ def test_the_step_is_that_of_a_run(tmp_path: Path, tiny_data: list[str]) -> None
         assert torch.equal(one, other), name
 
 
-@pytest.mark.parametrize("peer", suites.PEERS)
-def test_a_peer_has_the_parameters_of_our_model(peer: str) -> None:
-    variants = suites.variants("peers")
-    ours, theirs = (
-        make_step(name, compose([*suites.BASE, *variants[name], *SMALL]), HERE) for name in (f"ours, as {peer}", peer)
+def test_the_parts_around_the_step_are_those_of_a_run(tmp_path: Path, tiny_data: list[str]) -> None:
+    settings = ["stabilizer=quack", *SMALL, *tiny_data, "model.vocab_size=512", "optimizer.warmup_steps=0"]
+    settings += ["trainer.steps=6", "trainer.probe_every=3", "trainer.checkpoint_every=3", "logger.log_every=2"]
+    config = compose([*suites.BASE, *settings, f"run_dir={tmp_path / 'run'}"])
+    run = build_run(check_run(config))
+    step = RunStep(config, HERE, tmp_path / "step", ("data", "log", "probe", "checkpoint"))
+    assert 0 < step.run.state.step < 3  # so that a checkpoint does not end a turn
+    step.run.state.step = 0
+    step.batches = step.run.batches = run.batches
+    step.run.probe.batches = run.probe.batches
+    step.lr = set_lr(step.optimizers, 1.0)
+    train(run)
+    timing = step.turn(6)
+    assert {"data", "logging", "probe", "checkpoint"} < set(timing.phases_s)
+    theirs, ours = (
+        [json.loads(line) for line in place.metrics_file.open()] for place in (run.run_dir, step.run.run_dir)
     )
+    theirs = [line for line in theirs if line["step"]]
+    clock = {"throughput/tokens_per_s", "throughput/mfu"}
+    of_ends = {"val/loss", *(key for key in theirs[0] if key.startswith(("logits/", "quack/", "norms/")))}
+    for one, other in zip(theirs, ours, strict=True):
+        # A run probes its first step too, and validates.
+        assert one.keys() - other.keys() <= (of_ends if one["step"] == 1 else {"val/loss"})
+        assert other == {key: other[key] if key in clock else one[key] for key in other}
+    assert "logits/max" in ours[2]
+    for place in (run.run_dir, step.run.run_dir):
+        assert [path.name for path in list_checkpoints(place.checkpoints)] == ["step_00000003", "step_00000006"]
+
+
+PEERS = {name: one for name, one in suites.SUITES["peers"].variants.items() if one.peer}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peer_trains_the_parameters_of_our_model(peer: str, tmp_path: Path) -> None:
+    package = PEERS[peer].package
+    if package and not find_spec(package):
+        pytest.skip(f"{package} is not installed: {suites.INSTALL}")
+    config = compose([*suites.BASE, *PEERS[peer].settings, *SMALL])
+    ours = TrainingStep(config, HERE)
+    theirs = make_peer_step(peer, config, HERE, tmp_path)
     assert sum(p.numel() for p in ours.model.parameters()) == sum(p.numel() for p in theirs.model.parameters())
-    assert suites.baselines(list(variants))[f"ours, as {peer}"] == peer
     assert ours.tokens_per_step == theirs.tokens_per_step
+    before = [p.detach().clone() for p in theirs.model.parameters()]
+    assert theirs.turn(2).step_s > 0
+    assert all(not torch.equal(p, old) for p, old in zip(theirs.model.parameters(), before, strict=True))
 
 
-def test_the_command_prints_a_table_and_writes_each_turn(tmp_path: Path) -> None:
+def test_a_turn_of_several_ranks_is_made_by_so_many_processes(tmp_path: Path) -> None:
+    command = read(["suite=ranks", "only=2 ranks weak", *SMALL])
+    config, settings = command.configs["2 ranks weak"], command.settings["2 ranks weak"]
+    step = LaunchedStep(settings, config["trainer"], 2, tmp_path)
+    assert step.tokens_per_step == 2 * 4 * 16
+    assert step.turn(1).phases_s.keys() == {"data", "forward", "backward", "optimizer", "stabilizer"}
+    assert step.memory_bytes > 0
+
+
+def test_ranks_share_a_batch_or_have_as_much_each() -> None:
+    trainers = {name: config["trainer"] for name, config in read(["suite=ranks"]).configs.items()}
+    batches = {name: (one["global_batch_size"], one["micro_batch_size"]) for name, one in trainers.items()}
+    assert batches == {
+        "1 rank": (8, 8),
+        "2 ranks strong": (8, 4),
+        "4 ranks strong": (8, 2),
+        "2 ranks weak": (16, 8),
+        "4 ranks weak": (32, 8),
+    }
+
+
+def test_the_kernels_of_a_graph_are_counted_with_the_bytes_that_they_move() -> None:
+    table = torch.randn(50, 7, requires_grad=True)
+    weight = torch.randn(7, 11, requires_grad=True)
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        return ((table[:30] @ weight).sin() + tokens[:, None]).square().sum()
+
+    found = count_kernels(loss, torch.arange(30))
+    # Forward: one product, and one kernel for all behind it. Backward: one kernel before two products, and one that
+    # puts the 30 rows of a gradient among the 50.
+    assert (found.forward, found.backward, found.matrix_products) == (1, 2, 3)
+    product, rows = 30 * 11 * 4, 30 * 8
+    forward = product + rows + 4
+    backward = 4 + rows + 2 * product + (30 + 50) * 7 * 4
+    assert found.bytes == forward + backward
+    assert (found.attentions, found.other_calls) == (0, 0)
+
+
+def test_a_stabilizer_calls_operators_only_for_what_it_does() -> None:
+    counts = {}
+    for name in ("none", "quack"):
+        for layers in (1, 3):
+            step = TrainingStep(compose([*suites.BASE, *SMALL, f"stabilizer={name}", f"model.n_layers={layers}"]), HERE)
+            counts[name, layers] = count_stabilizer_calls(step)
+    # The optimizers' own operators are not among them, and the layers are stacked.
+    assert counts["none", 1] == counts["none", 3] == 0
+    assert counts["quack", 1] == counts["quack", 3] > 0
+
+
+@pytest.mark.parametrize(
+    ("suite", "only"),
+    [("stabilizers", "none,quack"), ("checkpoint", "none,asynchronous"), ("kernels", "mha none")],
+)
+def test_the_command_prints_a_table_and_writes_each_turn(suite: str, only: str, tmp_path: Path) -> None:
     out = tmp_path / "new" / "turns.jsonl"
-    few = ("rounds=2", "steps=1", "warmup=1", "only=none,quack", f"out={out}")
-    code, stdout, stderr = call("bench", "suite=stabilizers", *few, *SMALL)
-    assert (code, stderr) == (0, "")
-    rows = [line.split() for line in stdout.splitlines()]
-    assert [row[0] for row in rows[2:4]] == ["none", "quack"]
-    turns = [json.loads(line) for line in out.read_text().splitlines()]
-    assert sorted((turn["round"], turn["variant"]) for turn in turns) == [
-        (i, n) for i in (0, 1) for n in ("none", "quack")
-    ]
-    assert {turn["suite"] for turn in turns} == {"stabilizers"}
+    few = ("rounds=2", "steps=2", "warmup=2", f"only={only}", f"out={out}", "trainer.checkpoint_every=2")
+    code, stdout, stderr = call("bench", f"suite={suite}", *few, *SMALL, "model.n_layers=1")
+    # A CUDA build of torch may say once that there is no GPU, when inductor is loaded.
+    assert (code, [line for line in stderr.splitlines() if "No CUDA runtime" not in line]) == (0, [])
+    names = only.split(",")
+    header, _, *rows = stdout.splitlines()
+    assert [row[: len(name)] for row, name in zip(rows, names, strict=False)] == names
+    assert header.startswith("variant")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["suite"] for line in lines} == {suite}
+    assert list(out.parent.iterdir()) == [out]  # what the variants wrote is gone
+    if suite == "kernels":
+        assert [line["variant"] for line in lines] == names
+        return
+    assert sorted((line["round"], line["variant"]) for line in lines) == [(i, n) for i in (0, 1) for n in sorted(names)]
+    for line in lines:
+        assert line["tokens_per_s"] == pytest.approx(4 * 16 / line["step_s"])
+        assert line["mfu"] > 0
+        # Weights, their gradients, and two moments of some: in float32, and more for activations.
+        assert line["memory_bytes"] > 3 * 4 * count_parameters(small_model())["total"]
+
+
+def small_model() -> Transformer:
+    return make_model(compose([*suites.BASE, *SMALL, "model.n_layers=1"]))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +244,8 @@ def test_the_command_prints_a_table_and_writes_each_turn(tmp_path: Path) -> None
         (["suite=stabilisers"], "suite=stabilisers is unknown; choose one of: stabilizers"),
         (["suite=compile", "only=eagre"], "has no eagre; it has: eager, compiled"),
         (["suite=compile", "rounds=0"], "rounds=0 must be an integer from 1 to 9999"),
+        (["suite=probe", "steps=60"], "steps=60 must be a multiple of trainer.probe_every=50"),
+        (["suite=ranks", "trainer.global_batch_size=12"], "trainer.global_batch_size=12 must be a multiple of"),
         (["suite=compile", "model.width=3"], "model.width"),
         (["suite=compile", "--fast"], "--fast"),
     ],

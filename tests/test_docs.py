@@ -122,7 +122,7 @@ def check_verb(words: list[str], command: Command, capsys: pytest.CaptureFixture
     elif verb == "sweep":
         check_sweep(arguments)
     elif verb == "bench":
-        assert read_bench(arguments)[1]
+        assert read_bench(arguments).configs
     elif verb == "gpu-check":
         own, is_dry = read_gpu_check(arguments)
         assert is_dry or command.is_marked

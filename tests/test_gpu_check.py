@@ -39,7 +39,7 @@ def test_a_dry_run_prints_each_command_and_runs_none(tmp_path: Path) -> None:
 def test_every_command_of_ours_is_one_that_could_be_given(part: Part) -> None:
     verb, *arguments = part.command[3:]
     if verb == "bench":
-        configs = read_bench(arguments)[1]
+        configs = read_bench(arguments).configs
         assert {config["model"]["d_model"] for config in configs.values()} == {2048}
         assert {config["trainer"]["precision"] for config in configs.values()} == {"bfloat16"}
     elif verb == "train":

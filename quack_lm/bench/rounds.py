@@ -6,18 +6,18 @@ together, and their ratio is taken; a matrix product between the turns shows rou
 
 import math
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from quack_lm.bench.step import Phases
+from quack_lm.bench.ranks import LaunchedStep
+from quack_lm.bench.step import Phases, Timed
 from quack_lm.report.statistics import interval_of_ratios
-
-Step = Callable[[Phases], None]
+from quack_lm.training.memory import PeakMemory
 
 # A round is left out where the product took this many times its median.
 BUSY = 1.25
@@ -47,36 +47,44 @@ class Summary:
     interval: tuple[float, float] | None  # 95% t interval of their logarithm
 
 
+class Warm(NamedTuple):
+    """A step whose caches are filled, and the most bytes that its tensors took at once on the way."""
+
+    step: Timed
+    memory_bytes: int
+
+
+def warm_up(makers: Mapping[str, Callable[[], Timed]], *, device: torch.device, steps: int) -> dict[str, Warm]:
+    """Make every variant and give it a turn of so many steps."""
+    found = {}
+    for name, make in tqdm(makers.items(), desc="warm-up", disable=None, leave=False):
+        with PeakMemory(device) as others:
+            pass
+        with PeakMemory(device) as peak:
+            step = make()
+            step.turn(steps)
+        own_bytes = step.memory_bytes if isinstance(step, LaunchedStep) else peak.bytes - others.bytes
+        found[name] = Warm(step, own_bytes)
+    return found
+
+
 def measure(
-    variants: Mapping[str, Step], *, device: torch.device, rounds: int, steps: int, warmup: int, seed: int = 0
+    variants: Mapping[str, Timed], *, device: torch.device, rounds: int, steps: int, seed: int = 0
 ) -> list[Turn]:
-    """`rounds` turns of `steps` steps of every variant, after `warmup` steps of each; the order differs by round."""
+    """`rounds` turns of `steps` steps of every variant, each of which is warm; the order differs by round."""
     order, shuffle = list(variants), random.Random(seed)
     product = _Product(device)
     turns = []
-    with tqdm(total=(rounds + 1) * len(order), unit="turn", disable=None, leave=False) as bar:
-        for name in order:
-            bar.set_postfix_str(f"warm-up, {name}")
-            _run(variants[name], device, warmup)
-            bar.update()
+    with tqdm(total=rounds * len(order), unit="turn", disable=None, leave=False) as bar:
         for number in range(rounds):
             shuffle.shuffle(order)
             for name in order:
                 bar.set_postfix_str(f"round {number + 1} of {rounds}, {name}")
                 before = product.seconds()
-                step_s, phases_s = _run(variants[name], device, steps)
+                step_s, phases_s = variants[name].turn(steps)
                 turns.append(Turn(name, number, step_s, phases_s, max(before, product.seconds())))
                 bar.update()
     return turns
-
-
-def _run(step: Step, device: torch.device, steps: int) -> tuple[float, dict[str, float]]:
-    phases = Phases(device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        step(phases)
-    phases_s = {name: seconds / steps for name, seconds in phases.seconds().items()}
-    return (time.perf_counter() - start) / steps, phases_s
 
 
 class _Product:

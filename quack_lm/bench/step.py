@@ -1,18 +1,40 @@
 """The training step of a config on random tokens, with the time of each of its phases."""
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quack_lm.config import instantiate
+from quack_lm.data.batches import Sequences, TrainBatches
 from quack_lm.optim.recipe import Recipe, set_lr
 from quack_lm.parallel import World, clip_gradients, set_gradient_reduction
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights, stabilized_step
 from quack_lm.training.build import choose_kernels, initialize_stabilizer, make_model, place_model
 from quack_lm.training.settings import TrainerSettings
+
+# Of the base rates: small, so that however many steps are made the model stays as it was drawn.
+LR_FACTOR = 1e-3
+
+
+class Timing(NamedTuple):
+    """The mean time of a step of a turn, and of each of its phases."""
+
+    step_s: float
+    phases_s: dict[str, float]
+
+
+class Timed(Protocol):
+    """What the rounds compare."""
+
+    tokens_per_step: int  # over all ranks
+
+    def turn(self, steps: int) -> Timing:
+        """Make so many steps."""
 
 
 class Phases:
@@ -43,45 +65,66 @@ class Phases:
         return found
 
 
+def timed(step: Callable[[Phases], object], device: torch.device, steps: int) -> Timing:
+    """The mean of so many steps in a row."""
+    phases = Phases(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        step(phases)
+    phases_s = {name: seconds / steps for name, seconds in phases.seconds().items()}
+    return Timing((time.perf_counter() - start) / steps, phases_s)
+
+
 class TrainingStep:
     """The model, optimizers and stabilizer of a config, and the step that `training/loop.py` makes with them."""
 
     def __init__(self, config: dict[str, Any], world: World) -> None:
-        settings: TrainerSettings = instantiate(config["trainer"])
+        self.settings: TrainerSettings = instantiate(config["trainer"])
         recipe: Recipe = instantiate(config["optimizer"])
         self.world = world
         self.stabilizer: Stabilizer = instantiate(config["stabilizer"])
         self.model = make_model(config, self.stabilizer)
-        choose_kernels(self.model, settings, device=world.device.type)
-        place_model(self.model, settings, world, seed=config["seed"], is_compiled=settings.compile is True)
+        choose_kernels(self.model, self.settings, device=world.device.type)
+        place_model(self.model, self.settings, world, seed=config["seed"], is_compiled=self.settings.compile is True)
         self.optimizers = recipe.build(self.model)
         self.weights = LogitWeights(self.model.attentions)
         initialize_stabilizer(self.stabilizer, self.weights)
         self.max_grad_norm = recipe.max_grad_norm
-        self.reduces_every_micro_batch = settings.reduce_every_micro_batch
-        self.micro_batches = self._random_tokens(config, settings)
-        self.tokens_per_step = settings.global_batch_size * settings.seq_len
-        # Small, so that however many steps are made the model stays as it was drawn.
-        set_lr(self.optimizers, 1e-3)
+        tokens = random_tokens(config, n_sequences=self.settings.global_batch_size)
+        self.batches = self.batches_of(Sequences([tokens], self.settings.seq_len), seed=config["seed"])
+        self.tokens_per_step = self.settings.global_batch_size * self.settings.seq_len
+        self.step = 0
+        self.lr = set_lr(self.optimizers, LR_FACTOR)
 
-    def _random_tokens(self, config: dict[str, Any], settings: TrainerSettings) -> list[Tensor]:
-        size, length = settings.micro_batch_size, settings.seq_len + 1
-        count = settings.global_batch_size // (size * self.world.size)
-        generator = torch.Generator().manual_seed(config["seed"] + self.world.rank)
-        vocabulary = config["model"]["vocab_size"]
-        return [torch.randint(vocabulary, (size, length), generator=generator) for _ in range(count)]
+    def batches_of(self, sequences: Sequences, *, seed: int) -> TrainBatches:
+        """This rank's batches of them."""
+        return TrainBatches(
+            sequences,
+            seed=seed,
+            global_batch_size=self.settings.global_batch_size,
+            micro_batch_size=self.settings.micro_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
 
-    def __call__(self, phases: Phases) -> None:
-        """One step."""
-        for number, tokens in enumerate(self.micro_batches, start=1):
-            is_last = number == len(self.micro_batches)
-            set_gradient_reduction(self.model, self.reduces_every_micro_batch or is_last)
+    def turn(self, steps: int) -> Timing:
+        """Make so many steps."""
+        return timed(self, self.world.device, steps)
+
+    def __call__(self, phases: Phases) -> tuple[Tensor, Tensor | float]:
+        """One step: this rank's share of the loss, and the norm of the gradient."""
+        share = torch.zeros((), device=self.world.device)
+        for number, tokens in enumerate(self.batches.micro_batches(self.step), start=1):
             tokens = self.world.to_device(tokens)
-            loss = self.model(tokens[:, :-1], tokens[:, 1:]).sum() / self.tokens_per_step
+            phases.mark("data")
+            is_last = number == self.batches.n_micro_batches
+            set_gradient_reduction(self.model, self.settings.reduce_every_micro_batch or is_last)
+            loss = self.loss(tokens)
             phases.mark("forward")
             (loss * (self.world.size if self.world.mesh is not None else 1)).backward()
+            share += loss.detach()
             phases.mark("backward")
-        clip_gradients(list(self.model.parameters()), self.max_grad_norm)
+        grad_norm = clip_gradients(list(self.model.parameters()), self.max_grad_norm)
         phases.mark("optimizer")
         hooks = [hook for optimizer in self.optimizers for hook in _marking(optimizer, phases)]
         stabilized_step(self.optimizers, self.stabilizer, self.weights, self.world)
@@ -91,6 +134,23 @@ class TrainingStep:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         phases.mark("optimizer")
+        self.step += 1
+        return share, grad_norm
+
+    def micro_batch(self) -> Tensor:
+        """The first one, on the device."""
+        return self.world.to_device(next(self.batches.micro_batches(0)))
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """The part of a micro-batch [B, T + 1] in the mean loss per token."""
+        return self.model(tokens[:, :-1], tokens[:, 1:]).sum() / self.tokens_per_step
+
+
+def random_tokens(config: dict[str, Any], *, n_sequences: int) -> np.ndarray:
+    """Ids of the vocabulary, as many as the sequences have together; the same on every rank."""
+    vocab_size, seq_len = config["model"]["vocab_size"], config["trainer"]["seq_len"]
+    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32  # as in prepared data
+    return np.random.default_rng(config["seed"]).integers(vocab_size, size=n_sequences * seq_len + 1, dtype=dtype)
 
 
 def _marking(optimizer: torch.optim.Optimizer, phases: Phases) -> list[Any]:

@@ -1,6 +1,9 @@
 """What each suite compares: variants of one config, the first of which the others are relative to."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from quack_lm.config import choices
 from quack_lm.errors import UserError
@@ -19,66 +22,189 @@ BASE = (
     "trainer.global_batch_size=8",
     "trainer.compile=false",
 )
-# Models of `transformers`, by the names of their variants.
-PEERS = ("qwen3", "llama", "deepseek_v3")
-Variants = Mapping[str, Sequence[str]]  # the settings of each
+# The intervals of the paper's runs; but checkpoints, of which a turn should not take 500 steps.
+INTERVALS = ("logger.log_every=10", "trainer.probe_every=50", "trainer.checkpoint_every=50")
+
+# What some peers need besides the project's own dependencies, and the extra that installs it.
+PACKAGES = {"llama Trainer": "accelerate", "litgpt": "litgpt", "torchtitan": "torchtitan"}
+INSTALL = "pip install -e '.[peers]'"
+
+Part = Literal["data", "log", "probe", "checkpoint"]
+Scaling = Literal["strong", "weak"]
 
 
-def variants(suite: str) -> Variants:
-    """The settings of each variant of a suite; UserError for one that is unknown."""
-    if suite not in SUITES:
-        raise UserError(f"suite={suite} is unknown; choose one of: {', '.join(SUITES)}")
-    return SUITES[suite]
+@dataclass(frozen=True)
+class Variant:
+    """The settings of one variant, and what makes its steps: our training step, unless something else is said.
+
+    Args:
+        settings: as of `quack-lm train`.
+        baseline: the variant that it is relative to; None: the suite's first.
+        parts: of a run, around the step.
+        peer: whose step it is, a name in `peers.py`.
+        package: what it needs besides the project's own dependencies.
+        ranks: how many processes torchrun starts for it.
+        scaling: strong: they share the batch of one rank; weak: each has as much.
+    """
+
+    settings: Sequence[str] = ()
+    baseline: str | None = None
+    parts: tuple[Part, ...] = ()
+    peer: str | None = None
+    package: str | None = None
+    ranks: int = 0
+    scaling: Scaling = "strong"
+
+    def check_turn(self, config: dict[str, Any], steps: int) -> None:
+        """UserError where a turn would have another share of an interval than its neighbors."""
+        trainer = config["trainer"]
+        intervals = {
+            "log": ("logger.log_every", config["logger"]["log_every"]),
+            "probe": ("trainer.probe_every", trainer["probe_every"]),
+            "checkpoint": ("trainer.checkpoint_every", trainer["checkpoint_every"]),
+        }
+        for part in self.parts:
+            key, every = intervals.get(part, ("", 1))
+            if every == 0 or steps % every:
+                raise UserError(f"steps={steps} must be a multiple of {key}={every}; set steps or {key}")
+
+    def share_batch(self, trainer: dict[str, Any]) -> list[str]:
+        """The settings by which its ranks share the batch of a config, or have as much each."""
+        batch, micro_batch = trainer["global_batch_size"], trainer["micro_batch_size"]
+        if self.scaling == "weak":
+            return [f"trainer.global_batch_size={batch * self.ranks}"]
+        return [f"trainer.micro_batch_size={math.gcd(micro_batch, max(1, batch // self.ranks))}"]
 
 
-def baselines(names: Sequence[str]) -> dict[str, str]:
-    """What each variant is relative to: the first one, but our models to their peers."""
-    peers = {f"ours, as {peer}": peer for peer in PEERS if peer in names}
-    return {name: name if name in PEERS else peers.get(name, names[0]) for name in names}
+Variants = Mapping[str, Variant]
 
 
-def _stabilizers() -> Variants:
+@dataclass(frozen=True)
+class Suite:
+    """Variants, and how often each is measured unless the user says it."""
+
+    variants: Variants
+    rounds: int = 10
+    steps: int = 3
+    warmup: int = 3
+
+
+def _each(settings: Mapping[str, Sequence[str]]) -> Suite:
+    return Suite({name: Variant(own) for name, own in settings.items()})
+
+
+def _stabilizers() -> dict[str, Sequence[str]]:
     others = [name for name in choices("stabilizer") if name != "none"]
     return {name: [f"stabilizer={name}"] for name in ("none", *others)}
 
 
-SUITES: Mapping[str, Variants] = {
-    "stabilizers": _stabilizers(),
-    "attention": {
-        "mha": ["attention=mha"],
-        "gqa": ["attention=mha", "attention.n_kv_heads=2"],
-        "mla": ["attention=mla"],
-    },
-    "optimizers": {
-        "adamw": ["optimizer=adamw"],
-        "muon": ["optimizer=muon"],
-        "muon in float32": ["optimizer=muon", "optimizer.ns_dtype=float32"],
-    },
-    "kernels": {name: [f"attention.backend={name}"] for name in ("sdpa", "flash", "flex")},
+def _around(variants: Mapping[str, Variant]) -> Suite:
+    """A turn is a whole number of intervals."""
+    return Suite(variants, rounds=5, steps=50, warmup=50)
+
+
+def _ranks() -> Variants:
+    scalings: tuple[Scaling, ...] = ("strong", "weak")
+    several = {f"{n} ranks {kind}": Variant(ranks=n, scaling=kind) for kind in scalings for n in (2, 4)}
+    return {"1 rank": Variant(ranks=1), **several}
+
+
+def _peers() -> dict[str, Variant]:
+    """Ours first; each peer with the same sizes, optimizer and number of tokens."""
+    families: dict[tuple[str, ...], list[str]] = {
+        ("qwen3",): ["stabilizer=qk_norm", "optimizer=adamw"],
+        ("llama", "llama Trainer", "litgpt", "torchtitan"): ["optimizer=adamw"],
+        ("deepseek_v3",): ["attention=mla", "attention.latent_norm=true", "optimizer=adamw"],
+    }
+    variants: dict[str, Variant] = {}
+    for peers, settings in families.items():
+        ours = f"ours as {peers[0]}"
+        variants[ours] = Variant(settings, ours)
+        variants |= {peer: Variant(settings, ours, peer=peer, package=PACKAGES.get(peer)) for peer in peers}
+    return variants
+
+
+def _kernels() -> Variants:
+    ours = {
+        f"{attention} {name}": Variant([f"attention={attention}", *settings], baseline=f"{attention} none")
+        for attention in choices("attention")
+        for name, settings in _stabilizers().items()
+    }
+    return {**ours, **{name: one for name, one in _peers().items() if name != "llama Trainer"}}
+
+
+SUITES: Mapping[str, Suite] = {
+    "stabilizers": _each(_stabilizers()),
+    "attention": _each(
+        {
+            "mha": ["attention=mha"],
+            "gqa": ["attention=mha", "attention.n_kv_heads=2"],
+            "mla": ["attention=mla"],
+        }
+    ),
+    "optimizers": _each(
+        {
+            "adamw": ["optimizer=adamw"],
+            "muon": ["optimizer=muon"],
+            "muon in float32": ["optimizer=muon", "optimizer.ns_dtype=float32"],
+        }
+    ),
+    "backends": _each({name: [f"attention.backend={name}"] for name in ("sdpa", "flash", "flex")}),
     # QK clip's maxima: blocks of scores, FlexAttention's forward beside sdpa, and FlexAttention for everything.
-    "max_logits": {
-        "none": [],
-        "sdpa and matmul": ["stabilizer=qk_clip", "trainer.max_logits=matmul"],
-        "sdpa and flex": ["stabilizer=qk_clip", "trainer.max_logits=flex"],
-        "flex": ["stabilizer=qk_clip", "attention.backend=flex"],
-    },
-    "compile": {"eager": [], "compiled": ["trainer.compile=true"]},
-    "precision": {"float32": [], "bfloat16": ["trainer.precision=bfloat16"]},
-    "checkpointing": {"none": [], "every block": ["trainer.activation_checkpointing=true"]},
-    "loss": {
-        "whole": ["model.vocab_size=49152"],
-        "in pieces of 1024 tokens": ["model.vocab_size=49152", "trainer.loss_chunk=1024"],
-    },
-    "length": {f"{n} tokens": [f"trainer.seq_len={n}"] for n in (128, 256, 512, 1024, 2048)},
-    "layers": {f"{n} layers": [f"model.n_layers={n}"] for n in (2, 4, 8, 16)},
-    # A model of `transformers` with the same sizes, optimizer and tokens, in a plain loop; ours beside it.
-    "peers": {
-        name: settings
-        for peer, settings in {
-            "qwen3": ["stabilizer=qk_norm", "optimizer=adamw"],
-            "llama": ["optimizer=adamw"],
-            "deepseek_v3": ["attention=mla", "attention.latent_norm=true", "optimizer=adamw"],
-        }.items()
-        for name in (peer, f"ours, as {peer}")
-    },
+    "max_logits": _each(
+        {
+            "none": [],
+            "sdpa and matmul": ["stabilizer=qk_clip", "trainer.max_logits=matmul"],
+            "sdpa and flex": ["stabilizer=qk_clip", "trainer.max_logits=flex"],
+            "flex": ["stabilizer=qk_clip", "attention.backend=flex"],
+        }
+    ),
+    "compile": _each({"eager": [], "compiled": ["trainer.compile=true"]}),
+    "precision": _each({"float32": [], "bfloat16": ["trainer.precision=bfloat16"]}),
+    "checkpointing": _each({"none": [], "every block": ["trainer.activation_checkpointing=true"]}),
+    "loss": _each(
+        {
+            "whole": ["model.vocab_size=49152", "trainer.loss_chunk=null"],
+            "in pieces of 1024": ["model.vocab_size=49152", "trainer.loss_chunk=1024"],
+        }
+    ),
+    # What a run does around the step.
+    "loader": _around({"tokens in memory": Variant(), "memory-mapped": Variant(parts=("data",))}),
+    "probe": _around(
+        {
+            "none": Variant(INTERVALS),
+            "logging": Variant(INTERVALS, parts=("log",)),
+            "logging and probe": Variant(INTERVALS, parts=("log", "probe")),
+        }
+    ),
+    "checkpoint": _around(
+        {
+            "none": Variant(INTERVALS),
+            "asynchronous": Variant(INTERVALS, parts=("checkpoint",)),
+            "synchronous": Variant([*INTERVALS, "trainer.async_checkpoints=false"], parts=("checkpoint",)),
+        }
+    ),
+    # How the cost grows.
+    "length": _each({f"{n} tokens": [f"trainer.seq_len={n}"] for n in (128, 256, 512, 1024, 2048)}),
+    "layers": _each({f"{n} layers": [f"model.n_layers={n}"] for n in (2, 4, 8, 16)}),
+    "width": _each({f"width {n}": [f"model.d_model={n}", f"model.d_ff={4 * n}"] for n in (128, 256, 512, 1024)}),
+    "vocabulary": _each({f"{n} tokens": [f"model.vocab_size={n}"] for n in (1024, 4096, 16384, 65536)}),
+    "ranks": Suite(_ranks(), rounds=5),
+    "peers": Suite(_peers()),
+    "kernels": Suite(_kernels()),
+    "step": _each({"step": []}),  # of one config
 }
+
+
+def suite(name: str) -> Suite:
+    """The suite of this name; UserError for one that is unknown."""
+    if name not in SUITES:
+        raise UserError(f"suite={name} is unknown; choose one of: {', '.join(SUITES)}")
+    return SUITES[name]
+
+
+def baselines(variants: Variants) -> dict[str, str]:
+    """What each variant is relative to; where that is left out, the first one."""
+    first = next(iter(variants))
+    wanted = {name: one.baseline or first for name, one in variants.items()}
+    return {name: baseline if baseline in variants else first for name, baseline in wanted.items()}

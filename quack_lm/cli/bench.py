@@ -4,14 +4,18 @@
     quack-lm bench suite=stabilizers attention=mla trainer.precision=bfloat16
     quack-lm bench suite=compile model=1b attention=mha trainer.micro_batch_size=4 trainer.seq_len=2048   # needs: GPU
 
-Suites: {suites}
+Suites:
+{suites}
 
 suite=NAME     what is compared
 rounds=10      how often each variant has its turn; a ratio has an interval from two rounds on
 steps=3        steps of a turn
-warmup=3       steps of each variant before the first round: caches, and compilation
+warmup=3       steps of each variant before the first round: caches, compilation, and its peak memory
+               (loader, probe and checkpoint: 5 rounds of 50 steps, whole intervals; ranks: 5 rounds)
 out=FILE       a line of JSON for each turn, runs/bench/<suite>.jsonl unless given
 only=A,B       some variants of the suite
+trace=FILE     after that, a trace of the first variant's steps for Perfetto or chrome://tracing (FILE.json.gz), and
+               the operations that took longest
 trace=FILE     after that, a trace of the first variant's steps for Perfetto or chrome://tracing (FILE.json.gz), and
                the operations that took longest
 
@@ -21,95 +25,303 @@ something else ran.
 """
 
 import json
+import math
+import os
+import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from quack_lm.bench import suites
-from quack_lm.config import compose, unknown_flag
+from quack_lm.bench.suites import Suite, Variant
+from quack_lm.config import compose, instantiate, unknown_flag
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import user_path, write_atomically
-from quack_lm.report.table import NO_NUMBER, Table, significant
+from quack_lm.report.table import Table, significant
 from quack_lm.text import echo
+from quack_lm.training.counts import format_count
 
 if TYPE_CHECKING:
     from quack_lm.bench.rounds import Summary
+    from quack_lm.parallel import World
 
-DEFAULTS = {"rounds": 10, "steps": 3, "warmup": 3}
-PHASES = ("forward", "backward", "optimizer", "stabilizer")
+COUNTS = ("rounds", "steps", "warmup")
+# The phases of a step, by the header of their column.
+PHASES = {
+    "data": "data",
+    "fwd": "forward",
+    "bwd": "backward",
+    "optim": "optimizer",
+    "stabilizer": "stabilizer",
+    "logging": "logging",
+    "probe": "probe",
+    "checkpoint": "checkpoint",
+}
+MIB = 2**20
+# Of the table of `kernels`.
+LEGEND = """\
+fwd, bwd     kernels that inductor generates for forward and backward of one micro-batch, each as one graph
++fwd, +bwd   how many more than the baseline, per layer
+GEMMs        matrix products, which are calls of libraries, as attention is; other: further such calls
+B/token      bytes that all but GEMMs and attention read and write at least
+stabilizer   operators around the optimizer step, for all layers together and not compiled"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for."""
+
+    suite: str
+    counts: dict[str, int]  # rounds, steps, warmup
+    out: Path
+    trace: Path | None
+    variants: dict[str, Variant]
+    settings: dict[str, list[str]]  # of each variant, on top of BASE
+    configs: dict[str, dict[str, Any]]
+    notes: list[str]  # what is left out
+
+    def leave_out_ranks(self, device: str) -> None:
+        """Drop the variants with more ranks than this machine has GPUs; a CPU's ranks may share its cores."""
+        import torch
+
+        gpus = torch.cuda.device_count() if device == "cuda" else math.inf
+        for name in [name for name, variant in self.variants.items() if variant.ranks > gpus]:
+            del self.variants[name]
+            self.notes.append(f"{name} is left out, for this machine has {gpus} GPUs")
 
 
 def main(arguments: list[str]) -> int:
     """Measure one suite, print its table and write its turns."""
     if {"-h", "--help"} & set(arguments):
-        echo(*(__doc__ or "").format(suites=", ".join(suites.SUITES)).splitlines())
+        echo(*(__doc__ or "").format(suites="\n".join(map(_listed, suites.SUITES))).splitlines())
         return 0
-    own, configs = read(arguments)
+    command = read(arguments)
 
     # Imported late: a mistake in the settings need not wait for it.
-    from quack_lm.bench import rounds
-    from quack_lm.bench.peers import make_step
-    from quack_lm.bench.trace import trace
-    from quack_lm.parallel import default_device, launched_world, start_world
+    from quack_lm.parallel import check_world, default_device, launched_world, start_world
     from quack_lm.training.memory import keep_freed_memory
     from quack_lm.training.numerics import set_numerics
 
-    counts = {name: _count(own, name) for name in DEFAULTS}
-    trainers = [config["trainer"] for config in configs.values()]
+    trainers = [config["trainer"] for config in command.configs.values()]
     device = default_device() if trainers[0]["device"] == "auto" else trainers[0]["device"]
+    check_world(device=device)
+    for variant, trainer in zip(command.variants.values(), trainers, strict=True):
+        instantiate(trainer).check_ranks(variant.ranks or launched_world()[1])
+    command.leave_out_ranks(device)
+    for note in command.notes:
+        echo(note, err=True)
     if device == "cpu":
         keep_freed_memory()
     set_numerics(is_deterministic=trainers[0]["deterministic"])
     # As in training: in bfloat16 also a single process is wrapped.
     is_wrapped = launched_world()[1] > 1 or any(trainer["precision"] != "float32" for trainer in trainers)
     world = start_world(device=device, is_wrapped=is_wrapped)
-    steps = {name: make_step(name, config, world) for name, config in configs.items()}
-    turns = rounds.measure(steps, device=world.device, **counts)
-    kept = rounds.quiet_rounds(turns)
+    writing = partial(explaining, f"out={command.out}", "or choose another")
+    with writing():
+        command.out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the result, so that checkpoints are written to the disk that they are meant for.
+        own = tempfile.TemporaryDirectory(dir=command.out.parent, prefix=".bench_", ignore_cleanup_errors=True)
+    with own as name:
+        directory = Path(world.all_gather(name)[0])  # of the main process
+        lines = (count if command.suite == "kernels" else measure)(command, world, directory)
+        world.barrier()
     if world.is_main:
-        found = rounds.summarize(suites.baselines(list(steps)), turns, kept)
-        echo(*_table(found, {name: step.tokens_per_step for name, step in steps.items()}).splitlines(), "")
-        path = user_path(own.get("out", f"runs/bench/{own['suite']}.jsonl"))
-        lines = [{"suite": own["suite"], **asdict(turn), "is_kept": turn.round in kept} for turn in turns]
-        with explaining(f"out={path}", "or choose another"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-        left_out = counts["rounds"] - len(kept)
-        echo(f"{len(kept)} rounds, {left_out} left out because the machine was busy; each turn is in {path}")
-    if "trace" in own:
-        operations = trace(next(iter(steps.values())), user_path(own["trace"]), device=world.device)
-        if world.is_main:
-            echo("", *operations.splitlines())
+        with writing():
+            write_atomically(command.out, "".join(json.dumps(line) + "\n" for line in lines))
     return world.shutdown(0)
 
 
-def _table(found: "Sequence[Summary]", tokens_per_step: Mapping[str, int]) -> str:
+def measure(command: Command, world: "World", directory: Path) -> list[dict[str, Any]]:
+    """The lines of every turn; the table goes to the terminal."""
+    from quack_lm.bench import rounds
+    from quack_lm.bench.build import make_step
+    from quack_lm.bench.trace import trace
+    from quack_lm.training.build import count_flops_per_token
+    from quack_lm.training.flops import peak_flops
+
+    makers = {
+        name: partial(make_step, variant, command.configs[name], command.settings[name], world, directory / str(number))
+        for number, (name, variant) in enumerate(command.variants.items())
+    }
+    precisions = {config["trainer"]["precision"] for config in command.configs.values()}
+    peaks = {precision: peak_flops(world.device, precision) for precision in sorted(precisions)}
+    warm = rounds.warm_up(makers, device=world.device, steps=command.counts["warmup"])
+    turns = rounds.measure(
+        {name: one.step for name, one in warm.items()},
+        device=world.device,
+        rounds=command.counts["rounds"],
+        steps=command.counts["steps"],
+    )
+    kept = rounds.quiet_rounds(turns)
+    operations = trace(next(iter(warm.values())).step, command.trace, device=world.device) if command.trace else ""
+    scales = {}
+    for name, variant in command.variants.items():
+        config = command.configs[name]
+        peak = peaks[config["trainer"]["precision"]]
+        at_peak_s = count_flops_per_token(config) / (peak * (variant.ranks or world.size)) if peak else None
+        step, memory_bytes = warm[name]
+        scales[name] = Scale(step.tokens_per_step, at_peak_s, memory_bytes)
+    if world.is_main:
+        found = rounds.summarize(suites.baselines(command.variants), turns, kept)
+        echo(*_table(found, scales).splitlines(), "")
+        left_out = command.counts["rounds"] - len(kept)
+        echo(f"{len(kept)} rounds, {left_out} left out because the machine was busy; {_machine(world)}")
+        echo(f"each turn is in {command.out}", *operations.splitlines())
+    return [
+        {
+            "suite": command.suite,
+            **asdict(turn),
+            "tokens_per_s": scales[turn.variant].tokens_per_s(turn.step_s),
+            "mfu": scales[turn.variant].mfu(turn.step_s),
+            "memory_bytes": scales[turn.variant].memory_bytes,
+            "is_kept": turn.round in kept,
+        }
+        for turn in turns
+    ]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What makes rates of the time of a variant's step."""
+
+    tokens: int
+    at_peak_s: float | None  # the time of a token at the devices' peak, where that is known
+    memory_bytes: int
+
+    def tokens_per_s(self, step_s: float) -> float:
+        """Throughput over all ranks."""
+        return self.tokens / step_s
+
+    def mfu(self, step_s: float) -> float | None:
+        """Model FLOPs utilization."""
+        return self.tokens_per_s(step_s) * self.at_peak_s if self.at_peak_s else None
+
+
+def _machine(world: "World") -> str:
+    import torch
+
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"{len(os.sched_getaffinity(0))} CPU cores, {torch.get_num_threads()} threads here"
+
+
+def _table(found: "Sequence[Summary]", scales: Mapping[str, Scale]) -> str:
+    phases = {short: name for short, name in PHASES.items() if any(name in one.phases_s for one in found)}
     rows = []
     for one in found:
-        phases = (f"{1e3 * one.phases_s.get(name, 0.0):.3g}" for name in PHASES)
+        scale = scales[one.variant]
+        mfu = scale.mfu(one.step_s)
+        own = (significant(1e3 * one.phases_s[name]) if name in one.phases_s else "" for name in phases.values())
         bounds = f" [{one.interval[0]:.3f}, {one.interval[1]:.3f}]" if one.interval else ""
-        speed = significant(tokens_per_step[one.variant] / one.step_s)
-        ratio = f"{one.ratio:.3f}{bounds}" if one.variant != one.baseline else NO_NUMBER
-        rows.append((one.variant, speed, f"{1e3 * one.step_s:.4g}", *phases, ratio, one.baseline))
-    header = ("variant", "tok/s", "step, ms", *PHASES, "step time", "relative to")
-    return Table(header=header, rows=rows, numeric=range(1, 8)).as_text()
+        ratio = f"{one.ratio:.3f}{bounds}" if one.variant != one.baseline else "baseline"
+        rows.append(
+            (
+                one.variant,
+                format_count(scale.tokens_per_s(one.step_s)),
+                "" if mfu is None else f"{100 * mfu:.3g}%",
+                significant(scale.memory_bytes / MIB),
+                significant(1e3 * one.step_s),
+                *own,
+                ratio,
+            )
+        )
+    header = ("variant", "tok/s", "MFU", "MiB", "ms", *phases, "relative step time")
+    return Table(header=header, rows=rows, numeric=range(1, len(header))).as_text()
 
 
-def read(arguments: list[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """The keys of the benchmark itself, and the config of each variant."""
+def count(command: Command, world: "World", directory: Path) -> list[dict[str, Any]]:
+    """The lines of the variants' kernels; the table goes to the terminal."""
+    from quack_lm.bench.build import make_step
+    from quack_lm.bench.kernels import count_kernels, count_stabilizer_calls
+    from quack_lm.bench.step import TrainingStep
+
+    if world.size > 1:
+        raise UserError("suite=kernels counts in one process; start it without torchrun")
+    lines: dict[str, dict[str, Any]] = {}
+    for name, variant in tqdm(command.variants.items(), disable=None, leave=False):
+        config = command.configs[name]
+        step: Any = make_step(variant, config, command.settings[name], world, directory)
+        calls = count_stabilizer_calls(step) if isinstance(step, TrainingStep) else 0
+        found = count_kernels(step.loss, step.micro_batch())
+        n_tokens = config["trainer"]["micro_batch_size"] * config["trainer"]["seq_len"]
+        lines[name] = {
+            "suite": command.suite,
+            "variant": name,
+            **found._asdict(),
+            "bytes_per_token": found.bytes / n_tokens,
+            "stabilizer_calls": calls,
+            "n_layers": config["model"]["n_layers"],
+        }
+    baselines = suites.baselines(command.variants)
+    rows = [_kernel_row(name, line, lines[baselines[name]]) for name, line in lines.items()]
+    header = ("variant", "fwd", "bwd", "+fwd", "+bwd", "GEMMs", "attention", "other", "B/token", "stabilizer")
+    echo(*Table(header=header, rows=rows, numeric=range(1, len(header))).as_text().splitlines(), "")
+    echo(*LEGEND.splitlines(), f"inductor for {world.device.type}")
+    echo(f"each line is in {command.out}")
+    return list(lines.values())
+
+
+def _kernel_row(name: str, line: dict[str, Any], baseline: dict[str, Any]) -> tuple[str, ...]:
+    def more(key: str) -> str:
+        return "baseline" if line is baseline else f"{(line[key] - baseline[key]) / line['n_layers']:+.3g}"
+
+    counts = ("matrix_products", "attentions", "other_calls")
+    return (
+        name,
+        str(line["forward"]),
+        str(line["backward"]),
+        more("forward"),
+        more("backward"),
+        *(str(line[key]) for key in counts),
+        format_count(line["bytes_per_token"]),
+        str(line["stabilizer_calls"]),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def read(arguments: list[str]) -> Command:
+    """The command; UserError for a mistake in it."""
     own, overrides = _split(arguments)
     if "suite" not in own:
         raise UserError(f"say what to compare: suite=stabilizers, or one of: {', '.join(suites.SUITES)}")
-    variants = dict(suites.variants(own["suite"]))
-    if "only" in own:
-        wanted = own["only"].split(",")
-        if unknown := [name for name in wanted if name not in variants]:
-            raise UserError(f"only={own['only']}: the suite has no {unknown[0]}; it has: {', '.join(variants)}")
-        variants = {name: variants[name] for name in wanted}
+    suite = suites.suite(own["suite"])
+    counts = {name: _count(own, name, getattr(suite, name)) for name in COUNTS}
+    variants, notes = _chosen(suite, own.get("only"))
     # A model that is chosen has its own sizes: those of BASE, as single keys, would win over it.
     is_chosen = any(override.lstrip("+").startswith("model=") for override in overrides)
     base = [setting for setting in suites.BASE if not (is_chosen and setting.startswith("model."))]
-    return own, {name: compose([*base, *settings, *overrides]) for name, settings in variants.items()}
+    settings, configs = {}, {}
+    for name, variant in variants.items():
+        settings[name] = [*variant.settings, *overrides]
+        configs[name] = compose([*base, *settings[name]])
+        if variant.ranks > 1:
+            settings[name] += variant.share_batch(configs[name]["trainer"])
+            configs[name] = compose([*base, *settings[name]])
+        variant.check_turn(configs[name], counts["steps"])
+    out = user_path(own.get("out", f"runs/bench/{own['suite']}.jsonl"))
+    trace = user_path(own["trace"]) if "trace" in own else None
+    return Command(own["suite"], counts, out, trace, variants, settings, configs, notes)
+
+
+def _chosen(suite: Suite, only: str | None) -> tuple[dict[str, Variant], list[str]]:
+    """The variants that are asked for and can be had here, and what is left out."""
+    named = only.split(",") if only else list(suite.variants)
+    if unknown := [name for name in named if name not in suite.variants]:
+        raise UserError(f"only={only}: the suite has no {unknown[0]}; it has: {', '.join(suite.variants)}")
+    variants = {name: suite.variants[name] for name in named}
+    missing = {name: one.package for name, one in variants.items() if one.package and not find_spec(one.package)}
+    notes = [f"{name} is left out, for {package} is missing: {suites.INSTALL}" for name, package in missing.items()]
+    if only and notes:
+        raise UserError(f"only={only}: {notes[0]}")
+    return {name: one for name, one in variants.items() if name not in missing}, notes
 
 
 def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -118,15 +330,20 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         if argument.startswith("-"):
             raise UserError(unknown_flag(argument, []))
         name, _, value = argument.partition("=")
-        if name in ("suite", "out", "only", "trace", *DEFAULTS):
+        if name in ("suite", "out", "only", "trace", *COUNTS):
             own[name] = value
         else:
             overrides.append(argument)
     return own, overrides
 
 
-def _count(own: dict[str, str], name: str) -> int:
-    value = own.get(name, str(DEFAULTS[name]))
+def _count(own: dict[str, str], name: str, default: int) -> int:
+    value = own.get(name, str(default))
     if not value.isdecimal() or not 1 <= int(value[:9]) <= 9999:
         raise UserError(f"{name}={value} must be an integer from 1 to 9999")
     return int(value)
+
+
+def _listed(name: str) -> str:
+    variants = ", ".join(suites.SUITES[name].variants)
+    return textwrap.fill(f"{name:14}{variants}", width=118, initial_indent="    ", subsequent_indent=" " * 18)

@@ -140,7 +140,7 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
         "stabilizers": ("Stabilizers, MHA", ("suite=stabilizers", "attention=mha")),
         "stabilizers_mla": ("Stabilizers, MLA", ("suite=stabilizers", "attention=mla")),
         "max_logits": ("Max logits of QK clip, MLA", ("suite=max_logits", "attention=mla")),
-        "kernels": ("Attention kernels, MHA", ("suite=kernels", "attention=mha", f"only={kernels}")),
+        "backends": ("Attention kernels, MHA", ("suite=backends", "attention=mha", f"only={kernels}")),
         "compile": ("Compiled blocks, MHA", ("suite=compile", "attention=mha")),
     }
     data = ("data=stdlib", f"data.dir={directory / 'data'}")

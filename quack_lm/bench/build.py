@@ -1,0 +1,26 @@
+"""From a variant to what makes its steps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quack_lm.bench.peers import make_peer_step
+from quack_lm.bench.ranks import LaunchedStep
+from quack_lm.bench.run_step import RunStep
+from quack_lm.bench.step import Timed, TrainingStep
+from quack_lm.bench.suites import Variant
+from quack_lm.errors import UserError
+from quack_lm.parallel import World
+
+
+def make_step(
+    variant: Variant, config: dict[str, Any], settings: Sequence[str], world: World, directory: Path
+) -> Timed:
+    """The step of a variant; what it writes goes to the directory, which is its own."""
+    if world.size > 1 and (variant.peer or variant.ranks):
+        raise UserError("this suite begins in one process; start it without torchrun")
+    if variant.ranks:
+        return LaunchedStep(settings, config["trainer"], variant.ranks, directory)
+    if variant.peer:
+        return make_peer_step(variant.peer, config, world, directory)
+    return RunStep(config, world, directory, variant.parts) if variant.parts else TrainingStep(config, world)
