@@ -55,7 +55,11 @@ SUITES: Mapping[str, Variants] = {
     },
     "compile": {"eager": [], "compiled": ["trainer.compile=true"]},
     "precision": {"float32": [], "bfloat16": ["trainer.precision=bfloat16"]},
-    "checkpointing": {"none": [], "every block": ["trainer.activation_checkpointing=true"]},
+    "checkpointing": {
+        "none": [],
+        "selective": ["trainer.activation_checkpointing=selective"],
+        "every block": ["trainer.activation_checkpointing=true"],
+    },
     "loss": {
         "whole": ["model.vocab_size=49152"],
         "in pieces of 1024 tokens": ["model.vocab_size=49152", "trainer.loss_chunk=1024"],

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from quack_lm.errors import UserError
+from quack_lm.model import ActivationCheckpointing
 from quack_lm.training.state import StabilityRules
 
 # Three float32 numbers. In memory: a weight, its gradient and one moment of the optimizer, with the activations on top.
@@ -36,7 +37,8 @@ class TrainerSettings(StabilityRules):
         device: where to train; auto: cuda where there is a GPU.
         replicas: more than 1: HSDP, sharded within groups of processes and replicated across so many.
         compile: torch.compile each block.
-        activation_checkpointing: recompute activations in the backward instead of keeping them.
+        activation_checkpointing: recompute the activations of the blocks in the backward instead of keeping them;
+            selective: keep the results of attention and of the products with weights, recompute the rest.
         loss_chunk: tokens whose vocabulary logits exist at once; null: all.
         reduce_every_micro_batch: reduce the gradients over the ranks after every micro-batch; false: once per step, for
             which each rank holds all of them in float32.
@@ -63,7 +65,7 @@ class TrainerSettings(StabilityRules):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     replicas: PositiveInt = 1
     compile: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: ActivationCheckpointing = False
     loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | None = None
     reduce_every_micro_batch: bool = True
     deterministic: bool = False
