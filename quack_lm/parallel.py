@@ -214,15 +214,32 @@ def check_world(*, device: str) -> None:
 # ------------------------------------------------------------------------------------------------ model
 
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World, *, precision: str) -> None:
-    """FSDP2 per block: float32 master weights, gradients reduced in float32, matrix products in `precision`."""
+def shard(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    world: World,
+    *,
+    precision: str,
+    reduce_dtype: str = "float32",
+    frees_blocks_after_forward: bool = True,
+) -> None:
+    """FSDP2 per block: float32 master weights; weights are gathered, and multiplied, in `precision`.
+
+    What is outside of the blocks keeps its gathered weights from the forward to the backward, which needs it first; so
+    does the last block, and with `frees_blocks_after_forward` false every block.
+    """
     if world.mesh is None:
         return
     dtype = torch.bfloat16 if precision == "bfloat16" else None
     # The rotary table is a float32 argument of the blocks and must stay so.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=getattr(torch, reduce_dtype), cast_forward_inputs=False
+    )
+    # FSDP2 gathers the next block while this one computes, forward and backward; naming the next one would let the host
+    # ask earlier, which it need not, since nothing in a block makes it wait.
     for block in blocks:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
+        reshards = frees_blocks_after_forward and block is not blocks[-1]
+        fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshards)
     fully_shard(model, mesh=world.mesh, mp_policy=policy)
 
 
@@ -257,9 +274,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         yield
     model.train()
-    if isinstance(model, FSDPModule):
-        # FSDP keeps the root's parameters unsharded after a forward, for a backward that does not come here.
-        model.reshard()
+    # What keeps its gathered weights after a forward does so for a backward, which does not come here; kept longer,
+    # they would be those of before the next step.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 # ------------------------------------------------------------------------------------------------ sharded tensors

@@ -91,6 +91,7 @@ def test_model_1b_is_the_papers_setting_number_by_number(attention: str) -> None
         "adamw_beta1": 0.9,
         "adamw_beta2": 0.95,
         "adamw_eps": 1e-8,
+        "state_dtype": "float32",
     }
     data = config["data"]
     assert choice(data) == "corpus"

@@ -63,7 +63,7 @@ LAYERS: dict[str, set[str]] = {
     "loss": set(),
     "model": {"attention", "errors", "loss"},
     "parallel": {"errors", "slurm"},
-    "optim": {"parallel"},
+    "optim": {"errors", "parallel"},
     "step": {"attention", "logit_paths", "parallel", "stabilizers"},
     "probe": {"attention", "logit_paths", "parallel", "step"},
     "data": {"errors", "files", "text"},

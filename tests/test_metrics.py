@@ -21,9 +21,10 @@ from wandb.proto import wandb_internal_pb2 as wandb_pb
 from quack_lm.config import compose
 from quack_lm.files import open_regular, read_json, write_atomically, write_json
 from quack_lm.parallel import World
+from quack_lm.training.accelerators import Accelerator, find_accelerator
 from quack_lm.training.build import make_model
 from quack_lm.training.counts import format_count
-from quack_lm.training.flops import flops_per_token, known_peak_tflops, peak_flops
+from quack_lm.training.flops import flops_per_token, peak_flops
 from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
 
 CPU = torch.device("cpu")
@@ -197,22 +198,23 @@ def test_writing_replaces_a_file_and_leaves_nothing_else(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"),
+    ("name", "expected"),
     [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA GB200", 2500),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
-        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA H100 80GB HBM3", Accelerator(989, 80)),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", Accelerator(989 * 3 / 7, 40)),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb+me", Accelerator(312 / 7, 10)),
+        ("NVIDIA A30 MIG 2g.12gb", Accelerator(165 / 2, 12)),
+        # A part of an instance, whose share the name does not say.
+        ("NVIDIA H100 80GB HBM3 MIG 1c.3g.40gb", None),
+        ("NVIDIA H800 MIG 3g.40gb", None),
         ("NVIDIA H800", None),
-        ("NVIDIA H20", None),
+        ("NVIDIA H100", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("H100", None),
     ],
 )
-def test_a_peak_is_that_of_the_devices_full_name(name: str, peak: float | None) -> None:
-    assert known_peak_tflops(name) == peak
+def test_an_accelerator_is_that_of_the_full_name_or_unknown(name: str, expected: Accelerator | None) -> None:
+    assert find_accelerator(name) == expected
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

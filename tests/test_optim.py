@@ -195,6 +195,29 @@ def test_the_adamw_recipe_equals_torchs_adamw() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_state_in_bfloat16_is_that_in_float32_rounded_after_every_step(optimizer: str) -> None:
+    def build(dtype: str) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        config = small_config("mla", "qk_norm", f"optimizer.state_dtype={dtype}", optimizer=optimizer)
+        model = small_model(config)
+        return model, instantiate(config["optimizer"]).build(model)
+
+    (half, half_optimizers), (full, full_optimizers) = build("bfloat16"), build("float32")
+    for step in range(3):
+        for model in (half, full):
+            random_gradients(list(model.parameters()), step)
+        for a, b in zip(half_optimizers, full_optimizers, strict=True):
+            a.step()
+            b.step()
+            for held, state in zip(a.state.values(), b.state.values(), strict=True):
+                for name in state.keys() - {"step"}:
+                    state[name].copy_(state[name].bfloat16())
+                    assert held[name].dtype == torch.bfloat16
+                    assert torch.equal(held[name].float(), state[name])
+    for a, b in zip(half.parameters(), full.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("update_scale", ["jordan", "moonlight"])
 def test_the_muon_recipe_equals_torchs_muon_and_adamw(update_scale: str) -> None:
     overrides = ["optimizer.lr=0.02", "optimizer.adamw_lr=0.005", "optimizer.weight_decay=0.2"]

@@ -328,6 +328,9 @@ TRAIN: dict[str, Bad] = {
         "trainer.loss_chunk=9223372036854775807", r"trainer\.loss_chunk=9223372036854775807: .*less than"
     ),
     "momentum_of_one": one("optimizer.momentum=1.0", r"optimizer\.momentum=1\.0: .*less than 1"),
+    "moments_too_slow_for_bfloat16": Bad(
+        ["optimizer.state_dtype=bfloat16", "optimizer.adamw_beta2=0.999"], r"optimizer\.adamw_beta2=0\.999 .*float32"
+    ),
     "negative_decay": one("optimizer.weight_decay=-0.1", r"optimizer\.weight_decay=-0\.1: "),
     "negative_tau": Bad(["stabilizer=quack", "stabilizer.tau=-1"], r"stabilizer\.tau=-1: .*greater than 0"),
     "zero_threshold": Bad(["stabilizer=qk_clip", "stabilizer.threshold=0"], r"stabilizer\.threshold=0: "),

@@ -1,5 +1,6 @@
 """Whole runs of the trainer, for real: one process, several under torchrun, stopped, killed, continued, diverging."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -22,9 +23,11 @@ from safetensors.torch import load_file
 
 from quack_lm.config import choices, compose
 from quack_lm.errors import UserError
-from quack_lm.training.build import build_run
-from quack_lm.training.check import check_run
+from quack_lm.training import build
+from quack_lm.training.build import build_run, count_flops_per_token
+from quack_lm.training.check import check_run, run_warnings
 from quack_lm.training.loop import train
+from quack_lm.training.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = [
@@ -123,7 +126,8 @@ def test_one_two_and_three_ranks_write_the_same_curves(
         assert done.returncode == 0, done.stderr
         assert summary(tmp_path / str(ranks))["world_size"] == ranks
         assert_close_records(tmp_path / "1", tmp_path / str(ranks), 2e-4)
-    assert run_process(overrides, tmp_path / "again", ranks=2).returncode == 0
+    again = [*overrides, "trainer.reshard_after_forward=always"]
+    assert run_process(again, tmp_path / "again", ranks=2).returncode == 0
     assert records(tmp_path / "again") == records(tmp_path / "2")
 
 
@@ -154,6 +158,33 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit(tmp_path: Path, tiny_dat
     run_here([*overrides, "seed=1"], tmp_path / "other")
     assert not torch.are_deterministic_algorithms_enabled()
     assert records(tmp_path / "one") != records(tmp_path / "other")
+
+
+def test_mfu_is_relative_to_the_peak_and_absent_without_one(
+    tmp_path: Path, tiny_data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logged(*overrides: str) -> dict[str, Any]:
+        run_here([*tiny_data, *overrides], tmp_path / str(len(overrides)))
+        return json.loads((tmp_path / str(len(overrides)) / "metrics.jsonl").read_text().splitlines()[-1])
+
+    line = logged("logger.peak_tflops=0.5")
+    flops = count_flops_per_token(RunDir(tmp_path / "1").config())
+    assert line["throughput/mfu"] == pytest.approx(line["throughput/tokens_per_s"] * flops / 0.5e12)
+    # As on a GPU that is not known.
+    monkeypatch.setattr(build, "peak_flops", lambda *_: None)
+    line = logged()
+    assert "throughput/mfu" not in line
+    assert line["throughput/tokens_per_s"] > 0
+
+
+def test_a_run_on_an_unknown_gpu_says_how_to_have_an_mfu(
+    tmp_path: Path, tiny_data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H800")
+    for overrides, expected in (([], ["NVIDIA H800"]), (["logger.peak_tflops=900"], [])):
+        plan = check_run(compose([*SMALL, *tiny_data, *overrides, f"run_dir={tmp_path / 'run'}"]))
+        warnings = run_warnings(dataclasses.replace(plan, device="cuda"))
+        assert [re.findall("NVIDIA H800", text)[0] for text in warnings] == expected
 
 
 def test_a_run_from_the_written_config_is_the_same_run(tmp_path: Path, tiny_data: list[str]) -> None:
@@ -187,17 +218,20 @@ def test_a_continued_run_equals_one_that_never_stopped(
     assert_same_tensors(tmp_path / "straight", tmp_path / "stopped")
 
 
+HALF = ["trainer.reduce_dtype=bfloat16", "optimizer.state_dtype=bfloat16"]
 PAIRS = [f"{attention}/{stabilizer}" for attention in choices("attention") for stabilizer in choices("stabilizer")]
 
 
 @pytest.mark.parametrize(
-    "pairs", [["mla/qk_clip"], pytest.param(PAIRS, marks=pytest.mark.slow)], ids=["one pair", "every pair"]
+    ("pairs", "more"),
+    [(["mla/qk_clip"], HALF), pytest.param(PAIRS, [], marks=pytest.mark.slow)],
+    ids=["one pair", "every pair"],
 )
 def test_a_continued_run_of_two_ranks_equals_one_that_never_stopped(
-    pairs: list[str], tmp_path: Path, tiny_data: list[str]
+    pairs: list[str], more: list[str], tmp_path: Path, tiny_data: list[str]
 ) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    overrides = [*SMALL, *tiny_data, "logger.log_every=1", "trainer.val_every=2", "trainer.probe_every=2"]
+    overrides = [*SMALL, *tiny_data, *more, "logger.log_every=1", "trainer.val_every=2", "trainer.probe_every=2"]
     done = subprocess.run(
         [*launcher, "tests/resume_worker.py", str(tmp_path), *pairs, "--", *overrides],
         cwd=REPOSITORY,
@@ -472,7 +506,7 @@ def test_the_environment_is_written_down(tmp_path: Path, tiny_data: list[str]) -
 def test_bfloat16_trains_close_to_float32(tmp_path: Path, tiny_data: list[str]) -> None:
     overrides = [*tiny_data, "stabilizer=qk_norm", "optimizer.lr=0.03", "trainer.steps=20"]
     exact = run_here(overrides, tmp_path / "float32")
-    done = run_process([*overrides, "trainer.precision=bfloat16"], tmp_path / "bfloat16")
+    done = run_process([*overrides, *HALF, "trainer.precision=bfloat16"], tmp_path / "bfloat16")
     assert done.returncode == 0, done.stderr
     assert summary(tmp_path / "bfloat16")["val_loss"] == pytest.approx(exact["val_loss"], abs=0.05)
     assert exact["val_loss"] < exact["initial_val_loss"] - 0.3

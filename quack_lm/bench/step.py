@@ -57,6 +57,7 @@ class TrainingStep:
         self.weights = LogitWeights(self.model.attentions)
         initialize_stabilizer(self.stabilizer, self.weights)
         self.max_grad_norm = recipe.max_grad_norm
+        self.reduces_every_micro_batch = settings.reduce_every_micro_batch
         self.micro_batches = self._random_tokens(config, settings)
         self.tokens_per_step = settings.global_batch_size * settings.seq_len
         # Small, so that however many steps are made the model stays as it was drawn.
@@ -72,7 +73,8 @@ class TrainingStep:
     def __call__(self, phases: Phases) -> None:
         """One step."""
         for number, tokens in enumerate(self.micro_batches, start=1):
-            set_gradient_reduction(self.model, number == len(self.micro_batches))
+            is_last = number == len(self.micro_batches)
+            set_gradient_reduction(self.model, self.reduces_every_micro_batch or is_last)
             tokens = self.world.to_device(tokens)
             loss = self.model(tokens[:, :-1], tokens[:, 1:]).sum() / self.tokens_per_step
             phases.mark("forward")

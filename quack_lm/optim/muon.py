@@ -22,7 +22,7 @@ class Muon(torch.optim.Optimizer):
     """Muon over matrices, each orthogonalized on its own.
 
     `update_scale` is `jordan`, max(1, rows / cols)^0.5, or `moonlight`, 0.2 max(rows, cols)^0.5 (arXiv 2502.16982).
-    `ns_dtype` is the precision of the Newton-Schulz products.
+    `ns_dtype` is the precision of the Newton-Schulz products, `state_dtype` that of the momentum between two steps.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         update_scale: UpdateScale = "jordan",
         ns_dtype: torch.dtype = torch.bfloat16,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -43,6 +44,7 @@ class Muon(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "update_scale": update_scale,
             "ns_dtype": ns_dtype,
+            "state_dtype": state_dtype,
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -62,12 +64,15 @@ class Muon(torch.optim.Optimizer):
     def _step_equal_shapes(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, dtype=group["state_dtype"])
         weights = [local(p) for p in parameters]
         buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
-        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        directions = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
+        momenta = [b.to(g.dtype) for b, g in zip(buffers, gradients, strict=True)]  # the buffers where they are float32
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        if group["state_dtype"] != gradients[0].dtype:
+            torch._foreach_copy_(buffers, momenta)
+        directions = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
         # One batch of matrices, cast first: half the bytes travel in bfloat16.
         stack_NrC = torch.stack([d.to(group["ns_dtype"]) for d in directions])
         update_NrC = map_full_matrices(orthogonalize, stack_NrC, parameters[0]).to(weights[0].dtype)

@@ -10,6 +10,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import nn
 from torch.optim import Optimizer
 
+from quack_lm.errors import UserError
+from quack_lm.optim.moments import hold_moments_in
 from quack_lm.optim.muon import Muon, UpdateScale
 from quack_lm.optim.schedule import ScheduleName, make_schedule
 
@@ -17,6 +19,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # Far above any rate that trains, and small enough for float32 times every scale of an update.
 Rate = Annotated[float, Field(gt=0, le=1e36)]
+# bfloat16 numbers lie up to 2^-7 apart, relative to their size: a smaller share of a change than half of that is lost.
+LARGEST_BFLOAT16_DECAY = 1 - 2**-8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class Recipe(ABC):
         adamw_beta1: AdamW's decay of the first moment.
         adamw_beta2: AdamW's decay of the second moment.
         adamw_eps: AdamW's epsilon.
+        state_dtype: what AdamW's moments and Muon's momentum are kept in between steps; they are updated in float32.
     """
 
     lr: Rate
@@ -46,6 +51,17 @@ class Recipe(ABC):
     adamw_beta1: Beta = 0.9
     adamw_beta2: Beta = 0.95
     adamw_eps: PositiveFloat = 1e-8
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        """Refuse moments that rounding would keep from changing."""
+        decays = {name: getattr(self, name, 0.0) for name in ("adamw_beta1", "adamw_beta2", "momentum")}
+        name = max(decays, key=decays.__getitem__)
+        if self.state_dtype == "bfloat16" and decays[name] > LARGEST_BFLOAT16_DECAY:
+            raise UserError(
+                f"optimizer.{name}={decays[name]} is above {LARGEST_BFLOAT16_DECAY:.4f}, where bfloat16 rounds the "
+                "changes away; use optimizer.state_dtype=float32"
+            )
 
     @abstractmethod
     def build(self, model: nn.Module) -> list[Optimizer]:
@@ -70,9 +86,12 @@ class Recipe(ABC):
         betas = (self.adamw_beta1, self.adamw_beta2)
         # On the meta device, where the state is made only to see what a checkpoint must hold, no kernel is fused.
         is_fused = not any(p.is_meta for p in parameters)
-        return torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=lr, betas=betas, eps=self.adamw_eps, fused=is_fused
         )
+        if self.state_dtype != "float32":
+            hold_moments_in(optimizer, getattr(torch, self.state_dtype))
+        return optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +132,7 @@ class MuonRecipe(Recipe):
             weight_decay=self.weight_decay,
             update_scale=self.update_scale,
             ns_dtype=getattr(torch, self.ns_dtype),
+            state_dtype=getattr(torch, self.state_dtype),
         )
         rest = [p for p in model.parameters() if p not in hidden]
         return _checked(model, [muon, self._adamw(rest, self.adamw_lr or self.lr)])

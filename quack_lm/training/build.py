@@ -137,7 +137,16 @@ def place_model(model: Transformer, settings: TrainerSettings, world: World, *, 
     if settings.compile:
         for block in model.blocks:
             block.compile()
-    shard(model, list(model.blocks), world, precision=settings.precision)
+    shard(
+        model,
+        list(model.blocks),
+        world,
+        precision=settings.precision,
+        reduce_dtype=settings.reduce_dtype,
+        frees_blocks_after_forward=settings.frees_blocks_after_forward(
+            sum(p.numel() for p in model.blocks.parameters())
+        ),
+    )
     initial = None if seed is None else partial(model.initial_value, seed=seed, device=world.device)
     materialize(model, initial, world.device)
 
@@ -203,7 +212,9 @@ def build_run(plan: RunPlan) -> Run:
             state=state,
             unigram_entropy=plan.data.manifest.unigram_entropy,
             flops_per_token=plan.flops_per_token,
-            peak_flops=peak_flops(world.device, settings.precision),
+            peak_flops=1e12 * plan.logger.peak_tflops
+            if plan.logger.peak_tflops
+            else peak_flops(world.device, settings.precision),
             facts=facts,
             lock=lock,
         )

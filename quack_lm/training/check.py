@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quack_lm.attention.scores import check_backend
 from quack_lm.config import flatten, identity, instantiate
 from quack_lm.data.corpus import Corpus
@@ -21,6 +23,7 @@ from quack_lm.step import LogitWeights
 from quack_lm.text import refuse_secret
 from quack_lm.training import checkpoint
 from quack_lm.training.build import RunPlan, count_flops_per_token, initialize_stabilizer, make_model, open_data
+from quack_lm.training.flops import peak_flops
 from quack_lm.training.metrics import LoggerSettings
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
@@ -48,6 +51,7 @@ CHANGEABLE = {
     "trainer.activation_checkpointing",
     "trainer.loss_chunk",
     "trainer.reduce_every_micro_batch",
+    "trainer.reshard_after_forward",
     "trainer.deterministic",
     "trainer.timeout_s",
 }
@@ -107,13 +111,21 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
 
 def run_warnings(plan: RunPlan) -> list[str]:
     """What is allowed and probably not meant."""
-    warmup = plan.recipe.warmup_steps
+    found, warmup, precision = [], plan.recipe.warmup_steps, plan.settings.precision
     if plan.settings.steps < warmup:
-        return [
+        found.append(
             f"trainer.steps={plan.settings.steps} ends before optimizer.warmup_steps={warmup} do: the rate never "
             "reaches optimizer.lr"
-        ]
-    return []
+        )
+    if plan.device == "cuda" and plan.logger.peak_tflops is None:
+        device = torch.device("cuda", launched_world()[2])
+        if peak_flops(device, precision) is None:
+            name = torch.cuda.get_device_name(device)
+            found.append(
+                f"the {precision} peak of {name} is unknown, so there is no throughput/mfu; logger.peak_tflops=... "
+                "gives the peak in TFLOP/s"
+            )
+    return found
 
 
 def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ranks_of_a_copy: int) -> None:
@@ -121,7 +133,8 @@ def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ran
     n_params = count_parameters(model)["total"]
     needed, available = BYTES_PER_PARAMETER * n_params / ranks_of_a_copy, memory_of_a_rank(device)
     if not config["trainer"]["reduce_every_micro_batch"]:
-        needed += 4 * n_params * (1 - 1 / ranks_of_a_copy)  # the other ranks' part of the gradients
+        # The other ranks' part of the gradients.
+        needed += getattr(torch, config["trainer"]["reduce_dtype"]).itemsize * n_params * (1 - 1 / ranks_of_a_copy)
     if needed > available:
         sizes = flatten({name: config[name] for name in ("model", "attention")})
         key = max((k for k, v in sizes.items() if isinstance(v, int)), key=sizes.__getitem__)

@@ -48,7 +48,7 @@ class Run:
     state: TrainState
     unigram_entropy: float
     flops_per_token: float
-    peak_flops: float
+    peak_flops: float | None
     facts: dict[str, Any]  # what summary and checkpoints say besides the state
     lock: IO[str] | None  # held open by the main process: one run at a time in a directory
     status: RunStatus = field(default_factory=RunStatus)
@@ -166,8 +166,9 @@ def write_log(run: Run, clock: Clock) -> None:
     if clock.n_intervals > 1 and not was_stopped:
         state.timed_s += seconds
         state.timed_tokens += n_tokens
-    mfu = tokens_per_s * run.flops_per_token / (run.peak_flops * run.world.size)
-    throughput = {"throughput/tokens_per_s": tokens_per_s, "throughput/mfu": mfu}
+    throughput = {"throughput/tokens_per_s": tokens_per_s}
+    if run.peak_flops is not None:
+        throughput["throughput/mfu"] = tokens_per_s * run.flops_per_token / (run.peak_flops * run.world.size)
     run.log.add(state.step, {**({} if was_stopped else throughput), "data/epoch": run.batches.epoch(state.step)})
     with run.coordinator.recording_write_errors():
         run.log.flush()

@@ -48,6 +48,8 @@ class LoggerSettings:
         log_every: steps between copies of metrics from device to host.
         per_head: mirror the tables over layers and heads to W&B as well, one key each.
         progress: whether there is a progress bar.
+        peak_tflops: peak of one device in TFLOP/s, to which throughput/mfu is relative; null: a GPU's by its name, for
+            trainer.precision=bfloat16, and a CPU's as measured.
         wandb_timeout_s: seconds to wait for W&B at the start and at the end; training itself never waits for it.
     """
 
@@ -60,6 +62,7 @@ class LoggerSettings:
     log_every: PositiveInt = 10
     per_head: bool = False
     progress: bool = True
+    peak_tflops: PositiveFloat | None = None
     wandb_timeout_s: PositiveFloat = 60.0
 
 

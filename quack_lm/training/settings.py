@@ -13,6 +13,8 @@ from quack_lm.training.state import StabilityRules
 # Three float32 numbers. In memory: a weight, its gradient and one moment of the optimizer, with the activations on top.
 # In a checkpoint: a weight and at most two moments.
 BYTES_PER_PARAMETER = 12
+# A twentieth of the memory of an 80 GB card, and all blocks of the 1B models in bfloat16.
+MAX_KEPT_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class TrainerSettings(StabilityRules):
         seq_len: tokens of a sequence.
         global_batch_size: sequences per step, over all processes.
         micro_batch_size: sequences per forward and process; the rest is gradient accumulation.
-        precision: precision of the forward and backward; master weights and reductions are float32 in both.
+        precision: precision of the forward and backward, and of the weights that FSDP gathers; master weights are
+            float32 in both.
         val_every: steps between validations; 0: only at the end.
         val_sequences: sequences of a validation.
         probe_every: steps between measurements of the logits and of their change by one step; 0: only at the end.
@@ -41,7 +44,11 @@ class TrainerSettings(StabilityRules):
             selective: keep the results of attention and of the products with weights, recompute the rest.
         loss_chunk: tokens whose vocabulary logits exist at once; null: all.
         reduce_every_micro_batch: reduce the gradients over the ranks after every micro-batch; false: once per step, for
-            which each rank holds all of them in float32.
+            which each rank holds all of them in reduce_dtype.
+        reduce_dtype: precision in which gradients are summed over the ranks, and over micro-batches where
+            reduce_every_micro_batch=false.
+        reshard_after_forward: whether blocks free their gathered weights after the forward and gather them again for
+            the backward, but for the last; auto: where the gathered weights of all blocks take more than 4 GiB.
         deterministic: only deterministic algorithms, which cost speed on GPUs, so that a run repeats bit for bit.
         timeout_s: seconds without progress after which the run ends with the stack of every rank on stderr.
         probe_parts: split the change of the logits into the parts of the query weights, the key weights and everything
@@ -68,9 +75,17 @@ class TrainerSettings(StabilityRules):
     activation_checkpointing: ActivationCheckpointing = False
     loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | None = None
     reduce_every_micro_batch: bool = True
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     deterministic: bool = False
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 600.0
     probe_parts: bool = False
+
+    def frees_blocks_after_forward(self, n_parameters: int) -> bool:
+        """Whether blocks with so many parameters in all free their gathered weights between forward and backward."""
+        if self.reshard_after_forward != "auto":
+            return self.reshard_after_forward == "always"
+        return n_parameters * (2 if self.precision == "bfloat16" else 4) > MAX_KEPT_BYTES
 
     def check_ranks(self, ranks: int) -> None:
         """Raise UserError where so many ranks cannot form the replicas or share the batch equally."""

@@ -1,0 +1,89 @@
+"""GPUs by the full name that `torch.cuda.get_device_name` gives them: peak and memory, from the vendors' data sheets.
+
+A name that is not here is unknown: similar names have other clocks, memories and numbers of units.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """What torch shows as one device.
+
+    `tflops` is the peak of dense bfloat16 products that are summed in float32, a half of the figures with sparsity;
+    GeForce cards reach half of theirs with sums in float16. Data sheets call the GiB of `memory_gib` GB.
+    """
+
+    tflops: float
+    memory_gib: int
+    mig_slices: int = 7
+
+
+ACCELERATORS = {
+    # Ampere
+    "NVIDIA A100-SXM4-40GB": Accelerator(312, 40),
+    "NVIDIA A100-SXM4-80GB": Accelerator(312, 80),
+    "NVIDIA A100-PCIE-40GB": Accelerator(312, 40),
+    "NVIDIA A100 80GB PCIe": Accelerator(312, 80),
+    "NVIDIA A800-SXM4-80GB": Accelerator(312, 80),
+    "NVIDIA A800 80GB PCIe": Accelerator(312, 80),
+    "NVIDIA A30": Accelerator(165, 24, mig_slices=4),
+    "NVIDIA A40": Accelerator(149.7, 48),
+    "NVIDIA A10": Accelerator(125, 24),
+    "NVIDIA A10G": Accelerator(70, 24),
+    "NVIDIA RTX A6000": Accelerator(154.8, 48),
+    "NVIDIA GeForce RTX 3090": Accelerator(71, 24),
+    "NVIDIA GeForce RTX 3090 Ti": Accelerator(80, 24),
+    # Ada
+    "NVIDIA L4": Accelerator(121, 24),
+    "NVIDIA L40": Accelerator(181, 48),
+    "NVIDIA L40S": Accelerator(362, 48),
+    "NVIDIA RTX 6000 Ada Generation": Accelerator(364.2, 48),
+    "NVIDIA GeForce RTX 4080": Accelerator(97.5, 16),
+    "NVIDIA GeForce RTX 4090": Accelerator(165.2, 24),
+    # Hopper
+    "NVIDIA H100 80GB HBM3": Accelerator(989, 80),
+    "NVIDIA H100 PCIe": Accelerator(756, 80),
+    "NVIDIA H100 NVL": Accelerator(835, 94),
+    "NVIDIA H200": Accelerator(989, 141),
+    "NVIDIA H200 NVL": Accelerator(835, 141),
+    "NVIDIA GH200 480GB": Accelerator(989, 96),
+    "NVIDIA GH200 144G HBM3e": Accelerator(989, 144),
+    # Blackwell
+    "NVIDIA B200": Accelerator(2250, 180),
+    "NVIDIA GB200": Accelerator(2500, 186),
+    "NVIDIA B300 SXM6 AC": Accelerator(2250, 268),
+    "NVIDIA GB300": Accelerator(2500, 278),
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": Accelerator(503.8, 96, mig_slices=4),
+    "NVIDIA GeForce RTX 5080": Accelerator(112.6, 16),
+    "NVIDIA GeForce RTX 5090": Accelerator(209.5, 32),
+    # CDNA; of an MI250 torch shows each of the two dies.
+    "AMD Instinct MI210": Accelerator(181, 64),
+    "AMD Instinct MI250": Accelerator(181, 64),
+    "AMD Instinct MI250X": Accelerator(191.5, 64),
+    "AMD Instinct MI300A": Accelerator(980.6, 128),
+    "AMD Instinct MI300X": Accelerator(1307.4, 192),
+    "AMD Instinct MI300X OAM": Accelerator(1307.4, 192),
+    "AMD Instinct MI325X": Accelerator(1307.4, 256),
+    "AMD Instinct MI355X": Accelerator(2516.6, 288),
+    "AMD Instinct MI355 OAM": Accelerator(2516.6, 288),
+    # RDNA
+    "AMD Radeon RX 7900 XTX": Accelerator(122.8, 24),
+}
+
+
+def find_accelerator(name: str) -> Accelerator | None:
+    """The device with this full name; None where it is not known.
+
+    A MIG instance has the share of the card's units that NVIDIA's MIG guide gives, 3/7 for `<card> MIG 3g.40gb`, and
+    the memory that its name says.
+    """
+    if name in ACCELERATORS:
+        return ACCELERATORS[name]
+    instance = re.fullmatch(r"(?P<card>.+) MIG (?P<slices>\d)g\.(?P<memory>\d+)gb(\+me(\.all)?)?", name)
+    card = ACCELERATORS.get(instance["card"]) if instance else None
+    if instance is None or card is None:
+        return None
+    slices = int(instance["slices"])
+    return Accelerator(card.tflops * slices / card.mig_slices, int(instance["memory"]))
