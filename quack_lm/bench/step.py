@@ -64,7 +64,7 @@ class TrainingStep:
         set_lr(self.optimizers, 1e-3)
 
     def _random_tokens(self, config: dict[str, Any], settings: TrainerSettings) -> list[Tensor]:
-        size, length = settings.micro_batch_size, settings.seq_len + 1
+        size, length = settings.sequences_at_once, settings.seq_len + 1
         count = settings.global_batch_size // (size * self.world.size)
         generator = torch.Generator().manual_seed(config["seed"] + self.world.rank)
         vocabulary = config["model"]["vocab_size"]

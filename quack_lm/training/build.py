@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -165,9 +165,13 @@ def initialize_stabilizer(stabilizer: Stabilizer, weights: LogitWeights) -> None
 
 def build_run(plan: RunPlan) -> Run:
     """Start the process group, claim the run directory, and build every object of the run."""
-    settings, config = plan.settings, plan.config
-    set_determinism(settings.deterministic)
+    set_determinism(plan.settings.deterministic)
     world = _start_world(plan)
+    # Before: each rank has chosen for its own device. After: all have the choice of the smallest.
+    plan = replace(
+        plan, settings=replace(plan.settings, micro_batch_size=min(world.all_gather(plan.settings.sequences_at_once)))
+    )
+    settings, config = plan.settings, plan.config
     # From here on the ranks wait for each other, and none may hang; of a restart, one may wait for the lock.
     startup = Watchdog(settings.timeout_s + (LOCK_WAIT_S if slurm.is_restart() else 0.0), rank=world.rank)
     with startup.watching():
@@ -220,7 +224,7 @@ def build_run(plan: RunPlan) -> Run:
         )
         _on_main_rank(world, plan.run_dir, lambda: run.log.rewind(state.step if resumes_from else -1))
         _on_main_rank(
-            world, plan.run_dir, lambda: plan.run_dir.write_description(config, _environment(world, n_params))
+            world, plan.run_dir, lambda: plan.run_dir.write_description(config, _environment(world, settings, n_params))
         )
     if world.is_main:
         _start_logging(plan, run, resumes_from)
@@ -261,7 +265,7 @@ class DataObjects(NamedTuple):
 def build_data(plan: RunPlan, world: World) -> DataObjects:
     """This rank's share of the training, validation and probe sequences."""
     settings = plan.settings
-    split = {"micro_batch_size": settings.micro_batch_size, "rank": world.rank, "world_size": world.size}
+    split = {"micro_batch_size": settings.sequences_at_once, "rank": world.rank, "world_size": world.size}
     return DataObjects(
         TrainBatches(
             plan.sequences["train"],
@@ -362,7 +366,7 @@ def _start_logging(plan: RunPlan, run: Run, resumes_from: Path | None) -> None:
     run.log.start_progress(run.state.step, "/".join(choice(section) for section in sections))
 
 
-def _environment(world: World, n_params: int) -> dict[str, Any]:
+def _environment(world: World, settings: TrainerSettings, n_params: int) -> dict[str, Any]:
     """What is needed to reproduce a result."""
     is_cuda = world.device.type == "cuda"
     return {
@@ -378,6 +382,7 @@ def _environment(world: World, n_params: int) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "n_params": n_params,
+        "micro_batch_size": settings.micro_batch_size,
     }
 
 

@@ -25,7 +25,8 @@ class TrainerSettings(StabilityRules):
         steps: optimizer steps of the run.
         seq_len: tokens of a sequence.
         global_batch_size: sequences per step, over all processes.
-        micro_batch_size: sequences per forward and process; the rest is gradient accumulation.
+        micro_batch_size: sequences per forward and process; the rest is gradient accumulation; auto: as many as fit
+            into the memory of the device where the run starts.
         precision: precision of the forward and backward, and of the weights that FSDP gathers; master weights are
             float32 in both.
         val_every: steps between validations; 0: only at the end.
@@ -58,7 +59,7 @@ class TrainerSettings(StabilityRules):
     steps: PositiveInt
     seq_len: PositiveInt
     global_batch_size: PositiveInt
-    micro_batch_size: PositiveInt
+    micro_batch_size: PositiveInt | Literal["auto"]
     precision: Literal["float32", "bfloat16"]
     val_every: NonNegativeInt
     val_sequences: PositiveInt
@@ -87,20 +88,28 @@ class TrainerSettings(StabilityRules):
             return self.reshard_after_forward == "always"
         return n_parameters * (2 if self.precision == "bfloat16" else 4) > MAX_KEPT_BYTES
 
+    @property
+    def sequences_at_once(self) -> int:
+        """`micro_batch_size` as a number; UserError where it is `auto` still."""
+        if self.micro_batch_size == "auto":
+            raise UserError("trainer.micro_batch_size=auto is chosen where a run starts; give a number here")
+        return self.micro_batch_size
+
     def check_ranks(self, ranks: int) -> None:
         """Raise UserError where so many ranks cannot form the replicas or share the batch equally."""
         if ranks % self.replicas:
             raise UserError(f"trainer.replicas={self.replicas} must divide the number of ranks, {ranks}")
-        at_once = ranks * self.micro_batch_size
+        micro_batch_size = 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+        at_once = ranks * micro_batch_size
         if self.global_batch_size % at_once:
             # A smaller micro batch computes the same.
             each, rest = divmod(self.global_batch_size, ranks)
             fix = (
                 f"trainer.global_batch_size={-(-self.global_batch_size // at_once) * at_once}"
                 if rest
-                else f"trainer.micro_batch_size={math.gcd(each, self.micro_batch_size)}"
+                else f"trainer.micro_batch_size={math.gcd(each, micro_batch_size)}"
             )
             raise UserError(
                 f"trainer.global_batch_size={self.global_batch_size} must be a multiple of ranks x "
-                f"trainer.micro_batch_size = {ranks} x {self.micro_batch_size} = {at_once}; for example {fix}"
+                f"trainer.micro_batch_size = {ranks} x {micro_batch_size} = {at_once}; for example {fix}"
             )
