@@ -34,7 +34,7 @@ from quack_lm.step import LogitWeights
 from quack_lm.training import checkpoint
 from quack_lm.training.coordinator import Coordinator
 from quack_lm.training.environment import package_versions
-from quack_lm.training.flops import flops_per_token, peak_flops
+from quack_lm.training.flops import attention_flops_per_token, flops_per_token, peak_flops
 from quack_lm.training.loop import Run
 from quack_lm.training.memory import keep_freed_memory
 from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
@@ -108,8 +108,16 @@ def make_model(config: dict[str, Any], stabilizer: Stabilizer | None = None) -> 
 
 def count_flops_per_token(config: dict[str, Any]) -> float:
     """FLOPs of forward and backward per token of the config's model, on a copy whose stabilizer is its own."""
-    copy = make_model({**config, "attention": {**config["attention"], "backend": "eager"}})
-    return flops_per_token(copy, config["trainer"]["seq_len"])
+    return flops_per_token(_eager_copy(config), config["trainer"]["seq_len"])
+
+
+def count_attention_flops_per_token(config: dict[str, Any]) -> float:
+    """The part of `count_flops_per_token` that pairs positions."""
+    return attention_flops_per_token(_eager_copy(config), config["trainer"]["seq_len"])
+
+
+def _eager_copy(config: dict[str, Any]) -> Transformer:
+    return make_model({**config, "attention": {**config["attention"], "backend": "eager"}})
 
 
 def open_data(corpus: Corpus, vocab_size: int) -> TokenData:

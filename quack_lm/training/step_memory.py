@@ -6,7 +6,7 @@ operator, what a device's allocator loses to fragments, and what its libraries t
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ T = TypeVar("T")
 # `communication`: weights gathered by FSDP, and what collectives send and receive. `buffers`: all that the backward,
 # the optimizers and the stabilizer need for a moment.
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "logits", "communication", "buffers")
+LASTING = CATEGORIES[:3]  # from one step to the next
 
 # What a planned step may take of a device's memory. On a GPU the rest is for fragments, the context, NCCL and kernels;
 # a CPU's memory has other users.
@@ -183,6 +184,15 @@ def largest_micro_batch(config: dict[str, Any], *, world_size: int, device: str,
     return found[0] if found else None
 
 
+def plan_memory(configs: Sequence[dict[str, Any]], *, world_size: int, device: str) -> list[StepMemory]:
+    """The memory of each config's step, at its own micro-batch."""
+    found = []
+    for config in configs:
+        with imagined_step(config, world_size=world_size, device=device) as step:
+            found.append(step.memory(micro_batch_size=step.settings.sequences_at_once))
+    return found
+
+
 def in_own_process(function: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
     """Call a function of this module where it leaves nothing behind.
 
@@ -242,8 +252,10 @@ class _Storages(TorchDispatchMode):
             return NotImplemented  # a sharded tensor's operator becomes one of plain tensors
         result = operator(*args, **(kwargs or {}))
         name = operator.name()
-        if name.startswith("c10d::"):
-            self.label("communication", self._tensors(args))
+        if name.startswith(("c10d::", "fsdp::")):
+            # In float32 the weights themselves are sent.
+            moved = [t for t in self._tensors((args, kwargs)) if self._category_of(t) not in LASTING]
+            self.label("communication", moved)
             if "reduce_scatter" in name:
                 self.label("gradients", self._tensors(args[0]))
         # A recomputed forward is one with gradients, in the backward.
@@ -265,6 +277,9 @@ class _Storages(TorchDispatchMode):
         self.parts[self.categories[key]] -= size
         self.parts[category] += size
         self.categories[key] = category
+
+    def _category_of(self, tensor: Tensor) -> str | None:
+        return self.categories.get(tensor.untyped_storage()._cdata)
 
     def _see(self, storage: torch.UntypedStorage, category: str) -> None:
         key, size = storage._cdata, storage.nbytes()
