@@ -12,7 +12,8 @@ from quack_lm.errors import UserError
 from quack_lm.training.accelerators import ACCELERATORS, named_accelerator
 from quack_lm.training.step_memory import CATEGORIES, imagined_step
 
-SMALL = ("model.d_model=64", "model.n_layers=3", "model.d_ff=160", "model.vocab_size=1000", "trainer.seq_len=128")
+SMALL = ("model.d_model=64", "model.n_layers=2", "model.d_ff=160", "model.vocab_size=1000", "trainer.seq_len=128")
+SMALL += ("model.tied_embeddings=true",)
 GIB = 2**30
 
 
@@ -28,8 +29,8 @@ def test_planned_memory_is_that_of_twelve_measured_configs() -> None:
     rows = [line.split() for line in stdout.splitlines()[2:]]
     assert len(rows) == 12
     for *config, planned, measured, ratio in rows:
-        assert float(planned) / float(measured) == pytest.approx(float(ratio), abs=2e-3)
-        assert 0.95 < float(ratio) < 1.05, config
+        assert float(planned) / float(measured) == pytest.approx(float(ratio), abs=0.01)
+        assert 0.98 < float(ratio) < 1.01, config
 
 
 @pytest.mark.parametrize("world_size", [1, 8])
@@ -58,9 +59,9 @@ def test_the_parts_of_a_step_are_what_they_are_named_for(world_size: int) -> Non
 
 
 def test_the_largest_micro_batch_is_the_largest_divisor_that_fits() -> None:
-    config = compose(["experiment=tiny", *SMALL, "trainer.global_batch_size=24"])
+    config = compose(["experiment=tiny", *SMALL, "trainer.global_batch_size=12"])
     with imagined_step(config, world_size=2, device="cpu") as step:
-        totals = {size: step.memory(micro_batch_size=size).total for size in (1, 2, 3, 4, 6, 12)}
+        totals = {size: step.memory(micro_batch_size=size).total for size in (1, 2, 3, 6)}
         assert sorted(totals.values()) == list(totals.values())
         for size, total in totals.items():
             found = step.largest_micro_batch(total)
@@ -72,14 +73,12 @@ def test_the_largest_micro_batch_is_the_largest_divisor_that_fits() -> None:
 def test_a_plan_prints_what_the_run_will_be(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"throughput/mfu": m}) + "\n" for m in (0.1, 0.5, 0.2)))
     small = [*SMALL, "trainer.global_batch_size=48", "trainer.micro_batch_size=auto"]
-    code, stdout, stderr = call(
-        "plan", "experiment=tiny", *small, "world_size=8", "card=H200 NVL", f"mfu={tmp_path}"
-    )
+    code, stdout, stderr = call("plan", "experiment=tiny", *small, "world_size=8", "card=H200 NVL", f"mfu={tmp_path}")
     assert (code, stderr) == (0, "")
     rows = table(stdout)
     # 2 x parameters x 3 for the products, of which the tied embedding is one.
     parameters = int(rows["parameters"][0].split()[0].replace(",", ""))
-    d_model, length, layers = 64, 128, 3
+    d_model, length, layers = 64, 128, 2
     pairs = 3 * 2 * 2 * layers * length * d_model
     expected = 6 * (parameters - d_model * (2 * layers + 1)) + pairs
     assert float(rows["FLOPs"][0].split()[0]) == pytest.approx(expected, rel=1e-3)
@@ -92,8 +91,9 @@ def test_a_plan_prints_what_the_run_will_be(tmp_path: Path) -> None:
 
 
 def test_the_plan_of_a_sweep_is_the_cost_of_its_runs() -> None:
+    where = ["trainer.micro_batch_size=4", "world_size=2", "card=A100", "mfu=0.5"]
     axes = ["attention=mha,mla", "stabilizer=none,quack", "optimizer.lr=0.1,0.2"]
-    code, stdout, stderr = call("plan", "experiment=tiny", *SMALL, *axes, "world_size=2", "card=A100", "mfu=0.5")
+    code, stdout, stderr = call("plan", "experiment=tiny", *SMALL, *axes, *where)
     assert (code, stderr) == (0, "")
     lines = [line.split() for line in stdout.splitlines()[2:6]]
     assert [line[:3] for line in lines] == [[a, s, "2"] for a in ("mha", "mla") for s in ("none", "quack")]
@@ -120,7 +120,7 @@ def test_the_plan_of_a_sweep_is_the_cost_of_its_runs() -> None:
 )
 def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
     code, stdout, stderr = call("plan", "experiment=tiny", *arguments)
-    assert (code, stderr.count("\n")) == (2, 1)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert words in stderr
 
 

@@ -13,7 +13,7 @@ measure=true      make two steps of each config on this machine, and print plann
 
 Every other key=value is a setting, as of quack-lm train. No data set is needed. Memory is that of rank 0, which has the
 largest part, at the peak of a step: the step itself is made, on tensors without memory, and every storage counted. A
-card's context, its libraries, temporaries of its kernels and fragments come on top: a step is said to fit where it takes
+card's context, its libraries, temporaries of its kernels and fragments come on top: a step fits where it takes at most
 90% of the card's memory. Compilation is not planned; it saves activations. FLOPs count attention over all pairs of
 positions, as MFU does everywhere here, and no recomputation.
 """
@@ -22,6 +22,7 @@ import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quack_lm.cli import sweep as sweep_command
@@ -36,6 +37,7 @@ from quack_lm.training.run_dir import RunDir, lines_backwards
 
 if TYPE_CHECKING:
     from quack_lm.sweep.cell import Cell
+    from quack_lm.training.settings import TrainerSettings
     from quack_lm.training.step_memory import StepMemory
 
 OWN = ("world_size", "card", "mfu", "measure")
@@ -134,13 +136,13 @@ def plan_run(config: dict[str, Any], setting: Setting) -> None:
     """Print everything about one run."""
     from quack_lm.model import count_parameters
     from quack_lm.training.build import count_attention_flops_per_token, count_flops_per_token, make_model
-    from quack_lm.training.settings import TrainerSettings
 
     settings: TrainerSettings = instantiate(config["trainer"])
     settings.check_ranks(setting.world_size)
     flops, in_attention = count_flops_per_token(config), count_attention_flops_per_token(config)
     step_tokens = settings.global_batch_size * settings.seq_len
     parameters = count_parameters(make_model(config))["total"]
+    settings, memory = _memory(config, settings, setting)
     echo(
         f"attention={choice(config['attention'])} stabilizer={choice(config['stabilizer'])}, {settings.precision}, "
         f"{setting.world_size} x {setting.card or 'an unnamed device'}",
@@ -151,7 +153,7 @@ def plan_run(config: dict[str, Any], setting: Setting) -> None:
         f"step            {settings.global_batch_size} sequences of {settings.seq_len} tokens: {count(step_tokens)} "
         f"tokens, {flops * step_tokens:.3g} FLOPs",
     )
-    settings = _print_memory(config, settings, setting)
+    echo("", *memory)
     traffic = _traffic(config, settings, setting.world_size)
     kinds = ", ".join(f"{kind} {n_bytes / GIB:.3g}" for kind, n_bytes in traffic.items() if n_bytes)
     echo(f"communication   GiB sent by a rank in a step: {kinds or 'none'}")
@@ -169,8 +171,10 @@ def plan_run(config: dict[str, Any], setting: Setting) -> None:
     )
 
 
-def _print_memory(config: dict[str, Any], settings: Any, setting: Setting) -> Any:
-    """Print the memory table; returns the settings with the micro-batch of the table."""
+def _memory(
+    config: dict[str, Any], settings: "TrainerSettings", setting: Setting
+) -> "tuple[TrainerSettings, list[str]]":
+    """The settings, with the micro-batch of the table; and the lines of the table and of what fits."""
     from quack_lm.training.step_memory import CATEGORIES, imagined_step
 
     with imagined_step(config, world_size=setting.world_size, device=_device(config)) as step:
@@ -192,20 +196,19 @@ def _print_memory(config: dict[str, Any], settings: Any, setting: Setting) -> An
         rows.append((f"largest micro-batch in {budget / GIB:.1f}", *(_size(found) for found in largest.values())))
         rows.append(("its total", *(_gib(found[1].total) if found else NO_NUMBER for found in largest.values())))
     header = (f"GiB of a rank, micro-batch {size}", *CHECKPOINTING)
-    echo("", *Table(header=header, rows=rows, numeric=range(1, 4)).as_text().splitlines(), "")
+    lines = [*Table(header=header, rows=rows, numeric=range(1, 4)).as_text().splitlines(), ""]
     if budget:
-        way = next((name for name, found in largest.items() if found), None)
-        found = largest[way] if way else None
-        echo(
-            f"cheapest        trainer.micro_batch_size={found[0]} "
-            f"trainer.activation_checkpointing={json.dumps(CHECKPOINTING[way]).strip(chr(34))}"
-            if way and found
-            else "cheapest        none fits: use more ranks, or trainer.loss_chunk=1024"
+        fitting = [(CHECKPOINTING[name], found[0]) for name, found in largest.items() if found]
+        cheapest = (
+            f"trainer.micro_batch_size={fitting[0][1]} trainer.activation_checkpointing={_as_yaml(fitting[0][0])}"
+            if fitting
+            else "nothing fits: use more ranks, or trainer.loss_chunk=1024"
         )
-    return settings
+        lines.append(f"cheapest        {cheapest}")
+    return settings, lines
 
 
-def _traffic(config: dict[str, Any], settings: Any, world_size: int) -> dict[str, float]:
+def _traffic(config: dict[str, Any], settings: "TrainerSettings", world_size: int) -> dict[str, float]:
     from quack_lm.training.build import make_model
     from quack_lm.training.traffic import step_traffic
 
@@ -217,6 +220,10 @@ def _traffic(config: dict[str, Any], settings: Any, world_size: int) -> dict[str
 
 def _device(config: dict[str, Any]) -> str:
     return "cpu" if config["trainer"]["device"] == "cpu" else "cuda"
+
+
+def _as_yaml(value: Any) -> str:
+    return json.dumps(value).strip('"')
 
 
 def _gib(n_bytes: float) -> str:
@@ -246,7 +253,7 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
     for own in kinds.values():
         config = own[0].config
         per_token = flops[own[0].name] / own[0].total_tokens
-        total = cost.estimate(own, flops, setting.speed)
+        total = cost.estimate(own, {cell.name: flops[cell.name] for cell in own}, setting.speed)
         (taken,) = plan_memory([config], world_size=setting.world_size, device=_device(config))
         hours = total.hours
         rows.append(
@@ -296,8 +303,9 @@ def measure(configs: list[dict[str, Any]]) -> int:
     ranks = launched_world()[1]
     for config in configs:
         instantiate(config["trainer"]).check_ranks(ranks)
-    planned = in_own_process(plan_memory, configs, world_size=ranks, device=device)
     is_wrapped = ranks > 1 or any(config["trainer"]["precision"] != "float32" for config in configs)
+    plan_here = partial(plan_memory, configs, world_size=ranks, device=device)
+    planned = in_own_process(plan_here) if is_wrapped else plan_here()
     world = start_world(device=device, is_wrapped=is_wrapped, replicas=trainer["replicas"])
     rows = []
     for config, plan in zip(configs, planned, strict=True):
@@ -307,7 +315,7 @@ def measure(configs: list[dict[str, Any]]) -> int:
             step(Phases(world.device))
         del step
         kinds = [choice(config[section]) for section in ("attention", "stabilizer")]
-        ways = [json.dumps(config["trainer"][key]).strip('"') for key in ("activation_checkpointing", "loss_chunk")]
+        ways = [_as_yaml(config["trainer"][key]) for key in ("activation_checkpointing", "loss_chunk")]
         sizes = [f"{n_bytes / 2**20:.1f}" for n_bytes in (plan.total, peak.bytes)]
         rows.append((*kinds, *ways, *sizes, f"{plan.total / peak.bytes:.3f}"))
     if world.is_main:

@@ -35,6 +35,8 @@ T = TypeVar("T")
 # the optimizers and the stabilizer need for a moment.
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "logits", "communication", "buffers")
 LASTING = CATEGORIES[:3]  # from one step to the next
+# Operators with a temporary of the size of their input: the exponentials that are summed.
+COPYING = {"aten::logsumexp"}
 
 # What a planned step may take of a device's memory. On a GPU the rest is for fragments, the context, NCCL and kernels;
 # a CPU's memory has other users.
@@ -80,6 +82,9 @@ class ImaginedStep:
             self.storages.label("optimizer", [value for value in state if isinstance(value, Tensor)])
             self._zero_gradients()
         self._watch_phases()
+        if world.mesh is not None and world.size == 1:
+            # A lone rank casts its weights where others gather them: which storages are for that shows from then on.
+            self.memory(micro_batch_size=1)
 
     def memory(
         self, *, micro_batch_size: int, activation_checkpointing: ActivationCheckpointing | None = None
@@ -238,6 +243,7 @@ class _Storages(TorchDispatchMode):
         def resize(storage: torch.UntypedStorage, size: int) -> None:
             self._resize(storage, size)
             self._see(storage, "communication")
+            self.relabel(storage._cdata, "communication")
 
         # FSDP frees and takes gathered weights so, which is no operator.
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
@@ -258,6 +264,8 @@ class _Storages(TorchDispatchMode):
             self.label("communication", moved)
             if "reduce_scatter" in name:
                 self.label("gradients", self._tensors(args[0]))
+        if name in COPYING:
+            self._take_peak(extra=args[0].untyped_storage().nbytes())
         # A recomputed forward is one with gradients, in the backward.
         is_recomputed = self.category == "buffers" and torch.is_grad_enabled()
         for tensor in self._tensors(result):
@@ -291,8 +299,11 @@ class _Storages(TorchDispatchMode):
             return
         self.sizes[key] = size
         self.parts[self.categories[key]] += size - (before or 0)
-        if sum(self.parts.values()) > self.peak.total:
-            self.peak = StepMemory(dict(self.parts))
+        self._take_peak()
+
+    def _take_peak(self, extra: int = 0) -> None:
+        if sum(self.parts.values()) + extra > self.peak.total:
+            self.peak = StepMemory({**self.parts, self.category: self.parts[self.category] + extra})
 
     def _forget(self, key: int) -> None:
         self.parts[self.categories.pop(key)] -= self.sizes.pop(key)
