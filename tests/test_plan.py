@@ -58,6 +58,17 @@ def test_the_parts_of_a_step_are_what_they_are_named_for(world_size: int) -> Non
     assert double["activations"] == pytest.approx(2 * kept["activations"], rel=0.05)
 
 
+def test_a_norm_on_a_gpu_keeps_its_input_and_a_number_per_row() -> None:
+    taken = {}
+    for stabilizer in ("none", "qk_norm"):
+        config = compose(["experiment=tiny", *SMALL, f"stabilizer={stabilizer}"])
+        with imagined_step(config, world_size=1, device="cuda") as step:
+            taken[stabilizer] = step.memory(micro_batch_size=4).parts["activations"]
+    n_heads = config["model"]["n_heads"]
+    of_a_layer = 2 * 4 * 128 * (64 + n_heads) * 4
+    assert taken["qk_norm"] - taken["none"] == pytest.approx(2 * of_a_layer, rel=0.01)
+
+
 def test_the_largest_micro_batch_is_the_largest_divisor_that_fits() -> None:
     config = compose(["experiment=tiny", *SMALL, "trainer.global_batch_size=12"])
     with imagined_step(config, world_size=2, device="cpu") as step:

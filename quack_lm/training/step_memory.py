@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,7 +58,7 @@ class StepMemory:
 class ImaginedStep:
     """The step of a config on fake tensors, for `memory` to make as often as there are questions."""
 
-    def __init__(self, config: dict[str, Any], world: World) -> None:
+    def __init__(self, config: dict[str, Any], world: World, device: str) -> None:
         self.settings: TrainerSettings = instantiate(config["trainer"])
         recipe: Recipe = instantiate(config["optimizer"])
         self.world = world
@@ -67,6 +67,8 @@ class ImaginedStep:
         self.storages = _Storages(self.fake_mode)
         self.stabilizer: Stabilizer = instantiate(config["stabilizer"])
         self.model = _model(config, self.stabilizer)
+        if device == "cuda":
+            _fuse_norms(self.model)
         with self.fake_mode, self.storages:
             place_model(self.model, self.settings, world, seed=None)
             self.parameters = list(self.model.parameters())
@@ -175,11 +177,8 @@ def imagined_step(config: dict[str, Any], *, world_size: int, device: str) -> It
     """The step of a config as rank 0 of a world makes it on a `cpu` or on `cuda`, of which none need be there."""
     settings: TrainerSettings = instantiate(config["trainer"])
     is_wrapped = world_size > 1 or settings.precision != "float32"  # as a run decides
-    with (
-        imagined_world(size=world_size, is_wrapped=is_wrapped, replicas=settings.replicas) as world,
-        _FusedNorms(is_enabled=device == "cuda"),
-    ):
-        yield ImaginedStep(config, world)
+    with imagined_world(size=world_size, is_wrapped=is_wrapped, replicas=settings.replicas) as world:
+        yield ImaginedStep(config, world, device)
 
 
 def largest_micro_batch(config: dict[str, Any], *, world_size: int, device: str, budget: float) -> int | None:
@@ -315,14 +314,26 @@ class _Storages(TorchDispatchMode):
         return [leaf for leaf in leaves if isinstance(leaf, FakeTensor) and leaf.fake_mode is self.fake_mode]
 
 
-class _FusedNorms(TorchFunctionMode):
-    """RMSNorm as CUDA has it: one operator, which keeps its input and a number per row; a CPU's is made of many."""
+def _fuse_norms(model: nn.Module) -> None:
+    """RMSNorm takes the memory that it takes on CUDA, where it is one operator; a CPU's is made of many."""
 
-    def __init__(self, *, is_enabled: bool) -> None:
-        super().__init__()
-        self.is_enabled = is_enabled
+    def forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+        return _FusedNorm.apply(x, norm.weight)
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.is_enabled and function is torch.rms_norm:
-            return torch.ops.aten._fused_rms_norm(*args, **(kwargs or {}))[0]
-        return function(*args, **(kwargs or {}))
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.forward = partial(forward, module)  # type: ignore[method-assign]
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Keeps its input, its weight and a number for each row; the values are those of fake tensors, which have none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
