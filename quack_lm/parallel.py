@@ -140,13 +140,6 @@ def default_device() -> str:
     return "cpu"
 
 
-def set_determinism(is_deterministic: bool) -> None:
-    """Whether this process uses deterministic algorithms only; before it first multiplies matrices on a GPU."""
-    if is_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
-    torch.use_deterministic_algorithms(is_deterministic)
-
-
 def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: float = 600.0) -> World:
     """Join the other ranks: gloo on CPU, NCCL on GPUs. `replicas` > 1 gives HSDP: shards inside, copies across."""
     rank, size, local_rank = launched_world()

@@ -121,9 +121,13 @@ def test_compiled_blocks_train_like_plain_ones_on_a_gpu(
 
 
 @pytest.mark.parametrize("is_reduced", ["true", "false"])
-def test_torchrun_trains_on_the_gpus_with_nccl(is_reduced: str, tmp_path: Path, tiny_data: list[str]) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torchrun_trains_on_the_gpus_with_nccl(
+    dtype: str, is_reduced: str, tmp_path: Path, tiny_data: list[str]
+) -> None:
     ranks = min(torch.cuda.device_count(), 2)
     overrides = settings("mla", "quack", tiny_data, f"trainer.reduce_every_micro_batch={is_reduced}")
+    overrides += [f"trainer.reduce_dtype={dtype}", f"optimizer.state_dtype={dtype}"]
     exact = run_here([*overrides, "trainer.device=cpu"], tmp_path / "cpu")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(

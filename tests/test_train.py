@@ -155,7 +155,9 @@ def test_the_same_run_twice_is_the_same_to_the_last_bit(tmp_path: Path, tiny_dat
     run_here(overrides, tmp_path / "one")
     run_here(overrides, tmp_path / "two")
     assert records(tmp_path / "one") == records(tmp_path / "two")
+    torch.set_float32_matmul_precision("medium")  # as a library may leave it
     run_here([*overrides, "trainer.deterministic=true"], tmp_path / "asked")
+    assert torch.get_float32_matmul_precision() == "highest"
     assert torch.are_deterministic_algorithms_enabled()
     assert records(tmp_path / "asked") == records(tmp_path / "one")
     run_here([*overrides, "seed=1"], tmp_path / "other")

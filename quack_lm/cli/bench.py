@@ -49,12 +49,14 @@ def main(arguments: list[str]) -> int:
     from quack_lm.bench.peers import make_step
     from quack_lm.parallel import default_device, launched_world, start_world
     from quack_lm.training.memory import keep_freed_memory
+    from quack_lm.training.numerics import set_numerics
 
     counts = {name: _count(own, name) for name in DEFAULTS}
     trainers = [config["trainer"] for config in configs.values()]
     device = default_device() if trainers[0]["device"] == "auto" else trainers[0]["device"]
     if device == "cpu":
         keep_freed_memory()
+    set_numerics(is_deterministic=trainers[0]["deterministic"])
     # As in training: in bfloat16 also a single process is wrapped.
     is_wrapped = launched_world()[1] > 1 or any(trainer["precision"] != "float32" for trainer in trainers)
     world = start_world(device=device, is_wrapped=is_wrapped)

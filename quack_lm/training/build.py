@@ -27,7 +27,7 @@ from quack_lm.errors import UserError, explained
 from quack_lm.files import LOCK_WAIT_S
 from quack_lm.model import ModelSizes, Transformer, count_parameters
 from quack_lm.optim.recipe import Recipe
-from quack_lm.parallel import World, launched_world, materialize, set_determinism, shard, start_world
+from quack_lm.parallel import World, launched_world, materialize, shard, start_world
 from quack_lm.probe import Probe
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
@@ -38,6 +38,7 @@ from quack_lm.training.flops import attention_flops_per_token, flops_per_token, 
 from quack_lm.training.loop import Run
 from quack_lm.training.memory import keep_freed_memory
 from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
+from quack_lm.training.numerics import set_numerics
 from quack_lm.training.run_dir import READER_S, RunDir
 from quack_lm.training.saver import Saver
 from quack_lm.training.settings import TrainerSettings
@@ -173,16 +174,16 @@ def initialize_stabilizer(stabilizer: Stabilizer, weights: LogitWeights) -> None
 
 def build_run(plan: RunPlan) -> Run:
     """Start the process group, claim the run directory, and build every object of the run."""
-    set_determinism(plan.settings.deterministic)
+    set_numerics(is_deterministic=plan.settings.deterministic)
     world = _start_world(plan)
-    # Before: each rank has chosen for its own device. After: all have the choice of the smallest.
-    plan = replace(
-        plan, settings=replace(plan.settings, micro_batch_size=min(world.all_gather(plan.settings.sequences_at_once)))
-    )
-    settings, config = plan.settings, plan.config
     # From here on the ranks wait for each other, and none may hang; of a restart, one may wait for the lock.
-    startup = Watchdog(settings.timeout_s + (LOCK_WAIT_S if slurm.is_restart() else 0.0), rank=world.rank)
+    waits_s = plan.settings.timeout_s + (LOCK_WAIT_S if slurm.is_restart() else 0.0)
+    startup = Watchdog(waits_s, rank=world.rank)
     with startup.watching():
+        # Before: each rank has a micro-batch, with `auto` of its own device. After: all have the smallest.
+        micro_batch_size = min(world.all_gather(plan.settings.sequences_at_once))
+        plan = replace(plan, settings=replace(plan.settings, micro_batch_size=micro_batch_size))
+        settings, config = plan.settings, plan.config
         lock = _on_main_rank(world, plan.run_dir, lambda: _claim(plan))
         # Before: rank 0 has chosen a checkpoint. After: every rank has its name.
         name = world.all_gather(plan.resumes_from.name if plan.resumes_from else "")[0]

@@ -136,7 +136,9 @@ def run_warnings(plan: RunPlan) -> list[str]:
 def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ranks_of_a_copy: int) -> None:
     """Raise UserError where a rank's part of the weights, gradients and optimizer state cannot fit into its memory."""
     n_params = count_parameters(model)["total"]
-    needed, available = BYTES_PER_PARAMETER * n_params / ranks_of_a_copy, memory_of_a_rank(device)
+    bytes_of_state = 2 if config["optimizer"]["state_dtype"] == "bfloat16" else 4
+    needed = (BYTES_PER_PARAMETER - 4 + bytes_of_state) * n_params / ranks_of_a_copy
+    available = memory_of_a_rank(device)
     if not config["trainer"]["reduce_every_micro_batch"]:
         # The other ranks' part of the gradients.
         needed += getattr(torch, config["trainer"]["reduce_dtype"]).itemsize * n_params * (1 - 1 / ranks_of_a_copy)

@@ -34,7 +34,7 @@ def step_traffic(
 ) -> dict[str, float]:
     """Bytes that rank 0 of `ranks` sends in a step, by each of KINDS; the model may lie on the meta device.
 
-    Logging, validation, probes and checkpoints are not part of a step.
+    Logging, validation, probes, checkpoints, and what the hosts tell each other are not part of a step.
     """
     shards, replicas = ranks // settings.replicas, settings.replicas
     sent = [*_fsdp(model, settings, shards, replicas), ("all_reduce", _all_reduced(4, shards))]  # the gradient norm
