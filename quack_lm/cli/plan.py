@@ -296,6 +296,7 @@ def measure(configs: list[dict[str, Any]]) -> int:
     from quack_lm.bench.step import Phases, TrainingStep
     from quack_lm.parallel import default_device, launched_world, start_world
     from quack_lm.training.memory import PeakMemory
+    from quack_lm.training.numerics import set_numerics
     from quack_lm.training.step_memory import in_own_process, plan_memory
 
     trainer = configs[0]["trainer"]
@@ -306,6 +307,7 @@ def measure(configs: list[dict[str, Any]]) -> int:
     is_wrapped = ranks > 1 or any(config["trainer"]["precision"] != "float32" for config in configs)
     plan_here = partial(plan_memory, configs, world_size=ranks, device=device)
     planned = in_own_process(plan_here) if is_wrapped else plan_here()
+    set_numerics(is_deterministic=trainer["deterministic"])
     world = start_world(device=device, is_wrapped=is_wrapped, replicas=trainer["replicas"])
     rows = []
     for config, plan in zip(configs, planned, strict=True):
