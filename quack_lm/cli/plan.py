@@ -304,7 +304,7 @@ def measure(configs: list[dict[str, Any]]) -> int:
     ranks = launched_world()[1]
     for config in configs:
         instantiate(config["trainer"]).check_ranks(ranks)
-    is_wrapped = ranks > 1 or any(config["trainer"]["precision"] != "float32" for config in configs)
+    is_wrapped = any(instantiate(config["trainer"]).is_wrapped(ranks) for config in configs)
     plan_here = partial(plan_memory, configs, world_size=ranks, device=device)
     planned = in_own_process(plan_here) if is_wrapped else plan_here()
     set_numerics(is_deterministic=trainer["deterministic"])

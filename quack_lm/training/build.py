@@ -330,8 +330,7 @@ def _start_world(plan: RunPlan) -> World:
     n_bytes = plan.data.n_bytes + plan.run_dir.checkpoint_bytes()
     return start_world(
         device=plan.device,
-        # One float32 process needs no wrapping; in bfloat16 it gets FSDP's precision rules like many would.
-        is_wrapped=launched_world()[1] > 1 or plan.settings.precision != "float32",
+        is_wrapped=plan.settings.is_wrapped(launched_world()[1]),
         replicas=plan.settings.replicas,
         timeout_s=plan.settings.timeout_s + GRACE_S + n_bytes / READ_BYTES_PER_S,
     )

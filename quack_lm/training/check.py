@@ -6,6 +6,7 @@ was opened and built for it, and `build.py` makes a run of it.
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,8 @@ def choose_micro_batch_size(config: dict[str, Any], settings: TrainerSettings, d
         return settings.micro_batch_size
     available = memory_of_a_rank(device)
     budget = SHARE_OF_MEMORY[device] * available
-    found = in_own_process(largest_micro_batch, config, world_size=world_size, device=device, budget=budget)
+    choose = partial(largest_micro_batch, config, world_size=world_size, device=device, budget=budget)
+    found = in_own_process(choose) if settings.is_wrapped(world_size) else choose()
     if found is None:
         raise UserError(
             f"trainer.micro_batch_size=auto: a step of one sequence takes more than {SHARE_OF_MEMORY[device]:.0%} of "

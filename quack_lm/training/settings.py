@@ -88,6 +88,10 @@ class TrainerSettings(StabilityRules):
             return self.reshard_after_forward == "always"
         return n_parameters * (2 if self.precision == "bfloat16" else 4) > MAX_KEPT_BYTES
 
+    def is_wrapped(self, ranks: int) -> bool:
+        """Whether FSDP wraps the model: one float32 process needs no wrapping, in bfloat16 it gets FSDP's precision."""
+        return ranks > 1 or self.precision != "float32"
+
     @property
     def sequences_at_once(self) -> int:
         """`micro_batch_size` as a number; UserError where it is `auto` still."""

@@ -176,7 +176,7 @@ class ImaginedStep:
 def imagined_step(config: dict[str, Any], *, world_size: int, device: str) -> Iterator[ImaginedStep]:
     """The step of a config as rank 0 of a world makes it on a `cpu` or on `cuda`, of which none need be there."""
     settings: TrainerSettings = instantiate(config["trainer"])
-    is_wrapped = world_size > 1 or settings.precision != "float32"  # as a run decides
+    is_wrapped = settings.is_wrapped(world_size)
     with imagined_world(size=world_size, is_wrapped=is_wrapped, replicas=settings.replicas) as world:
         yield ImaginedStep(config, world, device)
 
@@ -197,13 +197,13 @@ def plan_memory(configs: Sequence[dict[str, Any]], *, world_size: int, device: s
     return found
 
 
-def in_own_process(function: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
+def in_own_process(function: Callable[[], T]) -> T:
     """Call a function of this module where it leaves nothing behind.
 
-    A process that has had an imagined world keeps its place in it in the caches of torch's sharded tensors.
+    A process that has had an imagined world keeps its place in it, in the caches of torch's sharded tensors.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments, **keywords).result()
+        return pool.submit(function).result()
 
 
 def _model(config: dict[str, Any], stabilizer: Stabilizer) -> Transformer:
