@@ -172,7 +172,7 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
 
 
 @contextmanager
-def imagined_world(*, size: int, is_wrapped: bool, replicas: int = 1) -> Iterator[World]:
+def fake_world(*, size: int, is_wrapped: bool, replicas: int = 1) -> Iterator[World]:
     """Rank 0, which has the largest shards, of a world whose collectives send nothing, on the CPU of this process."""
     if not is_wrapped:
         yield World(0, size, 0, torch.device("cpu"))

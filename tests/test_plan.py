@@ -10,7 +10,7 @@ from calls import call
 from quack_lm.config import compose
 from quack_lm.errors import UserError
 from quack_lm.training.accelerators import ACCELERATORS, named_accelerator
-from quack_lm.training.step_memory import CATEGORIES, imagined_step
+from quack_lm.training.step_memory import CATEGORIES, fake_step
 
 SMALL = ("model.d_model=64", "model.n_layers=2", "model.d_ff=160", "model.vocab_size=1000", "trainer.seq_len=128")
 SMALL += ("model.tied_embeddings=true",)
@@ -37,7 +37,7 @@ def test_planned_memory_is_that_of_twelve_measured_configs() -> None:
 def test_the_parts_of_a_step_are_what_they_are_named_for(world_size: int) -> None:
     settings = ["trainer.precision=bfloat16", "trainer.micro_batch_size=1", "optimizer=adamw", "attention=mla"]
     config = compose(["experiment=tiny", *SMALL, *settings])
-    with imagined_step(config, world_size=world_size, device="cuda") as step:
+    with fake_step(config, world_size=world_size, device="cuda") as step:
         parts = {
             way: step.memory(micro_batch_size=1, activation_checkpointing=way).parts
             for way in (False, "selective", True)
@@ -62,16 +62,23 @@ def test_a_norm_on_a_gpu_keeps_its_input_and_a_number_per_row() -> None:
     taken = {}
     for stabilizer in ("none", "qk_norm"):
         config = compose(["experiment=tiny", *SMALL, f"stabilizer={stabilizer}"])
-        with imagined_step(config, world_size=1, device="cuda") as step:
+        with fake_step(config, world_size=1, device="cuda") as step:
             taken[stabilizer] = step.memory(micro_batch_size=4).parts["activations"]
     n_heads = config["model"]["n_heads"]
     of_a_layer = 2 * 4 * 128 * (64 + n_heads) * 4
     assert taken["qk_norm"] - taken["none"] == pytest.approx(2 * of_a_layer, rel=0.01)
 
 
+def test_gradients_that_are_reduced_once_a_step_are_those_of_all_ranks() -> None:
+    settings = ["trainer.reduce_every_micro_batch=false", "trainer.micro_batch_size=1"]
+    with fake_step(compose(["experiment=tiny", *SMALL, *settings]), world_size=4, device="cuda") as step:
+        gradients = step.memory(micro_batch_size=1).parts["gradients"]
+        assert gradients == pytest.approx(sum(4 * p.numel() for p in step.model.parameters()), rel=0.01)
+
+
 def test_the_largest_micro_batch_is_the_largest_divisor_that_fits() -> None:
     config = compose(["experiment=tiny", *SMALL, "trainer.global_batch_size=12"])
-    with imagined_step(config, world_size=2, device="cpu") as step:
+    with fake_step(config, world_size=2, device="cpu") as step:
         totals = {size: step.memory(micro_batch_size=size).total for size in (1, 2, 3, 6)}
         assert sorted(totals.values()) == list(totals.values())
         found = step.largest_micro_batch(totals[3])

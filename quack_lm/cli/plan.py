@@ -175,9 +175,9 @@ def _memory(
     config: dict[str, Any], settings: "TrainerSettings", setting: Setting
 ) -> "tuple[TrainerSettings, list[str]]":
     """The settings, with the micro-batch of the table; and the lines of the table and of what fits."""
-    from quack_lm.training.step_memory import CATEGORIES, imagined_step
+    from quack_lm.training.step_memory import CATEGORIES, fake_step
 
-    with imagined_step(config, world_size=setting.world_size, device=_device(config)) as step:
+    with fake_step(config, world_size=setting.world_size, device=_device(config)) as step:
         budget, own = setting.budget, settings.activation_checkpointing
         largest = {name: step.largest_micro_batch(budget, way) for name, way in CHECKPOINTING.items()} if budget else {}
         if settings.micro_batch_size == "auto":

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from quack_lm.config import instantiate
 from quack_lm.model import ActivationCheckpointing, Transformer
 from quack_lm.optim.recipe import Recipe
-from quack_lm.parallel import World, clip_gradients, imagined_world, local, set_gradient_reduction
+from quack_lm.parallel import World, clip_gradients, fake_world, local, set_gradient_reduction
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights, stabilized_step
 from quack_lm.training.build import initialize_stabilizer, make_model, place_model
@@ -55,11 +55,12 @@ class StepMemory:
         return sum(self.parts.values())
 
 
-class ImaginedStep:
+class FakeStep:
     """The step of a config on fake tensors, for `memory` to make as often as there are questions."""
 
     def __init__(self, config: dict[str, Any], world: World, device: str) -> None:
-        self.settings: TrainerSettings = instantiate(config["trainer"])
+        # A compiled block keeps fewer activations; which ones is not known before it is compiled.
+        self.settings: TrainerSettings = replace(instantiate(config["trainer"]), compile=False)
         recipe: Recipe = instantiate(config["optimizer"])
         self.world = world
         # The model comes from the meta device, as ever.
@@ -116,18 +117,20 @@ class ImaginedStep:
     ) -> tuple[int, StepMemory] | None:
         """The largest micro-batch whose step takes at most `budget` bytes, and its memory; None where none does.
 
-        It divides this rank's sequences of a step. More sequences never take less, so a few steps are enough.
+        It divides this rank's sequences of a step.
         """
         sequences = self.settings.global_batch_size // self.world.size
         sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
         found, low, high = None, 0, len(sizes)
+        # All at once first: without accumulation there are no gradients yet. Below, more sequences take more.
+        middle = high - 1
         while low < high:
-            middle = (low + high) // 2
             taken = self.memory(micro_batch_size=sizes[middle], activation_checkpointing=activation_checkpointing)
             if taken.total <= budget:
                 found, low = (sizes[middle], taken), middle + 1
             else:
                 high = middle
+            middle = (low + high) // 2
         return found
 
     def _accumulate(self, micro_batch_size: int, *, is_reduced: bool) -> None:
@@ -136,12 +139,13 @@ class ImaginedStep:
         tokens = torch.zeros(micro_batch_size, self.settings.seq_len + 1, dtype=torch.long)
         storages.category = "activations"
         loss = self.model(tokens[:, :-1], tokens[:, 1:]).sum() / tokens.numel()
-        before = set(storages.sizes)
+        storages.new.clear()
         loss.backward()
         storages.category = "buffers"
-        # What is left of a backward are gradients, wherever FSDP keeps them.
-        for key in storages.sizes.keys() - before:
-            storages.relabel(key, "gradients")
+        # What is left of a backward are gradients, wherever FSDP keeps them; and weights that it gathers.
+        for key in storages.new:
+            if storages.categories[key] != "communication":
+                storages.relabel(key, "gradients")
 
     def _update(self) -> None:
         clip_gradients(self.parameters, self.max_grad_norm)
@@ -173,17 +177,17 @@ class ImaginedStep:
 
 
 @contextmanager
-def imagined_step(config: dict[str, Any], *, world_size: int, device: str) -> Iterator[ImaginedStep]:
+def fake_step(config: dict[str, Any], *, world_size: int, device: str) -> Iterator[FakeStep]:
     """The step of a config as rank 0 of a world makes it on a `cpu` or on `cuda`, of which none need be there."""
     settings: TrainerSettings = instantiate(config["trainer"])
     is_wrapped = settings.is_wrapped(world_size)
-    with imagined_world(size=world_size, is_wrapped=is_wrapped, replicas=settings.replicas) as world:
-        yield ImaginedStep(config, world, device)
+    with fake_world(size=world_size, is_wrapped=is_wrapped, replicas=settings.replicas) as world:
+        yield FakeStep(config, world, device)
 
 
 def largest_micro_batch(config: dict[str, Any], *, world_size: int, device: str, budget: float) -> int | None:
     """The largest micro-batch of a config whose step takes at most `budget` bytes; None where not even 1 does."""
-    with imagined_step(config, world_size=world_size, device=device) as step:
+    with fake_step(config, world_size=world_size, device=device) as step:
         found = step.largest_micro_batch(budget)
     return found[0] if found else None
 
@@ -192,7 +196,7 @@ def plan_memory(configs: Sequence[dict[str, Any]], *, world_size: int, device: s
     """The memory of each config's step, at its own micro-batch."""
     found = []
     for config in configs:
-        with imagined_step(config, world_size=world_size, device=device) as step:
+        with fake_step(config, world_size=world_size, device=device) as step:
             found.append(step.memory(micro_batch_size=step.settings.sequences_at_once))
     return found
 
@@ -200,7 +204,7 @@ def plan_memory(configs: Sequence[dict[str, Any]], *, world_size: int, device: s
 def in_own_process(function: Callable[[], T]) -> T:
     """Call a function of this module where it leaves nothing behind.
 
-    A process that has had an imagined world keeps its place in it, in the caches of torch's sharded tensors.
+    A process that has had a fake world keeps its place in it, in the caches of torch's sharded tensors.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function).result()
@@ -231,6 +235,7 @@ class _Storages(TorchDispatchMode):
         self.category = "buffers"
         self.sizes: dict[int, int] = {}
         self.categories: dict[int, str] = {}
+        self.new: set[int] = set()  # since somebody cleared it
         self.references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.parts = dict.fromkeys(CATEGORIES, 0)
         self.peak = StepMemory({})
@@ -293,6 +298,7 @@ class _Storages(TorchDispatchMode):
         before = self.sizes.get(key)
         if before is None:
             self.categories[key] = category
+            self.new.add(key)
             self.references[key] = weakref.ref(storage, lambda _: self._forget(key))
         elif before == size:
             return
@@ -307,6 +313,7 @@ class _Storages(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         self.parts[self.categories.pop(key)] -= self.sizes.pop(key)
         del self.references[key]
+        self.new.discard(key)
 
     def _tensors(self, values: Any) -> list[FakeTensor]:
         """The tensors among some values, without those of other modes, in which torch propagates shapes."""
