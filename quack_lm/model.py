@@ -8,19 +8,37 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from quack_lm.attention.base import Attention, linear
 from quack_lm.attention.mask import Mask, count_documents, number_documents
 from quack_lm.attention.rope import rope_table
 from quack_lm.loss import cross_entropy
 from quack_lm.rms_norm import RMSNorm
+
+# Which activations of a block the backward recomputes: none, all, or all but the results of `KEPT_BY_SELECTIVE`.
+ActivationCheckpointing = bool | Literal["selective"]
+
+# The product with a weight, and attention by each backend; not `bmm`, whose results grow with the square of the length.
+KEPT_BY_SELECTIVE = {
+    "aten::mm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flex_attention",
+    "inductor_compiled_code",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +82,7 @@ class Transformer(nn.Module):
         make_attention: Callable[[], Attention],
         *,
         eot_id: int | None = None,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: ActivationCheckpointing = False,
         loss_chunk: int | None = None,
     ) -> None:
         super().__init__()
@@ -133,10 +151,12 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    `activation_checkpointing` trades a second forward for activation memory.
+    `activation_checkpointing` trades a second forward for activation memory; `selective` repeats all but its products.
     """
 
-    def __init__(self, sizes: ModelSizes, attention: Attention, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, sizes: ModelSizes, attention: Attention, activation_checkpointing: ActivationCheckpointing = False
+    ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         self.attention_norm = RMSNorm(sizes.d_model, eps=sizes.norm_eps)
@@ -148,12 +168,20 @@ class Block(nn.Module):
         """[B, T, D] -> [B, T, D], with checkpointed activations if asked for."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             # Nothing in a block is random, so there is no generator state to restore.
-            return checkpoint(self._layer, x_BTD, rope_2TF, mask, use_reentrant=False, preserve_rng_state=False)
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            if self.activation_checkpointing == "selective":
+                options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+            return checkpoint(self._layer, x_BTD, rope_2TF, mask, **options)
         return self._layer(x_BTD, rope_2TF, mask)
 
     def _layer(self, x_BTD: Tensor, rope_2TF: Tensor, mask: Mask) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_2TF, mask)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+def _keep_products(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    is_kept = operator.name().partition(".")[0] in KEPT_BY_SELECTIVE
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class SwiGLU(nn.Module):

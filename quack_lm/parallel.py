@@ -169,11 +169,26 @@ def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: 
             raise RuntimeError(
                 f"rank {rank} did not reach the other {size - 1} (at most {timeout_s:.0f} s): {hint}"
             ) from error
+    return World(rank, size, local_rank, place, _mesh(device, size, replicas))
+
+
+@contextmanager
+def fake_world(*, size: int, is_wrapped: bool, replicas: int = 1) -> Iterator[World]:
+    """Rank 0, which has the largest shards, of a world whose collectives send nothing, on the CPU of this process."""
+    if not is_wrapped:
+        yield World(0, size, 0, torch.device("cpu"))
+        return
+    dist.init_process_group("fake", rank=0, world_size=size)
+    try:
+        yield World(0, size, 0, torch.device("cpu"), _mesh("cpu", size, replicas))
+    finally:
+        dist.destroy_process_group()
+
+
+def _mesh(device: str, size: int, replicas: int) -> DeviceMesh:
     if replicas > 1:
-        mesh = init_device_mesh(device, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device, (size,), mesh_dim_names=("shard",))
-    return World(rank, size, local_rank, place, mesh)
+        return init_device_mesh(device, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
 
 
 def check_launch() -> None:

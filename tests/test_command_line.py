@@ -51,7 +51,7 @@ def test_help_on_a_group_has_every_choice_and_key(group: str) -> None:
         ("trainer.probe_parts", "trainer.probe_parts: bool, default false\n    split the change of the logits"),
         ("stabilizer.tau", "stabilizer.tau: float > 0, default 0.1 (of fixed)"),
         ("trainer.keep_every", "trainer.keep_every: int >= 0, default 0\n    checkpoints of every so many"),
-        ("trainer.recompute", "trainer.activation_checkpointing: bool, default false"),
+        ("trainer.recompute", "trainer.activation_checkpointing: bool or selective, default false"),
         ("seed", "seed: int >= 0, < 9223372036854775808, default 0\n    seed of"),
         ("stabilizer=quack", "stabilizer=quack\nQuacK: learning rates"),
         ("trainer=tiny", "    val_sequences: 256"),

@@ -26,6 +26,8 @@ from quack_lm.cli import VERBS, main
 from quack_lm.cli.bench import read as read_bench
 from quack_lm.cli.gpu_check import choose, parts
 from quack_lm.cli.gpu_check import read as read_gpu_check
+from quack_lm.cli.plan import read as read_plan
+from quack_lm.cli.plan import split as split_plan
 from quack_lm.cli.sweep import parse
 from quack_lm.config import CONFIG_DIR, compose, instantiate
 from quack_lm.logit_paths import Factor, LogitPath
@@ -127,6 +129,8 @@ def check_verb(words: list[str], command: Command, capsys: pytest.CaptureFixture
         own, is_dry = read_gpu_check(arguments)
         assert is_dry or command.is_marked
         assert choose(parts(Path("DIR"), is_small=False), own.get("only"))
+    elif verb == "plan":
+        check_plan(arguments)
     elif verb == "report":
         directory = arguments[0]
         assert directory.startswith("runs/") or (ROOT / directory / "results.parquet").is_file()
@@ -163,6 +167,16 @@ def check_sweep(arguments: list[str]) -> None:
     sweep = load(keys["sweep"], keys.get("scale"))
     config = compose_first([*sweep.base, *given.overrides, *sweep.points()[0].overrides])
     instantiate(config["trainer"]).check_ranks(int(keys.get("nodes", 1)) * int(keys.get("gpus", 1)))
+
+
+def check_plan(arguments: list[str]) -> None:
+    own, rest = split_plan(arguments)
+    # The run that has measured an MFU is not there.
+    ranks = read_plan({key: value for key, value in own.items() if not value.startswith("runs/")}).world_size
+    if any(argument.startswith("sweep=") for argument in rest):
+        check_sweep(["plan", *rest])
+    else:
+        instantiate(compose_first(rest)["trainer"]).check_ranks(ranks)
 
 
 def compose_first(overrides: list[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The decoder: its size, its initial values, its masks, and what must not change its results."""
 
 import math
+from collections import Counter
 from functools import cache, partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quack_lm.attention.rope import rope_table, rotate
 from quack_lm.config import compose
@@ -224,17 +226,45 @@ def loss_and_gradients(model: Transformer) -> tuple[Tensor, dict[str, Tensor], T
     return nats.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, maxima
 
 
+@pytest.mark.parametrize("recomputed", ["true", "selective"])
 @pytest.mark.parametrize("attention", ["mha", "mla"])
-def test_recomputation_changes_no_bit_of_loss_gradients_or_maxima(attention: str) -> None:
+def test_recomputation_changes_no_bit_of_loss_gradients_or_maxima(attention: str, recomputed: str) -> None:
     choice = (f"attention={attention}", "stabilizer=qk_clip")
     nats, gradients, maxima = loss_and_gradients(make(*choice))
-    again_nats, again, again_maxima = loss_and_gradients(make(*choice, "trainer.activation_checkpointing=true"))
+    again_nats, again, again_maxima = loss_and_gradients(
+        make(*choice, f"trainer.activation_checkpointing={recomputed}")
+    )
     assert torch.equal(nats, again_nats)
     assert torch.equal(maxima, again_maxima)
     assert maxima.isfinite().all()
     assert gradients.keys() == again.keys() == dict(make(*choice).named_parameters()).keys()
     for name in gradients:
         assert torch.equal(gradients[name], again[name]), name
+
+
+class OperatorCounts(TorchDispatchMode):
+    """How often each operator ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.counts[operator.name().partition(".")[0].removeprefix("aten::")] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def test_selective_recomputation_repeats_neither_attention_nor_a_product_with_a_weight() -> None:
+    counts = {}
+    for recomputed in ("false", "selective", "true"):
+        with OperatorCounts() as seen:
+            loss_and_gradients(make("stabilizer=qk_clip", f"trainer.activation_checkpointing={recomputed}"))
+        attention = sum(n for name, n in seen.counts.items() if "dot_product" in name and "backward" not in name)
+        counts[recomputed] = (seen.counts["mm"], attention, seen.counts["silu"], seen.counts["bmm"])
+    (mm, attention, silu, bmm), layers = counts["false"], 3
+    # The last product of a block need not be repeated; the scores of the max logits are, rather than kept.
+    assert counts["selective"] == (mm, attention, silu + layers, bmm + layers)
+    assert counts["true"] == (mm + 6 * layers, attention + layers, silu + layers, bmm + layers)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 22, 1000])

@@ -141,8 +141,12 @@ def test_curves_do_not_depend_on_micro_batches_recomputation_or_loss_chunks(
     assert_close_records(tmp_path / "plain", tmp_path / "whole", 2e-4)
     assert_close_records(tmp_path / "plain", tmp_path / "frugal", 2e-4)
     for ranks in (2, 3):
-        done = run_process([*overrides, "trainer.loss_chunk=17"], tmp_path / str(ranks), ranks)
+        frugal = ["trainer.activation_checkpointing=selective", "trainer.loss_chunk=17"]
+        frugal += ["trainer.micro_batch_size=auto"] if ranks == 2 else []
+        done = run_process([*overrides, *frugal], tmp_path / str(ranks), ranks)
         assert done.returncode == 0, done.stderr
+        # All sequences of a rank fit.
+        assert ("trainer.micro_batch_size=auto is 6 here" in done.stderr) == (ranks == 2)
         assert_close_records(tmp_path / "plain", tmp_path / str(ranks), 2e-4)
 
 
@@ -518,5 +522,7 @@ def test_bfloat16_trains_close_to_float32(tmp_path: Path, tiny_data: list[str]) 
 def test_compiled_blocks_train_like_plain_ones(tmp_path: Path, tiny_data: list[str]) -> None:
     overrides = [*tiny_data, "attention=mla", "stabilizer=qk_clip", "stabilizer.threshold=0.1"]
     run_here(overrides, tmp_path / "plain")
-    run_here([*overrides, "trainer.compile=true"], tmp_path / "compiled")
-    assert_close_records(tmp_path / "plain", tmp_path / "compiled", 1e-3)
+    for recomputed in ("false", "selective"):
+        compiled = ["trainer.compile=true", f"trainer.activation_checkpointing={recomputed}"]
+        run_here([*overrides, *compiled], tmp_path / recomputed)
+        assert_close_records(tmp_path / "plain", tmp_path / recomputed, 1e-3)

@@ -54,7 +54,7 @@ class RunStep(TrainingStep):
         held_out = EvalBatches(
             Sequences([tokens], settings.seq_len),
             n_sequences=settings.probe_sequences,
-            micro_batch_size=settings.micro_batch_size,
+            micro_batch_size=settings.sequences_at_once,
             rank=world.rank,
             world_size=world.size,
         )

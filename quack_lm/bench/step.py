@@ -102,7 +102,7 @@ class TrainingStep:
             sequences,
             seed=seed,
             global_batch_size=self.settings.global_batch_size,
-            micro_batch_size=self.settings.micro_batch_size,
+            micro_batch_size=self.settings.sequences_at_once,
             rank=self.world.rank,
             world_size=self.world.size,
         )

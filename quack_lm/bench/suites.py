@@ -161,7 +161,13 @@ SUITES: Mapping[str, Suite] = {
     ),
     "compile": _each({"eager": [], "compiled": ["trainer.compile=true"]}),
     "precision": _each({"float32": [], "bfloat16": ["trainer.precision=bfloat16"]}),
-    "checkpointing": _each({"none": [], "every block": ["trainer.activation_checkpointing=true"]}),
+    "checkpointing": _each(
+        {
+            "none": [],
+            "selective": ["trainer.activation_checkpointing=selective"],
+            "every block": ["trainer.activation_checkpointing=true"],
+        }
+    ),
     "loss": _each(
         {
             "whole": ["model.vocab_size=49152", "trainer.loss_chunk=null"],

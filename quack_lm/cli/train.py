@@ -113,6 +113,8 @@ def train_config(config: dict[str, Any]) -> int:
         run = build_run(plan)
         for warning in run_warnings(plan) if run.world.is_main else []:
             tqdm.write(escape(f"warning: {warning}"), file=sys.stderr)  # above the progress bar
+        if config["trainer"]["micro_batch_size"] == "auto" and run.world.is_main:
+            tqdm.write(f"trainer.micro_batch_size=auto is {run.settings.micro_batch_size} here", file=sys.stderr)
         hold()  # until the loop listens
     _train(run)
     return run.world.shutdown(0)

@@ -6,6 +6,8 @@ A name that is not here is unknown: similar names have other clocks, memories an
 import re
 from dataclasses import dataclass
 
+from quack_lm.errors import UserError
+
 
 @dataclass(frozen=True)
 class Accelerator:
@@ -87,3 +89,21 @@ def find_accelerator(name: str) -> Accelerator | None:
         return None
     slices = int(instance["slices"])
     return Accelerator(card.tflops * slices / card.mig_slices, int(instance["memory"]))
+
+
+def named_accelerator(text: str) -> tuple[str, Accelerator]:
+    """The full name, and the device, that a name or some whole words of one mean: `H100`, `H200 NVL`, `GH200`.
+
+    Of several the first in the table; UserError where there is none.
+    """
+    exact = find_accelerator(text)
+    if exact is not None:
+        return text, exact
+    words = re.compile(rf"(?<!\S){re.escape(text)}(?!\S)", re.IGNORECASE)
+    name = next((name for name in ACCELERATORS if words.search(name)), None)
+    if name is None:
+        known = ", ".join(
+            dict.fromkeys(re.sub(r"^(NVIDIA|AMD)( GeForce| Instinct| Radeon)? ", "", n) for n in ACCELERATORS)
+        )
+        raise UserError(f"card={text} is unknown; give a full name, or a part of one of: {known}")
+    return name, ACCELERATORS[name]

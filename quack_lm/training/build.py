@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -37,7 +37,7 @@ from quack_lm.text import echo
 from quack_lm.training import checkpoint
 from quack_lm.training.coordinator import Coordinator
 from quack_lm.training.environment import package_versions
-from quack_lm.training.flops import flops_per_token, peak_flops
+from quack_lm.training.flops import attention_flops_per_token, flops_per_token, peak_flops
 from quack_lm.training.loop import Run
 from quack_lm.training.memory import keep_freed_memory
 from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
@@ -114,8 +114,16 @@ def make_model(config: dict[str, Any], stabilizer: Stabilizer | None = None) -> 
 
 def count_flops_per_token(config: dict[str, Any]) -> float:
     """FLOPs of forward and backward per token of the config's model, on a copy whose stabilizer is its own."""
-    copy = make_model({**config, "attention": {**config["attention"], "backend": "eager"}})
-    return flops_per_token(copy, config["trainer"]["seq_len"])
+    return flops_per_token(_eager_copy(config), config["trainer"]["seq_len"])
+
+
+def count_attention_flops_per_token(config: dict[str, Any]) -> float:
+    """The part of `count_flops_per_token` that pairs positions."""
+    return attention_flops_per_token(_eager_copy(config), config["trainer"]["seq_len"])
+
+
+def _eager_copy(config: dict[str, Any]) -> Transformer:
+    return make_model({**config, "attention": {**config["attention"], "backend": "eager"}})
 
 
 def open_data(corpus: Corpus, vocab_size: int) -> TokenData:
@@ -192,12 +200,16 @@ def initialize_stabilizer(stabilizer: Stabilizer, weights: LogitWeights) -> None
 
 def build_run(plan: RunPlan) -> Run:
     """Start the process group, claim the run directory, and build every object of the run."""
-    settings, config = plan.settings, plan.config
-    set_numerics(is_deterministic=settings.deterministic)
+    set_numerics(is_deterministic=plan.settings.deterministic)
     world = _start_world(plan)
     # From here on the ranks wait for each other, and none may hang; of a restart, one may wait for the lock.
-    startup = Watchdog(settings.timeout_s + (LOCK_WAIT_S if slurm.is_restart() else 0.0), rank=world.rank)
+    waits_s = plan.settings.timeout_s + (LOCK_WAIT_S if slurm.is_restart() else 0.0)
+    startup = Watchdog(waits_s, rank=world.rank)
     with startup.watching():
+        # Before: each rank has a micro-batch, with `auto` of its own device. After: all have the smallest.
+        micro_batch_size = min(world.all_gather(plan.settings.sequences_at_once))
+        plan = replace(plan, settings=replace(plan.settings, micro_batch_size=micro_batch_size))
+        settings, config = plan.settings, plan.config
         lock = _on_main_rank(world, plan.run_dir, lambda: _claim(plan))
         # Before: rank 0 has chosen a checkpoint. After: every rank has its name.
         name = world.all_gather(plan.resumes_from.name if plan.resumes_from else "")[0]
@@ -294,7 +306,7 @@ class DataObjects(NamedTuple):
 def build_data(plan: RunPlan, world: World) -> DataObjects:
     """This rank's share of the training, validation and probe sequences."""
     settings = plan.settings
-    split = {"micro_batch_size": settings.micro_batch_size, "rank": world.rank, "world_size": world.size}
+    split = {"micro_batch_size": settings.sequences_at_once, "rank": world.rank, "world_size": world.size}
     return DataObjects(
         TrainBatches(
             plan.sequences["train"],
@@ -350,8 +362,7 @@ def _start_world(plan: RunPlan) -> World:
     n_bytes = plan.data.n_bytes + plan.run_dir.checkpoint_bytes()
     return start_world(
         device=plan.device,
-        # One float32 process needs no wrapping; in bfloat16 it gets FSDP's precision rules like many would.
-        is_wrapped=launched_world()[1] > 1 or plan.settings.precision != "float32",
+        is_wrapped=plan.settings.is_wrapped(launched_world()[1]),
         replicas=plan.settings.replicas,
         timeout_s=plan.settings.timeout_s + GRACE_S + n_bytes / READ_BYTES_PER_S,
     )
@@ -413,6 +424,7 @@ def _environment(plan: RunPlan, world: World, n_params: int, attention_kernel: s
         "n_params": n_params,
         "is_compiled": plan.is_compiled,
         "attention_kernel": attention_kernel,
+        "micro_batch_size": plan.settings.micro_batch_size,
     }
 
 

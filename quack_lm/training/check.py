@@ -5,6 +5,8 @@ was opened and built for it, and `build.py` makes a run of it.
 """
 
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from quack_lm.training.flops import peak_flops
 from quack_lm.training.metrics import LoggerSettings
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
+from quack_lm.training.step_memory import SHARE_OF_MEMORY, in_own_process, largest_micro_batch
 
 KEYS_NAMED = 5
 
@@ -85,6 +88,9 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     choose_kernels(model, settings, device=device)
     if not is_rehearsal or settings.device != "auto" or device == "cuda":
         check_memory(config, model, device=device, ranks_of_a_copy=world_size // settings.replicas)
+        settings = replace(settings, micro_batch_size=choose_micro_batch_size(config, settings, device, world_size))
+    elif settings.micro_batch_size == "auto":
+        settings = replace(settings, micro_batch_size=1)
     data = open_data(corpus, config["model"]["vocab_size"])
     sequences = {split: data.sequences(split, settings.seq_len) for split in SPLITS}
     run_dir = RunDir.of(config)
@@ -154,6 +160,23 @@ def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ran
             f"{key}={sizes[key]} is too large, or another size of model or attention: {n_params:,} parameters take "
             f"{needed / 2**30:,.0f} GiB of the {available / 2**30:,.0f} GiB that each process has"
         )
+
+
+def choose_micro_batch_size(config: dict[str, Any], settings: TrainerSettings, device: str, world_size: int) -> int:
+    """The config's, or for `auto` the largest that fits into this process's memory; UserError where none does."""
+    if settings.micro_batch_size != "auto":
+        return settings.micro_batch_size
+    available = memory_of_a_rank(device)
+    budget = SHARE_OF_MEMORY[device] * available
+    choose = partial(largest_micro_batch, config, world_size=world_size, device=device, budget=budget)
+    found = in_own_process(choose) if settings.is_wrapped(world_size) else choose()
+    if found is None:
+        raise UserError(
+            f"trainer.micro_batch_size=auto: a step of one sequence takes more than {SHARE_OF_MEMORY[device]:.0%} of "
+            f"the {available / 2**30:,.1f} GiB that each process has; set trainer.activation_checkpointing=true, "
+            "trainer.loss_chunk=1024, or use more ranks"
+        )
+    return found
 
 
 def check_run_dir(run_dir: RunDir, config: dict[str, Any], settings: TrainerSettings) -> tuple[Path | None, str | None]:

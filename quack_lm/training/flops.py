@@ -17,9 +17,19 @@ def flops_per_token(meta_model: Transformer, seq_len: int) -> float:
 
     The backward pass costs twice the forward; recomputation is not counted (that is MFU, not hardware utilization).
     """
+    return sum(_flops_by_operator(meta_model, seq_len).values())
+
+
+def attention_flops_per_token(meta_model: Transformer, seq_len: int) -> float:
+    """The part of `flops_per_token` that pairs positions, all of them: causal attention needs half of it."""
+    return _flops_by_operator(meta_model, seq_len)["bmm"]  # products with a weight are `mm`
+
+
+def _flops_by_operator(meta_model: Transformer, seq_len: int) -> dict[str, float]:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta_model(torch.zeros(1, seq_len, dtype=torch.long, device="meta"))
-    return 3.0 * counter.get_total_flops() / seq_len
+    counts = counter.get_flop_counts()["Global"]
+    return {operator.__name__: 3.0 * flops / seq_len for operator, flops in counts.items()}
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

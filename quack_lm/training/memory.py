@@ -47,6 +47,7 @@ class PeakMemory(AbstractContextManager["PeakMemory"]):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            gc.collect()  # what nobody holds is not there
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it tells stderr that there is no GPU
             self.bytes = _bytes_of_tensors(self.device)
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True).__enter__()

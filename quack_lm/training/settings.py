@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from quack_lm.attention.scores import MaxLogitKernel
 from quack_lm.errors import UserError
+from quack_lm.model import ActivationCheckpointing
 from quack_lm.training.state import StabilityRules
 
 # Three float32 numbers. In memory: a weight, its gradient and one moment of the optimizer, with the activations on top.
@@ -25,7 +26,8 @@ class TrainerSettings(StabilityRules):
         steps: optimizer steps of the run.
         seq_len: tokens of a sequence.
         global_batch_size: sequences per step, over all processes.
-        micro_batch_size: sequences per forward and process; the rest is gradient accumulation.
+        micro_batch_size: sequences per forward and process; the rest is gradient accumulation; auto: as many as fit
+            into the memory of the device where the run starts.
         precision: precision of the forward and backward, and of the weights that FSDP gathers; master weights are
             float32 in both.
         val_every: steps between validations; 0: only at the end.
@@ -41,7 +43,8 @@ class TrainerSettings(StabilityRules):
         replicas: more than 1: HSDP, sharded within groups of processes and replicated across so many.
         compile: torch.compile each block and the loss; auto: on a GPU, and on a CPU for runs of at least 1e14 FLOPs per
             process, if there is a compiler.
-        activation_checkpointing: recompute activations in the backward instead of keeping them.
+        activation_checkpointing: recompute the activations of the blocks in the backward instead of keeping them;
+            selective: keep the results of attention and of the products with weights, recompute the rest.
         max_logits: how max logits are computed that stabilizer=qk_clip asks for and the backend does not report: matmul
             forms the scores block by block, flex is a forward of FlexAttention, which never writes them (CUDA); auto:
             flex on CUDA where Triton is installed.
@@ -62,7 +65,7 @@ class TrainerSettings(StabilityRules):
     steps: PositiveInt
     seq_len: PositiveInt
     global_batch_size: PositiveInt
-    micro_batch_size: PositiveInt
+    micro_batch_size: PositiveInt | Literal["auto"]
     precision: Literal["float32", "bfloat16"]
     val_every: NonNegativeInt
     val_sequences: PositiveInt
@@ -76,7 +79,7 @@ class TrainerSettings(StabilityRules):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     replicas: PositiveInt = 1
     compile: bool | Literal["auto"] = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: ActivationCheckpointing = False
     max_logits: MaxLogitKernel = "auto"
     loss_chunk: Annotated[int, Field(gt=0, lt=2**31)] | Literal["auto"] | None = "auto"
     reduce_every_micro_batch: bool = True
@@ -92,20 +95,32 @@ class TrainerSettings(StabilityRules):
             return self.reshard_after_forward == "always"
         return n_parameters * (2 if self.precision == "bfloat16" else 4) > MAX_KEPT_BYTES
 
+    def is_wrapped(self, ranks: int) -> bool:
+        """Whether FSDP wraps the model: one float32 process needs no wrapping, in bfloat16 it gets FSDP's precision."""
+        return ranks > 1 or self.precision != "float32"
+
+    @property
+    def sequences_at_once(self) -> int:
+        """`micro_batch_size` as a number; UserError where it is `auto` still."""
+        if self.micro_batch_size == "auto":
+            raise UserError("trainer.micro_batch_size=auto is chosen where a run starts; give a number here")
+        return self.micro_batch_size
+
     def check_ranks(self, ranks: int) -> None:
         """Raise UserError where so many ranks cannot form the replicas or share the batch equally."""
         if ranks % self.replicas:
             raise UserError(f"trainer.replicas={self.replicas} must divide the number of ranks, {ranks}")
-        at_once = ranks * self.micro_batch_size
+        micro_batch_size = 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+        at_once = ranks * micro_batch_size
         if self.global_batch_size % at_once:
             # A smaller micro batch computes the same.
             each, rest = divmod(self.global_batch_size, ranks)
             fix = (
                 f"trainer.global_batch_size={-(-self.global_batch_size // at_once) * at_once}"
                 if rest
-                else f"trainer.micro_batch_size={math.gcd(each, self.micro_batch_size)}"
+                else f"trainer.micro_batch_size={math.gcd(each, micro_batch_size)}"
             )
             raise UserError(
                 f"trainer.global_batch_size={self.global_batch_size} must be a multiple of ranks x "
-                f"trainer.micro_batch_size = {ranks} x {self.micro_batch_size} = {at_once}; for example {fix}"
+                f"trainer.micro_batch_size = {ranks} x {micro_batch_size} = {at_once}; for example {fix}"
             )

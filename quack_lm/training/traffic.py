@@ -49,7 +49,7 @@ def step_traffic(
 
 def _fsdp(model: Transformer, settings: TrainerSettings, shards: int, replicas: int) -> Iterator[Sent]:
     """Weights are gathered for each micro-batch, those of freed blocks twice; gradients are summed over the ranks."""
-    micro_batches = settings.global_batch_size // (shards * replicas * settings.micro_batch_size)
+    micro_batches = settings.global_batch_size // (shards * replicas * settings.sequences_at_once)
     reductions = micro_batches if settings.reduce_every_micro_batch else 1
     groups = [list(block.parameters()) for block in model.blocks]
     n_blocks, inside = len(groups), {p for parameters in groups for p in parameters}
