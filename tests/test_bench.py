@@ -11,6 +11,7 @@ from calls import call
 
 from quack_lm.bench import suites
 from quack_lm.bench.kernels import count_kernels, count_stabilizer_calls
+from quack_lm.bench.muon import MuonStep
 from quack_lm.bench.peers import make_peer_step
 from quack_lm.bench.ranks import LaunchedStep
 from quack_lm.bench.rounds import Turn, quiet_rounds, summarize
@@ -203,6 +204,18 @@ def test_a_stabilizer_calls_operators_only_for_what_it_does() -> None:
     # The optimizers' own operators are not among them, and the layers are stacked.
     assert counts["none", 1] == counts["none", 3] == 0
     assert counts["quack", 1] == counts["quack", 3] > 0
+
+
+def test_the_optimizers_of_the_suite_muon_make_the_same_step() -> None:
+    config = compose([*suites.BASE, *SMALL, "optimizer=muon", "optimizer.lr=1"])
+    ours, theirs = (MuonStep(config, HERE, is_ours=is_ours) for is_ours in (True, False))
+    before = [p.detach().clone() for p in theirs.optimizer.param_groups[0]["params"]]
+    assert ours.turn(1).phases_s.keys() == theirs.turn(1).phases_s.keys() == {"optimizer"}
+    groups = [step.optimizer.param_groups[0]["params"] for step in (ours, theirs)]
+    assert len(before) == 14
+    for one, other, start in zip(*groups, before, strict=True):
+        # In bfloat16, like the iteration.
+        assert (one - other).norm() < 0.02 * (other - start).norm()
 
 
 @pytest.mark.parametrize(

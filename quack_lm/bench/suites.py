@@ -43,6 +43,7 @@ class Variant:
         parts: of a run, around the step.
         peer: whose step it is, a name in `peers.py`.
         package: what it needs besides the project's own dependencies.
+        muon: whose optimizer makes a step, without a model.
         ranks: how many processes torchrun starts for it.
         scaling: strong: they share the batch of one rank; weak: each has as much.
     """
@@ -52,6 +53,7 @@ class Variant:
     parts: tuple[Part, ...] = ()
     peer: str | None = None
     package: str | None = None
+    muon: Literal["ours", "torch"] | None = None
     ranks: int = 0
     scaling: Scaling = "strong"
 
@@ -160,6 +162,18 @@ SUITES: Mapping[str, Suite] = {
         }
     ),
     "compile": _each({"eager": [], "compiled": ["trainer.compile=true"]}),
+    # On the weights of the blocks alone, without forward and backward.
+    "muon": Suite(
+        {
+            f"{attention} {whose}": Variant(
+                [f"attention={attention}", "optimizer=muon", "optimizer.ns_dtype=bfloat16"],
+                baseline=f"{attention} torch",
+                muon=whose,
+            )
+            for attention in choices("attention")
+            for whose in ("torch", "ours")
+        }
+    ),
     "precision": _each({"float32": [], "bfloat16": ["trainer.precision=bfloat16"]}),
     "checkpointing": _each(
         {

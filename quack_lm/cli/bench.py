@@ -194,13 +194,14 @@ class Scale:
     at_peak_s: float | None  # the time of a token at the devices' peak, where that is known
     memory_bytes: int
 
-    def tokens_per_s(self, step_s: float) -> float:
-        """Throughput over all ranks."""
-        return self.tokens / step_s
+    def tokens_per_s(self, step_s: float) -> float | None:
+        """Throughput over all ranks, of steps that have tokens."""
+        return self.tokens / step_s if self.tokens else None
 
     def mfu(self, step_s: float) -> float | None:
         """Model FLOPs utilization."""
-        return self.tokens_per_s(step_s) * self.at_peak_s if self.at_peak_s else None
+        speed = self.tokens_per_s(step_s)
+        return speed * self.at_peak_s if speed and self.at_peak_s else None
 
 
 def _machine(world: "World") -> str:
@@ -216,14 +217,14 @@ def _table(found: "Sequence[Summary]", scales: Mapping[str, Scale]) -> str:
     rows = []
     for one in found:
         scale = scales[one.variant]
-        mfu = scale.mfu(one.step_s)
+        speed, mfu = scale.tokens_per_s(one.step_s), scale.mfu(one.step_s)
         own = (significant(1e3 * one.phases_s[name]) if name in one.phases_s else "" for name in phases.values())
         bounds = f" [{one.interval[0]:.3f}, {one.interval[1]:.3f}]" if one.interval else ""
         ratio = f"{one.ratio:.3f}{bounds}" if one.variant != one.baseline else "baseline"
         rows.append(
             (
                 one.variant,
-                format_count(scale.tokens_per_s(one.step_s)),
+                "" if speed is None else format_count(speed),
                 "" if mfu is None else f"{100 * mfu:.3g}%",
                 significant(scale.memory_bytes / MIB),
                 significant(1e3 * one.step_s),
