@@ -26,7 +26,8 @@ from quack_lm.rms_norm import RMSNorm
 # Which activations of a block the backward recomputes: none, all, or all but the results of `KEPT_BY_SELECTIVE`.
 ActivationCheckpointing = bool | Literal["selective"]
 
-# The product with a weight, and attention by each backend; not `bmm`, whose results grow with the square of the length.
+# The product with a weight, and attention by each backend, but for flash-attn 3 and 4, which are no operators of torch;
+# not `bmm`, whose results grow with the square of the length.
 KEPT_BY_SELECTIVE = {
     "aten::mm",
     "aten::_scaled_dot_product_flash_attention",
@@ -36,6 +37,7 @@ KEPT_BY_SELECTIVE = {
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "flash_attn::_flash_attn_forward",
     "flash_attn::_flash_attn_varlen_forward",
+    "torch_attn::_varlen_attn",
     "flex_attention",
     "inductor_compiled_code",
 }

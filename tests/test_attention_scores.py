@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import ATTENTIONS, small_config, small_model, tokens
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from quack_lm.attention import flash
 from quack_lm.attention.mask import Mask, count_documents, document_cuts, number_documents
@@ -308,6 +310,33 @@ def test_documents_in_a_row_give_what_the_mask_gives(problem) -> None:
     expected, _ = attend(q, k, v, mask=whole, backend="eager")
     got = packed(each_on_its_own, q, k, v, document_cuts(documents))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_compiled_blocks_call_the_flash_attn_that_was_loaded_before(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Dynamo traced through functools.cache into the imports, and failed at the first package that was not there.
+    def dense(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool, deterministic: bool) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    config = small_config(attention)
+    plain, flashing = small_model(config), small_model(config)
+    width = flash.padded_width(flashing.attentions[0].head_width)
+    monkeypatch.setitem(flash.LOADED, width, flash.FlashAttention(3, torch.compiler.disable(dense), dense))
+    for each in flashing.attentions:
+        each.backend = "flash"
+    for block in flashing.blocks:
+        block.compile(backend="eager")
+    losses = [model(tokens(3)[:, :-1], tokens(3)[:, 1:]).mean() for model in (plain, flashing)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1], losses[0])
+    for one, other in zip(plain.parameters(), flashing.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6)
+    torch.compiler.reset()
 
 
 def test_documents_counted_on_the_host_are_the_cuts_on_the_device() -> None:

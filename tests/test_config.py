@@ -18,7 +18,18 @@ from calls import call_here, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quack_lm.config import CONFIG_DIR, check, choice, choices, compose, fingerprint, flatten, instantiate
+from quack_lm.config import (
+    CONFIG_DIR,
+    check,
+    choice,
+    choices,
+    compose,
+    fingerprint,
+    flatten,
+    identity,
+    instantiate,
+    older_identity,
+)
 from quack_lm.errors import UserError
 from quack_lm.training.build import make_model
 
@@ -498,6 +509,14 @@ def only_user_errors(function: Callable[[], Any]) -> Any:
         return function()
     except UserError:
         return None
+
+
+def test_a_run_of_an_earlier_version_had_the_defaults_of_keys_that_are_new() -> None:
+    config = compose(["optimizer=muon"])
+    before = {k: v for k, v in identity(config).items() if k not in ("optimizer.ns", "trainer.reduce_dtype")}
+    assert older_identity(before, config) == identity(config)
+    changed = compose(["optimizer=muon", "optimizer.ns=polar_express"])
+    assert older_identity(before, changed) == identity(config)
 
 
 @given(st.dictionaries(sections | keys, garbage, max_size=9))

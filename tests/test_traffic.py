@@ -1,21 +1,17 @@
 """The bytes of each collective of a step, as torch dispatches them, against the formula."""
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from models import small_config
-from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quack_lm.bench.step import Phases, TrainingStep
 from quack_lm.config import instantiate
-from quack_lm.parallel import World
+from quack_lm.parallel import fake_world
 from quack_lm.training.build import make_model
 from quack_lm.training.traffic import KINDS, step_traffic
 
@@ -45,19 +41,6 @@ class SentBytes(TorchDispatchMode):
             case "alltoall_base_":
                 return "all_to_all", args[1].nbytes - args[4][0] * args[1].element_size()
         raise AssertionError(f"{name} is no collective that a step should have")
-
-
-@contextmanager
-def rank_0(ranks: int, replicas: int) -> Iterator[World]:
-    """Rank 0 of so many, whose collectives move nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        shape, names = (
-            ((replicas, ranks // replicas), ("replicate", "shard")) if replicas > 1 else ((ranks,), ("shard",))
-        )
-        yield World(0, ranks, 0, torch.device("cpu"), init_device_mesh("cpu", shape, mesh_dim_names=names))
-    finally:
-        dist.destroy_process_group()
 
 
 class Case(NamedTuple):
@@ -93,7 +76,7 @@ def test_a_step_sends_the_bytes_of_the_formula(case: Case) -> None:
     meta_model = make_model(config, stabilizer)
     optimizers = instantiate(config["optimizer"]).build(meta_model)
     expected = step_traffic(meta_model, optimizers, stabilizer, settings, ranks=case.ranks)
-    with rank_0(case.ranks, settings.replicas) as world:
+    with fake_world(size=case.ranks, is_wrapped=True, replicas=settings.replicas) as world:
         step = TrainingStep(config, world)
         with SentBytes() as sent:
             step(Phases(world.device))

@@ -48,6 +48,7 @@ SMALL = [
     "trainer.probe_every=3",
     "trainer.probe_sequences=5",
     "trainer.checkpoint_every=0",
+    "trainer.compile=false",
     "logger.log_every=3",
     "logger.progress=false",
 ]

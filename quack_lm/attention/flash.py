@@ -6,7 +6,6 @@ documents.
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -24,7 +23,10 @@ WIDTH_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class FlashAttention:
-    """One version's functions: of equally long sequences, and of documents in a row."""
+    """One version's functions: of equally long sequences, and of documents in a row.
+
+    Those of versions 3 and 4 are no operators of torch, so compiled blocks call them uncompiled.
+    """
 
     version: int
     dense: Callable[..., Any]
@@ -39,8 +41,11 @@ def padded_width(head_width: int) -> int:
 def newest_version(installed: Collection[int], capability: tuple[int, int], head_width: int) -> int | None:
     """The newest installed version with kernels, forward and backward, for a card and a width; None if there is none.
 
-    Blackwell's kernels of version 4 end at 128 dimensions, all others at 256; version 3 is for Hopper alone.
+    On Blackwell version 4 is used up to 128 dimensions, everything else up to 256; version 3 is for Hopper alone. None
+    is for AMD's cards, whose capabilities have the same numbers.
     """
+    if torch.version.hip:
+        return None
     major = capability[0]
     widest = {
         4: {9: 256, 10: 128}.get(major, 0),
@@ -60,9 +65,21 @@ def is_available(head_width: int) -> bool:
     return newest_version(installed_versions(), torch.cuda.get_device_capability(), head_width) is not None
 
 
-@cache
+# By the width of heads. Not functools.cache, through which torch.compile would trace the imports.
+LOADED: dict[int, FlashAttention] = {}
+
+
 def load(head_width: int) -> FlashAttention:
-    """The version for this machine's card and heads of this width, imported; UserError where none can be."""
+    """The version for this machine's card and heads of this width, imported; UserError where none can be.
+
+    To be called once before a forward that is compiled.
+    """
+    if head_width not in LOADED:
+        LOADED[head_width] = _load(head_width)
+    return LOADED[head_width]
+
+
+def _load(head_width: int) -> FlashAttention:
     installed = installed_versions()
     number = newest_version(installed, torch.cuda.get_device_capability(), head_width)
     if number is None:
@@ -77,7 +94,8 @@ def load(head_width: int) -> FlashAttention:
 def load_version(number: int) -> FlashAttention:
     """Import a version; UserError where it does not import."""
     try:
-        return FlashAttention(number, *_functions(number))
+        functions = _functions(number)
+        return FlashAttention(number, *(functions if number == 2 else map(torch.compiler.disable, functions)))
     except Exception as error:  # of any kind: a missing symbol, no network, no build for this version of torch
         raise UserError(
             f"attention.backend=flash: {DISTRIBUTIONS[number]} does not load ({type(error).__name__}: "

@@ -49,7 +49,7 @@ def resolve_backend(backend: Backend, *, device: str, precision: str, head_width
     if backend == "flash" and not flash.installed_versions():
         raise UserError(
             "attention.backend=flash needs one of the packages flash-attn-4, kernels and flash-attn (docs, "
-            "Installation), for example: pip install -e '.[flash]'; or use attention.backend=sdpa"
+            "Installation), for example: pip install -e '.[flash4]'; or use attention.backend=sdpa"
         )
     width = flash.padded_width(head_width)
     can_ask = device == "cuda" and torch.cuda.is_available()
@@ -99,7 +99,7 @@ def packs_documents(backend: Backend, x: Tensor, head_width: int) -> bool:
     """Whether masked documents go to a kernel of variable length, for inputs like x: of flash-attn, or torch's own."""
     if backend == "flash":
         return True
-    is_half = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+    is_half = x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and not torch.version.hip
     # The bounds of the flash-attn 2 that torch brings.
     return backend == "sdpa" and is_half and head_width <= 256 and torch.cuda.get_device_capability(x.device)[0] >= 8
 

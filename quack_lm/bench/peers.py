@@ -38,7 +38,7 @@ class PeerStep:
         make = {"litgpt": _litgpt, "torchtitan": _torchtitan}.get(peer, partial(_transformers, peer))
         self.model, self.loss = make(config)
         self.model.to(world.device)
-        if trainer["compile"] is True:
+        if trainer["compile"]:
             for module in _compiled_parts(self.model):
                 module.compile()
         self.optimizers = recipe.build(self.model)

@@ -29,10 +29,17 @@ class LaunchedStep:
         """Start the ranks, make the steps, and end the ranks."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [*self.command, f"steps={steps}", f"warmup={WARMUP}"]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if ended.returncode:
-            errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-            raise UserError(errors[0].removeprefix("error: ") if errors else f"torchrun failed: {ended.stderr[-1000:]}")
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            _, stderr = process.communicate()
+        finally:  # also where this command is stopped; torchrun then ends its ranks
+            process.terminate()
+            process.wait()
+        if process.returncode:
+            errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+            raise UserError(errors[0].removeprefix("error: ") if errors else f"torchrun failed: {stderr[-1000:]}")
         line = json.loads(self.out.read_text())
         self.memory_bytes = line["memory_bytes"]
         return Timing(line["step_s"], line["phases_s"])

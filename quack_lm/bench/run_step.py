@@ -54,7 +54,7 @@ class RunStep(TrainingStep):
         held_out = EvalBatches(
             Sequences([tokens], settings.seq_len),
             n_sequences=settings.probe_sequences,
-            micro_batch_size=settings.sequences_at_once,
+            micro_batch_size=settings.held_out_at_once(settings.probe_sequences, ranks=world.size),
             rank=world.rank,
             world_size=world.size,
         )

@@ -73,6 +73,8 @@ class Variant:
     def share_batch(self, trainer: dict[str, Any]) -> list[str]:
         """The settings by which its ranks share the batch of a config, or have as much each."""
         batch, micro_batch = trainer["global_batch_size"], trainer["micro_batch_size"]
+        if micro_batch == "auto":
+            raise UserError("trainer.micro_batch_size=auto is chosen where a run starts; give a number here")
         if self.scaling == "weak":
             return [f"trainer.global_batch_size={batch * self.ranks}"]
         return [f"trainer.micro_batch_size={math.gcd(micro_batch, max(1, batch // self.ranks))}"]

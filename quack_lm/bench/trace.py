@@ -20,6 +20,8 @@ def trace(step: Timed, path: Path, *, device: torch.device) -> str:
         step.turn(STEPS)
     with explaining(f"trace={path}", "or choose another"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
+        temporary = path.with_name(f".writing_{path.name}")
+        profiler.export_chrome_trace(str(temporary))  # which only prints where it fails
+        temporary.replace(path)
     order = "self_device_time_total" if is_cuda else "self_cpu_time_total"
     return profiler.key_averages().table(sort_by=order, row_limit=OPERATIONS, max_name_column_width=60)

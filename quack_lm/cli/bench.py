@@ -16,8 +16,6 @@ out=FILE       a line of JSON for each turn, runs/bench/<suite>.jsonl unless giv
 only=A,B       some variants of the suite
 trace=FILE     after that, a trace of the first variant's steps for Perfetto or chrome://tracing (FILE.json.gz), and
                the operations that took longest
-trace=FILE     after that, a trace of the first variant's steps for Perfetto or chrome://tracing (FILE.json.gz), and
-               the operations that took longest
 
 Every other key=value is a setting of all variants, as of quack-lm train. Tokens are random, so no data set is needed.
 Rounds in which a fixed matrix product between the turns took 1.25 times its median are left out and counted: then
@@ -94,6 +92,8 @@ class Command:
         for name in [name for name, variant in self.variants.items() if variant.ranks > gpus]:
             del self.variants[name]
             self.notes.append(f"{name} is left out, for this machine has {gpus} GPUs")
+        if not self.variants:
+            raise UserError("; ".join(self.notes))
 
 
 def main(arguments: list[str]) -> int:
@@ -107,27 +107,27 @@ def main(arguments: list[str]) -> int:
     from quack_lm.parallel import check_world, default_device, launched_world, start_world
     from quack_lm.training.memory import keep_freed_memory
     from quack_lm.training.numerics import set_numerics
+    from quack_lm.training.stop_signals import leaving
 
-    trainers = [config["trainer"] for config in command.configs.values()]
-    device = default_device() if trainers[0]["device"] == "auto" else trainers[0]["device"]
+    trainers = [instantiate(config["trainer"]) for config in command.configs.values()]
+    device, ranks = default_device() if trainers[0].device == "auto" else trainers[0].device, launched_world()[1]
     check_world(device=device)
     for variant, trainer in zip(command.variants.values(), trainers, strict=True):
-        instantiate(trainer).check_ranks(variant.ranks or launched_world()[1])
+        trainer.check_ranks(variant.ranks or ranks)
     command.leave_out_ranks(device)
     for note in command.notes:
         echo(note, err=True)
     if device == "cpu":
         keep_freed_memory()
-    set_numerics(is_deterministic=trainers[0]["deterministic"])
-    # As in training: in bfloat16 also a single process is wrapped.
-    is_wrapped = launched_world()[1] > 1 or any(trainer["precision"] != "float32" for trainer in trainers)
-    world = start_world(device=device, is_wrapped=is_wrapped)
+    set_numerics(is_deterministic=trainers[0].deterministic)
+    is_wrapped = any(trainer.is_wrapped(ranks) for trainer in trainers)
+    world = start_world(device=device, is_wrapped=is_wrapped, replicas=trainers[0].replicas)
     writing = partial(explaining, f"out={command.out}", "or choose another")
     with writing():
         command.out.parent.mkdir(parents=True, exist_ok=True)
         # Beside the result, so that checkpoints are written to the disk that they are meant for.
         own = tempfile.TemporaryDirectory(dir=command.out.parent, prefix=".bench_", ignore_cleanup_errors=True)
-    with own as name:
+    with leaving(), own as name:
         directory = Path(world.all_gather(name)[0])  # of the main process
         lines = (count if command.suite == "kernels" else measure)(command, world, directory)
         world.barrier()
@@ -306,9 +306,16 @@ def read(arguments: list[str]) -> Command:
         if variant.ranks > 1:
             settings[name] += variant.share_batch(configs[name]["trainer"])
             configs[name] = compose([*base, *settings[name]])
+        if configs[name]["trainer"]["compile"] == "auto":
+            raise UserError("trainer.compile=auto is decided by the length of a run; give true or false here")
         variant.check_turn(configs[name], counts["steps"])
     out = user_path(own.get("out", f"runs/bench/{own['suite']}.jsonl"))
     trace = user_path(own["trace"]) if "trace" in own else None
+    if trace and not trace.name.endswith((".json", ".json.gz")):
+        raise UserError(f"trace={own['trace']} must name a file that ends in .json or .json.gz")
+    for key, path in (("out", out), ("trace", trace)):
+        if path and (path.is_dir() or not path.name):
+            raise UserError(f"{key}={own.get(key)} must name a file")
     return Command(own["suite"], counts, out, trace, variants, settings, configs, notes)
 
 

@@ -27,6 +27,7 @@ from quack_lm.errors import UserError, explaining
 from quack_lm.files import metrics_line, read_json, user_path, write_atomically
 from quack_lm.report.table import Table, duration, significant
 from quack_lm.text import echo, shell_line
+from quack_lm.training.stop_signals import leaving
 
 REPOSITORY = Path(__file__).parents[2]
 # No part may keep the others from running.
@@ -57,6 +58,7 @@ SMALL = [
     "trainer.global_batch_size=4",
     "trainer.val_sequences=2",
 ]
+HEAD_WIDTH = 64  # of the 1B model with MHA
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,15 @@ def main(arguments: list[str]) -> int:
         refuse_without_gpu()
     with explaining(f"dir={directory}", "or choose another"):
         directory.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for number, part in enumerate(chosen, start=1):
-        echo(f"[{number}/{len(chosen)}] {part.title}")
-        outcome = run(part, directory)
-        echo(f"      {outcome.verdict}, {duration(outcome.seconds)}")
-        outcomes.append(outcome)
-        # After each part: whatever ends this command, the page has what there is.
-        write_atomically(directory / "page.md", page(facts(directory), outcomes))
+    outcomes: list[Outcome] = []
+    with leaving():
+        for number, part in enumerate(chosen, start=1):
+            echo(f"[{number}/{len(chosen)}] {part.title}")
+            outcome = run(part, directory)
+            echo(f"      {outcome.verdict}, {duration(outcome.seconds)}")
+            outcomes.append(outcome)
+            # After each part: if this command is ended, the page has the parts before.
+            write_atomically(directory / "page.md", page(facts(directory), outcomes))
     echo(f"page: {directory / 'page.md'}")
     return 0 if all(outcome.code == 0 for outcome in outcomes) else 1
 
@@ -131,11 +134,14 @@ def read(arguments: list[str]) -> tuple[dict[str, str], bool]:
 
 def parts(directory: Path, *, is_small: bool) -> list[Part]:
     """Everything that is run, in order."""
+    import torch
+
     from quack_lm.attention import flash
 
     cli = (sys.executable, "-m", "quack_lm")
     bench = (*cli, "bench", *(["rounds=1", "steps=1", "warmup=1", *SMALL] if is_small else BENCH))
-    kernels = "sdpa,flex" + (",flash" if flash.installed_versions() else "")
+    has_flash = torch.cuda.is_available() and flash.is_available(HEAD_WIDTH)
+    kernels = "sdpa,flex" + (",flash" if has_flash else "")
     suites = {
         "stabilizers": ("Stabilizers, MHA", ("suite=stabilizers", "attention=mha")),
         "stabilizers_mla": ("Stabilizers, MLA", ("suite=stabilizers", "attention=mla")),
@@ -189,9 +195,9 @@ def refuse_without_gpu() -> None:
 def run(part: Part, directory: Path) -> Outcome:
     """Run a part in a process group of its own, and keep what it prints in the directory."""
     out, err = directory / f"{part.name}.log", directory / f"{part.name}.err"
-    start, code = time.monotonic(), None
+    start, code, command = time.monotonic(), None, list(part.command)
     with out.open("wb") as stdout, err.open("wb") as stderr:
-        process = subprocess.Popen(part.command, stdout=stdout, stderr=stderr, start_new_session=True)
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)
         try:
             code = process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:

@@ -2,7 +2,7 @@
 
     quack-lm plan experiment=paper attention=mla stabilizer=quack world_size=4 card=GH200 mfu=0.4
     quack-lm plan sweep=paper/fig2 scale=1b world_size=4 card=GH200 mfu=0.4
-    quack-lm plan experiment=tiny attention=mha,mla mfu=runs/mine card=H100      # the MFU that a run has measured
+    quack-lm plan experiment=paper attention=mha,mla mfu=runs/mine card=H100     # the MFU that a run has measured
     quack-lm plan measure=true sweep=memory                                      # beside what two steps take here
 
 world_size=1      ranks of a run, each with a card
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from quack_lm.cli import sweep as sweep_command
 from quack_lm.config import choice, compose, instantiate, split_axes
 from quack_lm.errors import UserError
-from quack_lm.files import user_path
+from quack_lm.files import metrics_line, user_path
 from quack_lm.report.table import NO_NUMBER, Table, count, significant
 from quack_lm.sweep import cost
 from quack_lm.text import echo
@@ -60,6 +60,14 @@ class Setting:
         if self.mfu is None or self.accelerator is None:
             return None
         return cost.Speed(mfu=self.mfu, tflops=self.accelerator.tflops * self.world_size)
+
+    def check_precision(self, settings: "TrainerSettings") -> None:
+        """UserError where the time would follow from a peak that no data sheet has."""
+        if self.speed and settings.precision != "bfloat16":
+            raise UserError(
+                f"mfu={self.mfu:g} is a share of a card's peak, which is known for trainer.precision=bfloat16, not for "
+                f"{settings.precision}; set that, or leave mfu out"
+            )
 
     def tokens_per_s(self, flops_per_token: float) -> float | None:
         """Of a run."""
@@ -119,8 +127,7 @@ def read_mfu(text: str) -> float:
         path = RunDir(user_path(text)).metrics_file
         if not path.is_file():
             raise UserError(f"mfu={text} must be a share of the peak, as 0.4, or the directory of a run") from None
-        lines = [json.loads(line) for line in lines_backwards(path) if line.strip()]
-        logged = [line["throughput/mfu"] for line in lines if line.get("throughput/mfu")]
+        logged = [found for line in lines_backwards(path) if (found := metrics_line(line).get("throughput/mfu"))]
         if not logged:
             raise UserError(f"mfu={text}: the run there has logged no throughput/mfu; give a number") from None
         return statistics.median(logged)
@@ -139,6 +146,7 @@ def plan_run(config: dict[str, Any], setting: Setting) -> None:
 
     settings: TrainerSettings = instantiate(config["trainer"])
     settings.check_ranks(setting.world_size)
+    setting.check_precision(settings)
     flops, in_attention = count_flops_per_token(config), count_attention_flops_per_token(config)
     step_tokens = settings.global_batch_size * settings.seq_len
     parameters = count_parameters(make_model(config))["total"]
@@ -192,6 +200,7 @@ def _memory(
         }
     rows = [(part, *(_gib(one.parts.get(part, 0)) for one in taken.values())) for part in CATEGORIES]
     rows.append(("total", *(_gib(one.total) for one in taken.values())))
+    rows.append(("kept by a probe beside it", *[_gib(step.probe_bytes)] * len(taken)))
     if budget:
         rows.append((f"largest micro-batch in {budget / GIB:.1f}", *(_size(found) for found in largest.values())))
         rows.append(("its total", *(_gib(found[1].total) if found else NO_NUMBER for found in largest.values())))
@@ -247,7 +256,9 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
     for cell in cells:
         kinds.setdefault(_kind(cell.config), []).append(cell)
     for own in kinds.values():
-        instantiate(own[0].config["trainer"]).check_ranks(setting.world_size)
+        settings: TrainerSettings = instantiate(own[0].config["trainer"])
+        settings.check_ranks(setting.world_size)
+        setting.check_precision(settings)
     flops = cost.count_flops(cells, count_flops_per_token)
     rows = []
     for own in kinds.values():
@@ -284,8 +295,9 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
 def _kind(config: dict[str, Any]) -> str:
     """What enters FLOPs and memory: all but seeds, rates and directories."""
     parts = [config[name] for name in ("model", "attention", "trainer")]
-    classes = [config[name]["_target_"] for name in ("stabilizer", "optimizer")]
-    return json.dumps([*parts, *classes, config["stabilizer"].get("norm")], sort_keys=True)
+    optimizer = {key: value for key, value in config["optimizer"].items() if not key.endswith("lr")}
+    stabilizer = [config["stabilizer"].get(key) for key in ("_target_", "norm")]
+    return json.dumps([*parts, optimizer, *stabilizer, config["data"]["mask_documents"]], sort_keys=True)
 
 
 # ------------------------------------------------------------------------------------------------ measured here

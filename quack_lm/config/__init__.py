@@ -17,6 +17,7 @@ from quack_lm.config.schema import (
     flatten,
     identity,
     instantiate,
+    older_identity,
 )
 from quack_lm.config.yaml_file import read_yaml
 
@@ -37,6 +38,7 @@ __all__ = [
     "identity",
     "instantiate",
     "nearest",
+    "older_identity",
     "read_flags",
     "read_yaml",
     "reference_markdown",

@@ -99,6 +99,17 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flatten(config).items() if not any(k == n or k.startswith(n + ".") for n in NOT_IDENTITY)}
 
 
+def older_identity(before: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run of an earlier version, with the keys that are new since: they have their defaults."""
+    found = dict(before)
+    for key in identity(config).keys() - before.keys():
+        section, _, name = key.partition(".")
+        field = _schema(_target_class(section, config[section])).model_fields.get(name) if name else None
+        if field is not None and not field.is_required():
+            found[key] = field.get_default(call_default_factory=True)
+    return found
+
+
 def fingerprint(config: dict[str, Any]) -> str:
     """Twelve hex digits that are equal for two configs exactly when they describe the same run."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]

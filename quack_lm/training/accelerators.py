@@ -13,34 +13,35 @@ from quack_lm.errors import UserError
 class Accelerator:
     """What torch shows as one device.
 
-    `tflops` is the peak of dense bfloat16 products that are summed in float32, a half of the figures with sparsity;
-    GeForce cards reach half of theirs with sums in float16. Data sheets call the GiB of `memory_gib` GB.
+    `tflops` is the peak of dense bfloat16 products with sums in float32: half of the figures with sparsity, and on
+    GeForce cards half of those with sums in float16. `memory_gib` is what data sheets call GB, but for cards that show
+    less, such as those with GDDR6, of which error correction takes a sixteenth.
     """
 
     tflops: float
-    memory_gib: int
+    memory_gib: float
     mig_slices: int = 7
 
 
 ACCELERATORS = {
     # Ampere
-    "NVIDIA A100-SXM4-40GB": Accelerator(312, 40),
     "NVIDIA A100-SXM4-80GB": Accelerator(312, 80),
+    "NVIDIA A100-SXM4-40GB": Accelerator(312, 40),
     "NVIDIA A100-PCIE-40GB": Accelerator(312, 40),
     "NVIDIA A100 80GB PCIe": Accelerator(312, 80),
     "NVIDIA A800-SXM4-80GB": Accelerator(312, 80),
     "NVIDIA A800 80GB PCIe": Accelerator(312, 80),
     "NVIDIA A30": Accelerator(165, 24, mig_slices=4),
-    "NVIDIA A40": Accelerator(149.7, 48),
-    "NVIDIA A10": Accelerator(125, 24),
-    "NVIDIA A10G": Accelerator(70, 24),
+    "NVIDIA A40": Accelerator(149.7, 45),
+    "NVIDIA A10": Accelerator(125, 22.5),
+    "NVIDIA A10G": Accelerator(70, 22.5),
     "NVIDIA RTX A6000": Accelerator(154.8, 48),
     "NVIDIA GeForce RTX 3090": Accelerator(71, 24),
     "NVIDIA GeForce RTX 3090 Ti": Accelerator(80, 24),
     # Ada
-    "NVIDIA L4": Accelerator(121, 24),
-    "NVIDIA L40": Accelerator(181, 48),
-    "NVIDIA L40S": Accelerator(362, 48),
+    "NVIDIA L4": Accelerator(121, 22.5),
+    "NVIDIA L40": Accelerator(181, 45),
+    "NVIDIA L40S": Accelerator(362, 45),
     "NVIDIA RTX 6000 Ada Generation": Accelerator(364.2, 48),
     "NVIDIA GeForce RTX 4080": Accelerator(97.5, 16),
     "NVIDIA GeForce RTX 4090": Accelerator(165.2, 24),
@@ -85,25 +86,24 @@ def find_accelerator(name: str) -> Accelerator | None:
         return ACCELERATORS[name]
     instance = re.fullmatch(r"(?P<card>.+) MIG (?P<slices>\d)g\.(?P<memory>\d+)gb(\+me(\.all)?)?", name)
     card = ACCELERATORS.get(instance["card"]) if instance else None
-    if instance is None or card is None:
+    if instance is None or card is None or int(instance["slices"]) > card.mig_slices:
         return None
     slices = int(instance["slices"])
     return Accelerator(card.tflops * slices / card.mig_slices, int(instance["memory"]))
 
 
 def named_accelerator(text: str) -> tuple[str, Accelerator]:
-    """The full name, and the device, that a name or some whole words of one mean: `H100`, `H200 NVL`, `GH200`.
+    """The full name, and the device, that a name or the beginning of one means: `H100`, `H200 NVL`, `RTX 4090`.
 
-    Of several the first in the table; UserError where there is none.
+    Beginnings are those after the vendor and the series. Of several names the first in the table; UserError where there
+    is none.
     """
     exact = find_accelerator(text)
     if exact is not None:
         return text, exact
-    words = re.compile(rf"(?<!\S){re.escape(text)}(?!\S)", re.IGNORECASE)
-    name = next((name for name in ACCELERATORS if words.search(name)), None)
+    short = {re.sub(r"^(NVIDIA|AMD)( GeForce| Instinct| Radeon)? ", "", name): name for name in ACCELERATORS}
+    beginning = re.compile(rf"{re.escape(text)}(?![^\s-])", re.IGNORECASE)
+    name = next((name for own, name in short.items() if beginning.match(own)), None)
     if name is None:
-        known = ", ".join(
-            dict.fromkeys(re.sub(r"^(NVIDIA|AMD)( GeForce| Instinct| Radeon)? ", "", n) for n in ACCELERATORS)
-        )
-        raise UserError(f"card={text} is unknown; give a full name, or a part of one of: {known}")
+        raise UserError(f"card={text} is unknown; give a full name, or the beginning of one of: {', '.join(short)}")
     return name, ACCELERATORS[name]

@@ -306,16 +306,22 @@ class DataObjects(NamedTuple):
 def build_data(plan: RunPlan, world: World) -> DataObjects:
     """This rank's share of the training, validation and probe sequences."""
     settings = plan.settings
-    split = {"micro_batch_size": settings.sequences_at_once, "rank": world.rank, "world_size": world.size}
+    place = {"rank": world.rank, "world_size": world.size}
+
+    def held_out(split: SplitName, n_sequences: int) -> EvalBatches:
+        micro_batch_size = settings.held_out_at_once(n_sequences, ranks=world.size)
+        return EvalBatches(plan.sequences[split], n_sequences=n_sequences, micro_batch_size=micro_batch_size, **place)
+
     return DataObjects(
         TrainBatches(
             plan.sequences["train"],
             seed=plan.config["seed"],
             global_batch_size=settings.global_batch_size,
-            **split,
+            micro_batch_size=settings.sequences_at_once,
+            **place,
         ),
-        EvalBatches(plan.sequences["val"], n_sequences=settings.val_sequences, **split),
-        EvalBatches(plan.sequences["probe"], n_sequences=settings.probe_sequences, **split),
+        held_out("val", settings.val_sequences),
+        held_out("probe", settings.probe_sequences),
     )
 
 

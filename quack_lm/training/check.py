@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quack_lm.config import flatten, identity, instantiate
+from quack_lm.config import flatten, identity, instantiate, older_identity
 from quack_lm.data.corpus import Corpus
 from quack_lm.data.manifest import SPLITS, TokenData
 from quack_lm.errors import UserError
@@ -243,7 +243,7 @@ def _check_none_is_missing(run_dir: RunDir) -> None:
 
 def _check_same_run(where: str, before: dict[str, Any], config: dict[str, Any]) -> None:
     """UserError naming the keys in which an earlier run, by its `identity`, was another one than this config's."""
-    now = identity(config)
+    now, before = identity(config), older_identity(before, config)
     # A schedule that bends towards the end is another one for another number of steps.
     free = CHANGEABLE - (set() if config["optimizer"]["schedule"] == "constant" else {"trainer.steps"})
     changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in free]

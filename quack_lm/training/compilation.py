@@ -1,8 +1,8 @@
 """Whether a run is compiled, and whether its machine has what that takes."""
 
-import importlib.util
 import os
 import shutil
+from importlib.util import find_spec
 
 from quack_lm.errors import UserError
 from quack_lm.training.settings import TrainerSettings
@@ -31,10 +31,10 @@ def is_compiled(settings: TrainerSettings, *, device: str, flops_per_token: floa
 
 
 def _missing(device: str) -> str | None:
-    """What torch.compile would look for in vain."""
+    """What torch.compile needs and does not find."""
     compilers = (os.environ.get("CXX"), "g++", "clang++") if device == "cpu" else (os.environ.get("CC"), "gcc", "clang")
     if not any(name and shutil.which(name) for name in compilers):
         return "a C++ compiler" if device == "cpu" else "a C compiler"
-    if device == "cuda" and importlib.util.find_spec("triton") is None:
+    if device == "cuda" and find_spec("triton") is None:
         return "the triton package"
     return None

@@ -106,6 +106,10 @@ class TrainerSettings(StabilityRules):
             raise UserError("trainer.micro_batch_size=auto is chosen where a run starts; give a number here")
         return self.micro_batch_size
 
+    def held_out_at_once(self, n_sequences: int, *, ranks: int) -> int:
+        """The micro-batch of a validation or a probe: no larger than a rank's share, which it would only pad."""
+        return min(self.sequences_at_once, math.ceil(n_sequences / ranks))
+
     def check_ranks(self, ranks: int) -> None:
         """Raise UserError where so many ranks cannot form the replicas or share the batch equally."""
         if ranks % self.replicas:

@@ -5,6 +5,7 @@ ranks; each storage counts from the operator that makes it until it is freed. No
 operator, what a device's allocator loses to fragments, and what its libraries take for themselves.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -84,6 +85,7 @@ class FakeStep:
             state = [value for optimizer in self.optimizers for value in tree_leaves(dict(optimizer.state))]
             self.storages.label("optimizer", [value for value in state if isinstance(value, Tensor)])
             self._zero_gradients()
+        self.probe_bytes = probe_bytes(config, ranks=world.size)
         self._watch_phases()
         if world.mesh is not None and world.size == 1:
             # A lone rank casts its weights where others gather them: which storages are for that shows from then on.
@@ -117,10 +119,12 @@ class FakeStep:
     ) -> tuple[int, StepMemory] | None:
         """The largest micro-batch whose step takes at most `budget` bytes, and its memory; None where none does.
 
-        It divides this rank's sequences of a step.
+        It divides this rank's sequences of a step, during which the probe keeps its own.
         """
+        budget -= self.probe_bytes
         sequences = self.settings.global_batch_size // self.world.size
-        sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
+        small = [size for size in range(1, math.isqrt(sequences) + 1) if sequences % size == 0]
+        sizes = sorted({*small, *(sequences // size for size in small)})
         found, low, high = None, 0, len(sizes)
         # All at once first: without accumulation there are no gradients yet. Below, more sequences take more.
         middle = high - 1
@@ -201,6 +205,17 @@ def plan_memory(configs: Sequence[dict[str, Any]], *, world_size: int, device: s
     return found
 
 
+def probe_bytes(config: dict[str, Any], *, ranks: int) -> int:
+    """What the probe keeps on a rank while it waits for a step: the queries and keys of its sequences in all layers."""
+    settings: TrainerSettings = instantiate(config["trainer"])
+    model = make_model(config)
+    x_BTD = torch.empty(1, settings.seq_len, model.sizes.d_model, device="meta")
+    q, k, _ = model.attentions[0].project(x_BTD)
+    item_bytes = 2 if settings.precision == "bfloat16" else 4
+    n_sequences = math.ceil(settings.probe_sequences / ranks)
+    return n_sequences * model.sizes.n_layers * (q.numel() + k.numel()) * item_bytes
+
+
 def in_own_process(function: Callable[[], T]) -> T:
     """Call a function of this module where it leaves nothing behind.
 
@@ -217,7 +232,7 @@ def _model(config: dict[str, Any], stabilizer: Stabilizer) -> Transformer:
     for each row.
     """
     attention = config["attention"]
-    is_elsewhere = attention["backend"] in ("flash", "flex")
+    is_elsewhere = attention["backend"] not in ("sdpa", "eager")
     model = make_model(
         {**config, "attention": {**attention, "backend": "sdpa"} if is_elsewhere else attention}, stabilizer
     )

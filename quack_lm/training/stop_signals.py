@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # SIGHUP: the terminal was closed
@@ -60,6 +60,11 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     finally:
         for number, former in before.items():
             signal.signal(number, former)
+
+
+def leaving() -> AbstractContextManager[None]:
+    """Within, a stop signal ends the process as an error would, so that what it started and wrote is cleared up."""
+    return handled(lambda number, _: sys.exit(128 + number))
 
 
 @contextmanager
