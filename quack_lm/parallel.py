@@ -141,6 +141,11 @@ def default_device() -> str:
     return "cpu"
 
 
+def resolve_device(wanted: str) -> str:
+    """The device that `trainer.device` means on this machine: `auto` is the default one."""
+    return default_device() if wanted == "auto" else wanted
+
+
 def start_world(*, device: str, is_wrapped: bool, replicas: int = 1, timeout_s: float = 600.0) -> World:
     """Join the other ranks: gloo on CPU, NCCL on GPUs. `replicas` > 1 gives HSDP: shards inside, copies across."""
     rank, size, local_rank = launched_world()

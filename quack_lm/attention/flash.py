@@ -99,7 +99,7 @@ def load_version(number: int) -> FlashAttention:
     except Exception as error:  # of any kind: a missing symbol, no network, no build for this version of torch
         raise UserError(
             f"attention.backend=flash: {DISTRIBUTIONS[number]} does not load ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); mend it, or use attention.backend=sdpa"
+            f"{' '.join(str(error).split())[:200]}); reinstall it, or use attention.backend=sdpa"
         ) from error
 
 

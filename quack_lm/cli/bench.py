@@ -104,13 +104,13 @@ def main(arguments: list[str]) -> int:
     command = read(arguments)
 
     # Imported late: a mistake in the settings need not wait for it.
-    from quack_lm.parallel import check_world, default_device, launched_world, start_world
+    from quack_lm.parallel import check_world, launched_world, resolve_device, start_world
     from quack_lm.training.memory import keep_freed_memory
     from quack_lm.training.numerics import set_numerics
     from quack_lm.training.stop_signals import leaving
 
     trainers = [instantiate(config["trainer"]) for config in command.configs.values()]
-    device, ranks = default_device() if trainers[0].device == "auto" else trainers[0].device, launched_world()[1]
+    device, ranks = resolve_device(trainers[0].device), launched_world()[1]
     check_world(device=device)
     for variant, trainer in zip(command.variants.values(), trainers, strict=True):
         trainer.check_ranks(variant.ranks or ranks)

@@ -306,13 +306,13 @@ def _kind(config: dict[str, Any]) -> str:
 def measure(configs: list[dict[str, Any]]) -> int:
     """Make two steps of each config here, and print their memory beside the planned; returns the exit code."""
     from quack_lm.bench.step import Phases, TrainingStep
-    from quack_lm.parallel import default_device, launched_world, start_world
+    from quack_lm.parallel import launched_world, resolve_device, start_world
     from quack_lm.training.memory import PeakMemory
     from quack_lm.training.numerics import set_numerics
     from quack_lm.training.step_memory import in_own_process, plan_memory
 
     trainer = configs[0]["trainer"]
-    device = default_device() if trainer["device"] == "auto" else trainer["device"]
+    device = resolve_device(trainer["device"])
     ranks = launched_world()[1]
     for config in configs:
         instantiate(config["trainer"]).check_ranks(ranks)

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
 
     # Imported late: --help and a mistake in the settings need not wait for it.
-    from quack_lm.parallel import check_launch, default_device, launched_world, start_world
+    from quack_lm.parallel import check_launch, launched_world, resolve_device, start_world
     from quack_lm.report.table import Table
     from quack_lm.training.preflight import (
         check_all_reduce,
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     check_launch()
     wanted = config["trainer"]["device"]
     try:
-        device = default_device() if wanted == "auto" else wanted
+        device = resolve_device(wanted)
     except UserError:  # reported in the table
         device = "cuda"
     try:

@@ -18,7 +18,7 @@ from quack_lm.data.manifest import SPLITS, TokenData
 from quack_lm.errors import UserError
 from quack_lm.model import Transformer, count_parameters
 from quack_lm.optim.recipe import Recipe
-from quack_lm.parallel import check_world, default_device, launched_world, memory_of_a_rank
+from quack_lm.parallel import check_world, launched_world, memory_of_a_rank, resolve_device
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
 from quack_lm.text import refuse_secret
@@ -80,7 +80,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     if logger.wandb == "online":  # which prints its address
         refuse_secret("WANDB_BASE_URL in the environment", os.environ.get("WANDB_BASE_URL", ""))
     _, world_size, local_rank = launched_world()
-    device = default_device() if settings.device == "auto" else settings.device
+    device = resolve_device(settings.device)
     check_world(device=device)
     settings.check_ranks(world_size)
     check_compiler(settings, device=device)
