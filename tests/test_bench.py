@@ -1,7 +1,6 @@
 """The benchmark: its steps are the trainer's, its ratios are those of the rounds, and its suites resolve."""
 
 import json
-import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,28 +46,16 @@ def test_a_chosen_model_has_its_own_sizes() -> None:
 
 
 def test_ratios_are_taken_within_a_round_so_that_a_slow_machine_changes_none() -> None:
-    speed = (1.0, 3.0, 1.5)
+    speed = (1.0, 3.0, 1.5, 1.2, 2.0, 5.0)
     turns = [Turn(name, i, s * t, {"forward": s * t}, 1.0) for i, s in enumerate(speed) for name, t in TIMES.items()]
-    first, second = summarize({"a": "a", "b": "a"}, turns, {0, 1, 2})
-    assert (first.ratio, first.interval, first.step_s) == (1.0, None, 3.0)
+    first, second = summarize({"a": "a", "b": "a"}, turns, set(range(6)))
+    assert (first.ratio, first.interval, first.step_s) == (1.0, None, 3.5)
     assert second.ratio == pytest.approx(1.25)
     assert second.interval == (pytest.approx(1.25), pytest.approx(1.25))
-    assert second.phases_s == {"forward": pytest.approx(3.75)}
+    assert second.phases_s == {"forward": pytest.approx(4.375)}
 
 
 TIMES = {"a": 2.0, "b": 2.5}
-
-
-def test_an_interval_is_of_the_logarithms_of_the_ratios() -> None:
-    turns = [Turn("a", i, 1.0, {}, 1.0) for i in range(2)]
-    turns += [Turn("b", 0, math.exp(0.1), {}, 1.0), Turn("b", 1, math.exp(0.3), {}, 1.0)]
-    (_, found) = summarize({"a": "a", "b": "a"}, turns, {0, 1})
-    # Two values: mean 0.2, standard error 0.1, t quantile 12.706.
-    assert found.ratio == pytest.approx(math.exp(0.2))
-    assert found.interval == (
-        pytest.approx(math.exp(0.2 - 1.2706), rel=1e-4),
-        pytest.approx(math.exp(0.2 + 1.2706), rel=1e-4),
-    )
 
 
 def test_a_round_in_which_the_machine_was_busy_is_left_out() -> None:

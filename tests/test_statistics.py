@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from collections.abc import Callable
 from statistics import fmean, stdev
 
 import pytest
@@ -17,6 +18,7 @@ from quack_lm.report.statistics import (
     geometric_mean,
     holm,
     interval_of_selected,
+    interval_of_typical,
     is_evenly_spaced,
     largest_stable_rate,
     lr_sensitivity,
@@ -26,6 +28,7 @@ from quack_lm.report.statistics import (
     t_cdf,
     t_interval,
     t_quantile,
+    typical,
 )
 
 # ------------------------------------------------------------------------------------------------ Student's t
@@ -80,12 +83,12 @@ def student3(generator: random.Random) -> float:
     return generator.gauss() / math.sqrt(sum(generator.gauss() ** 2 for _ in range(3)) / 3)
 
 
-def coverage(draw: str, n: int, times: int) -> float:
+def coverage(draw: str, n: int, times: int, interval: Callable[[list[float]], tuple[float, float] | None]) -> float:
     generator = random.Random(n)
     covered = 0
     for _ in range(times):
         values = [generator.gauss() if draw == "normal" else student3(generator) for _ in range(n)]
-        low, high = t_interval(values) or (0.0, 0.0)
+        low, high = interval(values) or (0.0, 0.0)
         covered += low <= 0 <= high
     return covered / times
 
@@ -94,7 +97,24 @@ def coverage(draw: str, n: int, times: int) -> float:
 @pytest.mark.parametrize("n", [3, 5, 8, 16])
 @pytest.mark.parametrize("times", [2_000, pytest.param(40_000, marks=pytest.mark.slow)])
 def test_an_interval_covers_the_mean_as_often_as_it_says(draw: str, n: int, times: int) -> None:
-    assert coverage(draw, n, times) > 0.93
+    assert coverage(draw, n, times, t_interval) > 0.93
+
+
+@pytest.mark.parametrize("draw", ["normal", "heavy tails"])
+@pytest.mark.parametrize("n", [6, 10, 24])
+@pytest.mark.parametrize("times", [2_000, pytest.param(40_000, marks=pytest.mark.slow)])
+def test_an_interval_by_ranks_covers_the_center_as_often_as_it_says(draw: str, n: int, times: int) -> None:
+    assert coverage(draw, n, times, interval_of_typical) > LEVEL - 3 * math.sqrt(ALPHA / times)
+
+
+def test_the_interval_by_ranks_is_that_of_the_table() -> None:
+    # Hollander and Wolfe, table A.4: for 10 values P(T+ >= 47) = 0.024, so that the 9th pair mean from each end bounds.
+    values = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0]
+    means = sorted((a + b) / 2 for i, a in enumerate(values) for b in values[i:])
+    assert typical(values) == means[27]
+    assert interval_of_typical(values) == (means[8], means[-9])
+    assert interval_of_typical(values[:6]) == (1.0, 32.0)
+    assert interval_of_typical(values[:5]) is None
 
 
 def called_better(n_settings: int, n: int, shared: float, times: int) -> float:

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from quack_lm.bench.ranks import LaunchedStep
 from quack_lm.bench.step import Phases, Timed
-from quack_lm.report.statistics import interval_of_ratios
+from quack_lm.report.statistics import interval_of_typical, typical
 from quack_lm.training.memory import PeakMemory
 
 # A round is left out where the product took this many times its median.
@@ -43,8 +43,8 @@ class Summary:
     step_s: float  # median
     phases_s: dict[str, float]  # medians
     baseline: str
-    ratio: float  # of the times of a step; geometric mean over the rounds
-    interval: tuple[float, float] | None  # 95% t interval of their logarithm
+    ratio: float  # of the times of a step: the median of the geometric means of pairs of rounds
+    interval: tuple[float, float] | None  # 95%, by Wilcoxon's signed-rank test
 
 
 class Warm(NamedTuple):
@@ -122,14 +122,15 @@ def summarize(baselines: Mapping[str, str], turns: Sequence[Turn], kept: set[int
     for name, baseline in baselines.items():
         own = [by_round[name, number] for number in sorted(kept)]
         logs = [math.log(turn.step_s / by_round[baseline, turn.round].step_s) for turn in own]
+        bounds = interval_of_typical(logs) if name != baseline else None
         found.append(
             Summary(
                 variant=name,
                 step_s=median(turn.step_s for turn in own),
                 phases_s={phase: median(turn.phases_s[phase] for turn in own) for phase in own[0].phases_s},
                 baseline=baseline,
-                ratio=math.exp(fmean(logs)),
-                interval=interval_of_ratios(logs) if name != baseline else None,
+                ratio=math.exp(typical(logs)),
+                interval=(math.exp(bounds[0]), math.exp(bounds[1])) if bounds else None,
             )
         )
     return found

@@ -104,7 +104,7 @@ def _stabilizers() -> dict[str, Sequence[str]]:
 
 def _around(variants: Mapping[str, Variant]) -> Suite:
     """A turn is a whole number of intervals."""
-    return Suite(variants, rounds=5, steps=50, warmup=50)
+    return Suite(variants, rounds=6, steps=50, warmup=50)
 
 
 def _ranks() -> Variants:
@@ -211,7 +211,7 @@ SUITES: Mapping[str, Suite] = {
     "layers": _each({f"{n} layers": [f"model.n_layers={n}"] for n in (2, 4, 8, 16)}),
     "width": _each({f"width {n}": [f"model.d_model={n}", f"model.d_ff={4 * n}"] for n in (128, 256, 512, 1024)}),
     "vocabulary": _each({f"{n} tokens": [f"model.vocab_size={n}"] for n in (1024, 4096, 16384, 65536)}),
-    "ranks": Suite(_ranks(), rounds=5),
+    "ranks": Suite(_ranks(), rounds=6),
     "peers": Suite(_peers()),
     "kernels": Suite(_kernels()),
     "step": _each({"step": []}),  # of one config

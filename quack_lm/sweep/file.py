@@ -95,19 +95,30 @@ class Sweep:
         return {override.split("=")[0].strip() for own in (*labeled, *self.extra) for override in own}
 
     def points(self) -> list[Point]:
-        """The grid without its exclusions, first axis slowest and seeds fastest, then the extra points."""
-        points = []
-        for values in itertools.product(*(axis.items() for axis in self.grid.values())):
-            labels = dict(zip(self.grid, (label for label, _ in values), strict=True))
-            overrides = [override for _, own in values for override in own]
-            for seed in self.seeds:
-                if not any(_matches(labels | {"seed": str(seed)}, exclusion) for exclusion in self.exclude):
-                    points.append(Point(labels=labels, overrides=overrides, seed=seed))
+        """The grid without its exclusions and the extra points, for one seed after the other; last axis fastest.
+
+        So a sweep that is cut short has whole comparisons of its first seeds, and runs that are paired by their seed
+        follow each other on the machine.
+        """
+        grid = [
+            (
+                dict(zip(self.grid, (label for label, _ in values), strict=True)),
+                [override for _, own in values for override in own],
+            )
+            for values in itertools.product(*(axis.items() for axis in self.grid.values()))
+        ]
         if self.extra and not self.grid:
             # A file without a grid is its extra points, not one bare base run beside them.
-            points = []
-        extra = itertools.product(self.extra, self.seeds)
-        return points + [Point(labels={}, overrides=overrides, seed=seed) for overrides, seed in extra]
+            grid = []
+        points = []
+        for seed in self.seeds:
+            points += [
+                Point(labels=labels, overrides=overrides, seed=seed)
+                for labels, overrides in grid
+                if not any(_matches(labels | {"seed": str(seed)}, exclusion) for exclusion in self.exclude)
+            ]
+            points += [Point(labels={}, overrides=extra, seed=seed) for extra in self.extra]
+        return points
 
 
 def load(name: str, scale: str | None = None) -> Sweep:
