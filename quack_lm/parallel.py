@@ -347,7 +347,7 @@ def map_full_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor, 
     if replicas is not None:
         # Before: each replica has the results of its own share. After: all of them.
         everything = back_MrC.new_empty(replicas.size() * back_MrC.shape[0], mine, columns)
-        dist.all_gather_into_tensor(everything, back_MrC, group=replicas)
+        dist.all_gather(list(everything.chunk(replicas.size())), back_MrC, group=replicas)
         back_MrC = everything
     return back_MrC[:count]
 

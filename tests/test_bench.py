@@ -13,9 +13,9 @@ from quack_lm.bench.kernels import count_kernels, count_stabilizer_calls
 from quack_lm.bench.muon import MuonStep
 from quack_lm.bench.peers import make_peer_step
 from quack_lm.bench.ranks import LaunchedStep
-from quack_lm.bench.rounds import Turn, quiet_rounds, summarize
+from quack_lm.bench.rounds import Turn, measure, quiet_rounds, summarize
 from quack_lm.bench.run_step import RunStep
-from quack_lm.bench.step import Phases, TrainingStep
+from quack_lm.bench.step import Phases, Timing, TrainingStep
 from quack_lm.cli.bench import read
 from quack_lm.config import choices, compose
 from quack_lm.model import Transformer, count_parameters
@@ -56,6 +56,20 @@ def test_ratios_are_taken_within_a_round_so_that_a_slow_machine_changes_none() -
 
 
 TIMES = {"a": 2.0, "b": 2.5}
+
+
+def test_the_fastest_ratio_is_of_the_fastest_time_of_each_phase() -> None:
+    phases = {"a": [(1.0, 4.0), (3.0, 2.0)], "b": [(2.0, 9.0), (2.5, 3.0)]}
+    turns = [
+        Turn(name, i, sum(own), dict(zip(("forward", "backward"), own, strict=True)), 1.0)
+        for name, rounds in phases.items()
+        for i, own in enumerate(rounds)
+    ]
+    (_, found) = summarize({"a": "a", "b": "a"}, turns, {0, 1})
+    assert found.fastest_ratio == pytest.approx((2.0 + 3.0) / (1.0 + 2.0))
+    without = [Turn(turn.variant, turn.round, turn.step_s, {}, 1.0) for turn in turns]
+    (_, found) = summarize({"a": "a", "b": "a"}, without, {0, 1})
+    assert found.fastest_ratio == pytest.approx(5.5 / 5.0)
 
 
 def test_a_round_in_which_the_machine_was_busy_is_left_out() -> None:
@@ -254,3 +268,29 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
     code, stdout, stderr = call("bench", *arguments)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert words in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["suite=backends", "only=flash,flex"], "flash is left out, for it needs a GPU; flex is left out, for it"),
+        (["suite=peers", "only=llama", "attention=mla"], "llama has attention=mha; leave attention out"),
+    ],
+)
+def test_what_cannot_be_compared_here_is_said_in_one_line(arguments: list[str], words: str) -> None:
+    code, stdout, stderr = call("bench", *arguments, *SMALL)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert words in stderr
+
+
+def test_every_round_is_written_when_it_ends() -> None:
+    class Step:
+        tokens_per_step = 1
+
+        def turn(self, steps: int) -> Timing:
+            return Timing(1.0, {})
+
+    seen: list[int] = []
+    variants = {"a": Step(), "b": Step()}
+    turns = measure(variants, device=HERE.device, rounds=3, steps=1, after_round=lambda turns: seen.append(len(turns)))
+    assert (seen, len(turns)) == ([2, 4, 6], 6)

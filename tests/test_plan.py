@@ -91,6 +91,7 @@ def test_a_plan_prints_what_the_run_will_be(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step, "throughput/mfu": mfu}) for step, mfu in ((1, 0.1), (2, 0.5), (3, 0.2))]
     # A run that is going on may have written a part of a line.
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "throu']))
+    (tmp_path / "environment.json").write_text('{"device_type": "cuda"}')
     small = [*SMALL, "trainer.global_batch_size=48", "trainer.micro_batch_size=auto"]
     small.append("trainer.precision=bfloat16")
     code, stdout, stderr = call("plan", "experiment=tiny", *small, "world_size=8", "card=H200 NVL", f"mfu={tmp_path}")
@@ -108,6 +109,23 @@ def test_a_plan_prints_what_the_run_will_be(tmp_path: Path) -> None:
     assert "all_gather" in rows["communication"][0]
     tokens_per_s = 0.2 * 8 * 835e12 / expected
     assert f"at an MFU of 0.2: {48 * length / tokens_per_s:.3g} s a step" in rows["time"][0]
+
+
+def test_a_plan_of_which_nothing_fits_says_what_it_would_take() -> None:
+    sizes = ["model.vocab_size=50000000", "trainer.micro_batch_size=auto", "trainer.precision=bfloat16"]
+    code, stdout, stderr = call("plan", "experiment=tiny", *SMALL, *sizes, "card=RTX 4090")
+    assert (code, stderr) == (0, "")
+    rows = table(stdout)
+    assert float(rows["total"][0]) > 24
+    assert rows["largest micro-batch in 21.6"] == ["–"] * 3
+    assert rows["cheapest"] == ["nothing fits: use more ranks, or trainer.loss_chunk=1024"]
+
+
+def test_the_mfu_of_a_run_on_a_cpu_is_not_that_of_a_card(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "throughput/mfu": 0.5}\n')
+    (tmp_path / "environment.json").write_text('{"device_type": "cpu"}')
+    code, _, stderr = call("plan", "experiment=tiny", "trainer.precision=bfloat16", "card=H100", f"mfu={tmp_path}")
+    assert (code, stderr) == (2, f"error: mfu={tmp_path}: the run there did not train on a GPU; give a number\n")
 
 
 def test_the_plan_of_a_sweep_is_the_cost_of_its_runs() -> None:
@@ -138,6 +156,7 @@ def test_the_plan_of_a_sweep_is_the_cost_of_its_runs() -> None:
         (["world_size=3"], "trainer.global_batch_size=8 must be a multiple of ranks"),
         (["trainer.micro_batch_size=auto"], "trainer.micro_batch_size=auto needs a card=NAME"),
         (["measure=yes"], "measure=yes must be true or false"),
+        (["measure=true", "world_size=2"], "world_size=2: measure=true measures on the ranks"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
@@ -147,8 +166,11 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_which_no_sequence_fits_is_refused() -> None:
-    settings = ["trainer.device=cpu", "trainer.micro_batch_size=auto", "trainer.seq_len=10000000"]
+def test_a_run_of_which_no_sequence_fits_is_refused(tiny_data: list[str], tmp_path: Path) -> None:
+    # The vocabulary's logits are too large, and not the weights.
+    settings = [*tiny_data, f"run_dir={tmp_path}", "trainer.device=cpu", "trainer.micro_batch_size=auto"]
+    settings += ["trainer.seq_len=1024", "model.vocab_size=8000000", "model.d_model=8", "model.n_heads=2"]
+    settings += ["trainer.loss_chunk=null"]
     code, stdout, stderr = call("train", "experiment=tiny", *settings)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert re.search(

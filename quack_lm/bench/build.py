@@ -8,7 +8,7 @@ from quack_lm.bench.muon import MuonStep
 from quack_lm.bench.peers import make_peer_step
 from quack_lm.bench.ranks import LaunchedStep
 from quack_lm.bench.run_step import RunStep
-from quack_lm.bench.step import Timed, TrainingStep
+from quack_lm.bench.step import TimedStep, TrainingStep
 from quack_lm.bench.suites import Variant
 from quack_lm.errors import UserError
 from quack_lm.parallel import World
@@ -16,7 +16,7 @@ from quack_lm.parallel import World
 
 def make_step(
     variant: Variant, config: dict[str, Any], settings: Sequence[str], world: World, directory: Path
-) -> Timed:
+) -> TimedStep:
     """The step of a variant; what it writes goes to the directory, which is its own."""
     if world.size > 1 and (variant.peer or variant.ranks):
         raise UserError("this suite begins in one process; start it without torchrun")

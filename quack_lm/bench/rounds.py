@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from quack_lm.bench.ranks import LaunchedStep
-from quack_lm.bench.step import Phases, Timed
+from quack_lm.bench.step import Phases, TimedStep
 from quack_lm.report.statistics import interval_of_typical, typical
 from quack_lm.training.memory import PeakMemory
 
@@ -45,16 +45,17 @@ class Summary:
     baseline: str
     ratio: float  # of the times of a step: the median of the geometric means of pairs of rounds
     interval: tuple[float, float] | None  # 95%, by Wilcoxon's signed-rank test
+    fastest_ratio: float  # of all turns
 
 
-class Warm(NamedTuple):
+class WarmStep(NamedTuple):
     """A step whose caches are filled, and the most bytes that its tensors took at once on the way."""
 
-    step: Timed
+    step: TimedStep
     memory_bytes: int
 
 
-def warm_up(makers: Mapping[str, Callable[[], Timed]], *, device: torch.device, steps: int) -> dict[str, Warm]:
+def warm_up(makers: Mapping[str, Callable[[], TimedStep]], *, device: torch.device, steps: int) -> dict[str, WarmStep]:
     """Make every variant and give it a turn of so many steps."""
     found = {}
     for name, make in tqdm(makers.items(), desc="warm-up", disable=None, leave=False):
@@ -64,14 +65,23 @@ def warm_up(makers: Mapping[str, Callable[[], Timed]], *, device: torch.device, 
             step = make()
             step.turn(steps)
         own_bytes = step.memory_bytes if isinstance(step, LaunchedStep) else peak.bytes - others.bytes
-        found[name] = Warm(step, own_bytes)
+        found[name] = WarmStep(step, own_bytes)
     return found
 
 
 def measure(
-    variants: Mapping[str, Timed], *, device: torch.device, rounds: int, steps: int, seed: int = 0
+    variants: Mapping[str, TimedStep],
+    *,
+    device: torch.device,
+    rounds: int,
+    steps: int,
+    seed: int = 0,
+    after_round: Callable[[Sequence[Turn]], None] = lambda turns: None,
 ) -> list[Turn]:
-    """`rounds` turns of `steps` steps of every variant, each of which is warm; the order differs by round."""
+    """`rounds` turns of `steps` steps of every variant, each of which is warm; the order differs by round.
+
+    `after_round` gets all turns so far.
+    """
     order, shuffle = list(variants), random.Random(seed)
     product = _Product(device)
     turns = []
@@ -84,6 +94,7 @@ def measure(
                 step_s, phases_s = variants[name].turn(steps)
                 turns.append(Turn(name, number, step_s, phases_s, max(before, product.seconds())))
                 bar.update()
+            after_round(turns)
     return turns
 
 
@@ -115,13 +126,24 @@ def quiet_rounds(turns: Sequence[Turn]) -> set[int]:
     return quiet if len(quiet) >= min(FEWEST_ROUNDS, len(every)) else every
 
 
+def fastest_ratio(own: Sequence[Turn], others: Sequence[Turn]) -> float:
+    """The ratio of step times without what else runs, as far as that left each phase alone in some turn.
+
+    The time of each phase is its minimum over the turns; of steps without phases, the minimum is of the whole.
+    """
+    if not all(turn.phases_s for turn in (*own, *others)):
+        return min(turn.step_s for turn in own) / min(turn.step_s for turn in others)
+    times = (sum(min(t.phases_s[name] for t in turns) for name in turns[0].phases_s) for turns in (own, others))
+    return next(times) / next(times)
+
+
 def summarize(baselines: Mapping[str, str], turns: Sequence[Turn], kept: set[int]) -> list[Summary]:
     """Each variant over the rounds that are kept, relative to its baseline in the same round."""
     by_round = {(turn.variant, turn.round): turn for turn in turns if turn.round in kept}
     found = []
     for name, baseline in baselines.items():
-        own = [by_round[name, number] for number in sorted(kept)]
-        logs = [math.log(turn.step_s / by_round[baseline, turn.round].step_s) for turn in own]
+        own, other = ([by_round[which, number] for number in sorted(kept)] for which in (name, baseline))
+        logs = [math.log(a.step_s / b.step_s) for a, b in zip(own, other, strict=True)]
         bounds = interval_of_typical(logs) if name != baseline else None
         found.append(
             Summary(
@@ -131,6 +153,7 @@ def summarize(baselines: Mapping[str, str], turns: Sequence[Turn], kept: set[int
                 baseline=baseline,
                 ratio=math.exp(typical(logs)),
                 interval=(math.exp(bounds[0]), math.exp(bounds[1])) if bounds else None,
+                fastest_ratio=fastest_ratio(*([t for t in turns if t.variant == which] for which in (name, baseline))),
             )
         )
     return found

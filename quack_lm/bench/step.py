@@ -28,7 +28,7 @@ class Timing(NamedTuple):
     phases_s: dict[str, float]
 
 
-class Timed(Protocol):
+class TimedStep(Protocol):
     """What the rounds compare."""
 
     tokens_per_step: int  # over all ranks

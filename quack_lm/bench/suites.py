@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from quack_lm.config import choices
+from quack_lm.config import choice, choices
 from quack_lm.errors import UserError
 
 # A model whose step takes a fraction of a second on one core, and whose matrices are large enough to count.
@@ -46,6 +46,7 @@ class Variant:
         muon: whose optimizer makes a step, without a model.
         ranks: how many processes torchrun starts for it.
         scaling: strong: they share the batch of one rank; weak: each has as much.
+        needs_gpu: whether its kernels, or those of its backward pass, run on GPUs alone.
     """
 
     settings: Sequence[str] = ()
@@ -56,6 +57,7 @@ class Variant:
     muon: Literal["ours", "torch"] | None = None
     ranks: int = 0
     scaling: Scaling = "strong"
+    needs_gpu: bool = False
 
     def check_turn(self, config: dict[str, Any], steps: int) -> None:
         """UserError where a turn would have another share of an interval than its neighbors."""
@@ -69,6 +71,12 @@ class Variant:
             key, every = intervals.get(part, ("", 1))
             if every == 0 or steps % every:
                 raise UserError(f"steps={steps} must be a multiple of {key}={every}; set steps or {key}")
+
+    def check_attention(self, name: str, config: dict[str, Any]) -> None:
+        """UserError where a peer has another attention than the config, which would not be of the same sizes."""
+        own = "mla" if self.peer == "deepseek_v3" else "mha"
+        if self.peer and choice(config["attention"]) != own:
+            raise UserError(f"{name} has attention={own}; leave attention out, or choose others with only=...")
 
     def share_batch(self, trainer: dict[str, Any]) -> list[str]:
         """The settings by which its ranks share the batch of a config, or have as much each."""
@@ -153,14 +161,16 @@ SUITES: Mapping[str, Suite] = {
             "muon in float32": ["optimizer=muon", "optimizer.ns_dtype=float32"],
         }
     ),
-    "backends": _each({name: [f"attention.backend={name}"] for name in ("sdpa", "flash", "flex")}),
+    "backends": Suite(
+        {name: Variant([f"attention.backend={name}"], needs_gpu=name != "sdpa") for name in ("sdpa", "flash", "flex")}
+    ),
     # QK clip's maxima: blocks of scores, FlexAttention's forward beside sdpa, and FlexAttention for everything.
-    "max_logits": _each(
+    "max_logits": Suite(
         {
-            "none": [],
-            "sdpa and matmul": ["stabilizer=qk_clip", "trainer.max_logits=matmul"],
-            "sdpa and flex": ["stabilizer=qk_clip", "trainer.max_logits=flex"],
-            "flex": ["stabilizer=qk_clip", "attention.backend=flex"],
+            "none": Variant(),
+            "sdpa and matmul": Variant(["stabilizer=qk_clip", "trainer.max_logits=matmul"]),
+            "sdpa and flex": Variant(["stabilizer=qk_clip", "trainer.max_logits=flex"], needs_gpu=True),
+            "flex": Variant(["stabilizer=qk_clip", "attention.backend=flex"], needs_gpu=True),
         }
     ),
     "compile": _each({"eager": [], "compiled": ["trainer.compile=true"]}),

@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from quack_lm.bench.step import Timed
+from quack_lm.bench.step import TimedStep
 from quack_lm.errors import explaining
 
 STEPS = 3
 OPERATIONS = 15
 
 
-def trace(step: Timed, path: Path, *, device: torch.device) -> str:
+def trace(step: TimedStep, path: Path, *, device: torch.device) -> str:
     """Write the trace of a few steps to a .json or .json.gz file; the operations that took longest, as a table."""
     is_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]

@@ -28,6 +28,7 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -46,7 +47,7 @@ from quack_lm.text import echo
 from quack_lm.training.counts import format_count
 
 if TYPE_CHECKING:
-    from quack_lm.bench.rounds import Summary
+    from quack_lm.bench.rounds import Summary, Turn
     from quack_lm.parallel import World
 
 COUNTS = ("rounds", "steps", "warmup")
@@ -84,14 +85,19 @@ class Command:
     configs: dict[str, dict[str, Any]]
     notes: list[str]  # what is left out
 
-    def leave_out_ranks(self, device: str) -> None:
-        """Drop the variants with more ranks than this machine has GPUs; a CPU's ranks may share its cores."""
+    def leave_out(self, device: str) -> None:
+        """Drop the variants that need a GPU, or more than this machine has; a CPU's ranks may share its cores."""
         import torch
 
         gpus = torch.cuda.device_count() if device == "cuda" else math.inf
-        for name in [name for name, variant in self.variants.items() if variant.ranks > gpus]:
+        for name, variant in list(self.variants.items()):
+            if variant.needs_gpu and device == "cpu":
+                self.notes.append(f"{name} is left out, for it needs a GPU")
+            elif variant.ranks > gpus:
+                self.notes.append(f"{name} is left out, for this machine has {gpus} GPUs")
+            else:
+                continue
             del self.variants[name]
-            self.notes.append(f"{name} is left out, for this machine has {gpus} GPUs")
         if not self.variants:
             raise UserError("; ".join(self.notes))
 
@@ -114,7 +120,7 @@ def main(arguments: list[str]) -> int:
     check_world(device=device)
     for variant, trainer in zip(command.variants.values(), trainers, strict=True):
         trainer.check_ranks(variant.ranks or ranks)
-    command.leave_out_ranks(device)
+    command.leave_out(device)
     for note in command.notes:
         echo(note, err=True)
     if device == "cpu":
@@ -122,23 +128,19 @@ def main(arguments: list[str]) -> int:
     set_numerics(is_deterministic=trainers[0].deterministic)
     is_wrapped = any(trainer.is_wrapped(ranks) for trainer in trainers)
     world = start_world(device=device, is_wrapped=is_wrapped, replicas=trainers[0].replicas)
-    writing = partial(explaining, f"out={command.out}", "or choose another")
-    with writing():
+    with _writing(command):
         command.out.parent.mkdir(parents=True, exist_ok=True)
         # Beside the result, so that checkpoints are written to the disk that they are meant for.
         own = tempfile.TemporaryDirectory(dir=command.out.parent, prefix=".bench_", ignore_cleanup_errors=True)
     with leaving(), own as name:
         directory = Path(world.all_gather(name)[0])  # of the main process
-        lines = (count if command.suite == "kernels" else measure)(command, world, directory)
+        (count if command.suite == "kernels" else measure)(command, world, directory)
         world.barrier()
-    if world.is_main:
-        with writing():
-            write_atomically(command.out, "".join(json.dumps(line) + "\n" for line in lines))
     return world.shutdown(0)
 
 
-def measure(command: Command, world: "World", directory: Path) -> list[dict[str, Any]]:
-    """The lines of every turn; the table goes to the terminal."""
+def measure(command: Command, world: "World", directory: Path) -> None:
+    """Write a line for each turn, those of a round at its end, and print the table."""
     from quack_lm.bench import rounds
     from quack_lm.bench.build import make_step
     from quack_lm.bench.trace import trace
@@ -152,14 +154,6 @@ def measure(command: Command, world: "World", directory: Path) -> list[dict[str,
     precisions = {config["trainer"]["precision"] for config in command.configs.values()}
     peaks = {precision: peak_flops(world.device, precision) for precision in sorted(precisions)}
     warm = rounds.warm_up(makers, device=world.device, steps=command.counts["warmup"])
-    turns = rounds.measure(
-        {name: one.step for name, one in warm.items()},
-        device=world.device,
-        rounds=command.counts["rounds"],
-        steps=command.counts["steps"],
-    )
-    kept = rounds.quiet_rounds(turns)
-    operations = trace(next(iter(warm.values())).step, command.trace, device=world.device) if command.trace else ""
     scales = {}
     for name, variant in command.variants.items():
         config = command.configs[name]
@@ -167,23 +161,27 @@ def measure(command: Command, world: "World", directory: Path) -> list[dict[str,
         at_peak_s = count_flops_per_token(config) / (peak * (variant.ranks or world.size)) if peak else None
         step, memory_bytes = warm[name]
         scales[name] = Scale(step.tokens_per_step, at_peak_s, memory_bytes)
+
+    def write_turns(turns: "Sequence[Turn]") -> None:
+        if world.is_main:
+            quiet = rounds.quiet_rounds(turns)
+            _write(command, [{**_line(turn, scales[turn.variant]), "is_kept": turn.round in quiet} for turn in turns])
+
+    turns = rounds.measure(
+        {name: one.step for name, one in warm.items()},
+        device=world.device,
+        rounds=command.counts["rounds"],
+        steps=command.counts["steps"],
+        after_round=write_turns,
+    )
+    operations = trace(next(iter(warm.values())).step, command.trace, device=world.device) if command.trace else ""
     if world.is_main:
+        kept = rounds.quiet_rounds(turns)
         found = rounds.summarize(suites.baselines(command.variants), turns, kept)
         echo(*_table(found, scales).splitlines(), "")
         left_out = command.counts["rounds"] - len(kept)
         echo(f"{len(kept)} rounds, {left_out} left out because the machine was busy; {_machine(world)}")
         echo(f"each turn is in {command.out}", *operations.splitlines())
-    return [
-        {
-            "suite": command.suite,
-            **asdict(turn),
-            "tokens_per_s": scales[turn.variant].tokens_per_s(turn.step_s),
-            "mfu": scales[turn.variant].mfu(turn.step_s),
-            "memory_bytes": scales[turn.variant].memory_bytes,
-            "is_kept": turn.round in kept,
-        }
-        for turn in turns
-    ]
 
 
 @dataclass(frozen=True)
@@ -202,6 +200,20 @@ class Scale:
         """Model FLOPs utilization."""
         speed = self.tokens_per_s(step_s)
         return speed * self.at_peak_s if speed and self.at_peak_s else None
+
+
+def _line(turn: "Turn", scale: Scale) -> dict[str, Any]:
+    rates = {"tokens_per_s": scale.tokens_per_s(turn.step_s), "mfu": scale.mfu(turn.step_s)}
+    return {**asdict(turn), **rates, "memory_bytes": scale.memory_bytes}
+
+
+def _writing(command: Command) -> AbstractContextManager[None]:
+    return explaining(f"out={command.out}", "or choose another")
+
+
+def _write(command: Command, lines: Sequence[Mapping[str, Any]]) -> None:
+    with _writing(command):
+        write_atomically(command.out, "".join(json.dumps({"suite": command.suite, **line}) + "\n" for line in lines))
 
 
 def _machine(world: "World") -> str:
@@ -230,14 +242,15 @@ def _table(found: "Sequence[Summary]", scales: Mapping[str, Scale]) -> str:
                 significant(1e3 * one.step_s),
                 *own,
                 ratio,
+                f"{one.fastest_ratio:.3f}" if one.variant != one.baseline else "",
             )
         )
-    header = ("variant", "tok/s", "MFU", "MiB", "ms", *phases, "relative step time")
+    header = ("variant", "tok/s", "MFU", "MiB", "ms", *phases, "relative step time", "fastest")
     return Table(header=header, rows=rows, numeric=range(1, len(header))).as_text()
 
 
-def count(command: Command, world: "World", directory: Path) -> list[dict[str, Any]]:
-    """The lines of the variants' kernels; the table goes to the terminal."""
+def count(command: Command, world: "World", directory: Path) -> None:
+    """Write a line for each variant's kernels, and print the table."""
     from quack_lm.bench.build import make_step
     from quack_lm.bench.kernels import count_kernels, count_stabilizer_calls
     from quack_lm.bench.step import TrainingStep
@@ -252,7 +265,6 @@ def count(command: Command, world: "World", directory: Path) -> list[dict[str, A
         found = count_kernels(step.loss, step.micro_batch())
         n_tokens = config["trainer"]["micro_batch_size"] * config["trainer"]["seq_len"]
         lines[name] = {
-            "suite": command.suite,
             "variant": name,
             **found._asdict(),
             "bytes_per_token": found.bytes / n_tokens,
@@ -265,7 +277,7 @@ def count(command: Command, world: "World", directory: Path) -> list[dict[str, A
     echo(*Table(header=header, rows=rows, numeric=range(1, len(header))).as_text().splitlines(), "")
     echo(*LEGEND.splitlines(), f"inductor for {world.device.type}")
     echo(f"each line is in {command.out}")
-    return list(lines.values())
+    _write(command, list(lines.values()))
 
 
 def _kernel_row(name: str, line: dict[str, Any], baseline: dict[str, Any]) -> tuple[str, ...]:
@@ -308,6 +320,7 @@ def read(arguments: list[str]) -> Command:
             configs[name] = compose([*base, *settings[name]])
         if configs[name]["trainer"]["compile"] == "auto":
             raise UserError("trainer.compile=auto is decided by the length of a run; give true or false here")
+        variant.check_attention(name, configs[name])
         variant.check_turn(configs[name], counts["steps"])
     out = user_path(own.get("out", f"runs/bench/{own['suite']}.jsonl"))
     trace = user_path(own["trace"]) if "trace" in own else None

@@ -7,7 +7,8 @@
 dir=DIR     where the results go, runs/gpu_check unless given: page.md, to attach to an issue, and what it is made of
 only=A,B    some of the parts: {parts}
 
-A part that fails is on the page too, and the next one starts. A checkout of the repository is needed for the tests.
+A part that fails or takes more than 5 minutes is on the page too, and the next one starts. A checkout of the
+repository is needed for the tests.
 Exit codes: 0 every part passed; 1 some did not; 2 no GPU, or a mistake in the command line.
 """
 
@@ -31,7 +32,7 @@ from quack_lm.training.stop_signals import leaving
 
 REPOSITORY = Path(__file__).parents[2]
 # No part may keep the others from running.
-LIMIT_S = 900.0
+LIMIT_S = 300.0
 LINES_SHOWN = 40
 
 # The 1B model: at a depth at which five variants with their optimizers fit into 80 GB, and whole in a run like the

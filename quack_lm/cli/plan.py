@@ -88,6 +88,11 @@ def main(arguments: list[str]) -> int:
         return 0
     own, rest = split(arguments)
     setting, is_measured = read(own), own.get("measure") == "true"
+    if is_measured and len(own) > 1:
+        key = next(key for key in own if key != "measure")
+        raise UserError(
+            f"{key}={own[key]}: measure=true measures on the ranks that torchrun starts here; leave {key} out"
+        )
     if any(argument.startswith("sweep=") for argument in rest) or split_axes(rest)[1]:
         command = sweep_command.parse(["plan", *rest])
         cells = sweep_command.make_plan(command, command.directory).cells
@@ -124,9 +129,12 @@ def read_mfu(text: str) -> float:
     try:
         mfu = float(text)
     except ValueError:
-        path = RunDir(user_path(text)).metrics_file
+        run_dir = RunDir(user_path(text))
+        path = run_dir.metrics_file
         if not path.is_file():
             raise UserError(f"mfu={text} must be a share of the peak, as 0.4, or the directory of a run") from None
+        if run_dir.environment().get("device_type") != "cuda":
+            raise UserError(f"mfu={text}: the run there did not train on a GPU; give a number") from None
         logged = [found for line in lines_backwards(path) if (found := metrics_line(line).get("throughput/mfu"))]
         if not logged:
             raise UserError(f"mfu={text}: the run there has logged no throughput/mfu; give a number") from None
@@ -189,10 +197,10 @@ def _memory(
         budget, own = setting.budget, settings.activation_checkpointing
         largest = {name: step.largest_micro_batch(budget, way) for name, way in CHECKPOINTING.items()} if budget else {}
         if settings.micro_batch_size == "auto":
-            chosen = largest.get(next(name for name, way in CHECKPOINTING.items() if way == own))
-            if chosen is None:
-                raise UserError("trainer.micro_batch_size=auto needs a card=NAME on which one sequence fits")
-            settings = replace(settings, micro_batch_size=chosen[0])
+            if budget is None:
+                raise UserError("trainer.micro_batch_size=auto needs a card=NAME, whose memory decides")
+            chosen = largest[next(name for name, way in CHECKPOINTING.items() if way == own)]
+            settings = replace(settings, micro_batch_size=chosen[0] if chosen else 1)
         size = settings.sequences_at_once
         taken = {
             name: step.memory(micro_batch_size=size, activation_checkpointing=way)

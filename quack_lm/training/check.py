@@ -86,11 +86,9 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     check_compiler(settings, device=device)
     model = make_model(config, stabilizer)
     choose_kernels(model, settings, device=device)
-    if not is_rehearsal or settings.device != "auto" or device == "cuda":
+    is_here = not is_rehearsal or settings.device != "auto" or device == "cuda"
+    if is_here:
         check_memory(config, model, device=device, ranks_of_a_copy=world_size // settings.replicas)
-        settings = replace(settings, micro_batch_size=choose_micro_batch_size(config, settings, device, world_size))
-    elif settings.micro_batch_size == "auto":
-        settings = replace(settings, micro_batch_size=1)
     data = open_data(corpus, config["model"]["vocab_size"])
     sequences = {split: data.sequences(split, settings.seq_len) for split in SPLITS}
     run_dir = RunDir.of(config)
@@ -101,7 +99,11 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
         check_same_data(run_dir, resumes_from, data)
         checkpoint.read_train_state(resumes_from)
         checkpoint.check_tensors(resumes_from, checkpoint.expected_tensors(model, recipe.build(model), stabilizer))
-    # Last: it takes minutes, and nothing else should wait for it. One process per machine reads every byte.
+    # Both take their time, so nothing else should wait for them.
+    if settings.micro_batch_size == "auto":
+        size = choose_micro_batch_size(config, settings, device, world_size) if is_here else 1
+        settings = replace(settings, micro_batch_size=size)
+    # One process per machine reads every byte.
     if corpus.verify_checksums and local_rank == 0 and not finished:
         data.verify_checksums()
     model.eot_id = data.manifest.eot_id if corpus.mask_documents else None
@@ -163,9 +165,7 @@ def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ran
 
 
 def choose_micro_batch_size(config: dict[str, Any], settings: TrainerSettings, device: str, world_size: int) -> int:
-    """The config's, or for `auto` the largest that fits into this process's memory; UserError where none does."""
-    if settings.micro_batch_size != "auto":
-        return settings.micro_batch_size
+    """The largest that fits into this process's memory; UserError where none does."""
     available = memory_of_a_rank(device)
     budget = SHARE_OF_MEMORY[device] * available
     choose = partial(largest_micro_batch, config, world_size=world_size, device=device, budget=budget)
