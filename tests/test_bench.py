@@ -9,6 +9,8 @@ import torch
 from calls import call
 
 from quack_lm.bench import suites
+from quack_lm.bench.build import make_step
+from quack_lm.bench.isolated import IsolatedStep
 from quack_lm.bench.kernels import count_kernels, count_stabilizer_calls
 from quack_lm.bench.muon import MuonStep
 from quack_lm.bench.peers import make_peer_step
@@ -18,6 +20,7 @@ from quack_lm.bench.run_step import RunStep
 from quack_lm.bench.step import Phases, Timing, TrainingStep
 from quack_lm.cli.bench import read
 from quack_lm.config import choices, compose
+from quack_lm.errors import UserError
 from quack_lm.model import Transformer, count_parameters
 from quack_lm.optim.recipe import set_lr
 from quack_lm.parallel import World
@@ -294,3 +297,20 @@ def test_every_round_is_written_when_it_ends() -> None:
     variants = {"a": Step(), "b": Step()}
     turns = measure(variants, device=HERE.device, rounds=3, steps=1, after_round=lambda turns: seen.append(len(turns)))
     assert (seen, len(turns)) == ([2, 4, 6], 6)
+
+
+def test_a_step_in_a_process_of_its_own_is_timed_and_its_errors_are_told(tmp_path: Path) -> None:
+    config = compose([*suites.BASE, *SMALL])
+    variant = suites.Variant(is_isolated=True)
+    step = make_step(variant, config, [], HERE, tmp_path)
+    assert isinstance(step, IsolatedStep)
+    timing = step.turn(2)
+    assert sum(timing.phases_s.values()) == pytest.approx(timing.step_s, rel=0.1)
+    # A float32 weight with its gradient, at least.
+    assert step.memory_bytes > 8 * count_parameters(make_model(config))["total"]
+    step.close()
+    with pytest.raises(RuntimeError, match="ended with exit code -15"):
+        step.turn(1)
+    refused = make_step(variant, compose([*suites.BASE, *SMALL, "attention.backend=flash"]), [], HERE, tmp_path)
+    with pytest.raises(UserError, match="flash"):
+        refused.turn(1)

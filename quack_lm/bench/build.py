@@ -1,9 +1,11 @@
 """From a variant to what makes its steps."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quack_lm.bench.isolated import IsolatedStep
 from quack_lm.bench.muon import MuonStep
 from quack_lm.bench.peers import make_peer_step
 from quack_lm.bench.ranks import LaunchedStep
@@ -22,6 +24,17 @@ def make_step(
         raise UserError("this suite begins in one process; start it without torchrun")
     if variant.ranks:
         return LaunchedStep(settings, config["trainer"], variant.ranks, directory)
+    if variant.is_isolated:
+        is_cpu = world.device.type == "cpu"
+        # Other libraries leave freed memory to the system.
+        keeps = is_cpu and not variant.peer
+        make = partial(make_here, variant, config, directory)
+        return IsolatedStep(make, config["trainer"], device=world.device.type, keeps_freed_memory=keeps)
+    return make_here(variant, config, directory, world)
+
+
+def make_here(variant: Variant, config: dict[str, Any], directory: Path, world: World) -> TimedStep:
+    """The step in this process."""
     if variant.muon:
         return MuonStep(config, world, is_ours=variant.muon == "ours")
     if variant.peer:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from quack_lm.bench.isolated import IsolatedStep
 from quack_lm.bench.ranks import LaunchedStep
 from quack_lm.bench.step import Phases, TimedStep
 from quack_lm.report.statistics import interval_of_typical, typical
@@ -64,7 +65,7 @@ def warm_up(makers: Mapping[str, Callable[[], TimedStep]], *, device: torch.devi
         with PeakMemory(device) as peak:
             step = make()
             step.turn(steps)
-        own_bytes = step.memory_bytes if isinstance(step, LaunchedStep) else peak.bytes - others.bytes
+        own_bytes = step.memory_bytes if isinstance(step, LaunchedStep | IsolatedStep) else peak.bytes - others.bytes
         found[name] = WarmStep(step, own_bytes)
     return found
 

@@ -46,6 +46,7 @@ class Variant:
         muon: whose optimizer makes a step, without a model.
         ranks: how many processes torchrun starts for it.
         scaling: strong: they share the batch of one rank; weak: each has as much.
+        is_isolated: whether its steps are made in a process of their own, with the memory settings of its library.
         needs_gpu: whether its kernels, or those of its backward pass, run on GPUs alone.
     """
 
@@ -58,6 +59,7 @@ class Variant:
     ranks: int = 0
     scaling: Scaling = "strong"
     needs_gpu: bool = False
+    is_isolated: bool = False
 
     def check_turn(self, config: dict[str, Any], steps: int) -> None:
         """UserError where a turn would have another share of an interval than its neighbors."""
@@ -131,8 +133,10 @@ def _peers() -> dict[str, Variant]:
     variants: dict[str, Variant] = {}
     for peers, settings in families.items():
         ours = f"ours as {peers[0]}"
-        variants[ours] = Variant(settings, ours)
-        variants |= {peer: Variant(settings, ours, peer=peer, package=PACKAGES.get(peer)) for peer in peers}
+        variants[ours] = Variant(settings, ours, is_isolated=True)
+        variants |= {
+            peer: Variant(settings, ours, peer=peer, package=PACKAGES.get(peer), is_isolated=True) for peer in peers
+        }
     return variants
 
 

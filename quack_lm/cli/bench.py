@@ -251,7 +251,7 @@ def _table(found: "Sequence[Summary]", scales: Mapping[str, Scale]) -> str:
 
 def count(command: Command, world: "World", directory: Path) -> None:
     """Write a line for each variant's kernels, and print the table."""
-    from quack_lm.bench.build import make_step
+    from quack_lm.bench.build import make_here
     from quack_lm.bench.kernels import count_kernels, count_stabilizer_calls
     from quack_lm.bench.step import TrainingStep
 
@@ -260,7 +260,7 @@ def count(command: Command, world: "World", directory: Path) -> None:
     lines: dict[str, dict[str, Any]] = {}
     for name, variant in tqdm(command.variants.items(), disable=None, leave=False):
         config = command.configs[name]
-        step: Any = make_step(variant, config, command.settings[name], world, directory)
+        step: Any = make_here(variant, config, directory, world)
         calls = count_stabilizer_calls(step) if isinstance(step, TrainingStep) else 0
         found = count_kernels(step.loss, step.micro_batch())
         n_tokens = config["trainer"]["micro_batch_size"] * config["trainer"]["seq_len"]
@@ -324,6 +324,11 @@ def read(arguments: list[str]) -> Command:
         variant.check_turn(configs[name], counts["steps"])
     out = user_path(own.get("out", f"runs/bench/{own['suite']}.jsonl"))
     trace = user_path(own["trace"]) if "trace" in own else None
+    if trace and next(iter(variants.values())).is_isolated:
+        raise UserError(
+            f"trace={own['trace']}: suite={own['suite']} makes its steps in processes of their own; trace those "
+            "of suite=stabilizers"
+        )
     if trace and not trace.name.endswith((".json", ".json.gz")):
         raise UserError(f"trace={own['trace']} must name a file that ends in .json or .json.gz")
     for key, path in (("out", out), ("trace", trace)):

@@ -1,0 +1,78 @@
+"""The training step in a process of its own, which has the memory settings of whoever trains so."""
+
+import atexit
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+from quack_lm.bench.step import TimedStep, Timing
+from quack_lm.config import instantiate
+from quack_lm.errors import UserError
+from quack_lm.parallel import World, start_world
+from quack_lm.training.memory import PeakMemory, keep_freed_memory
+from quack_lm.training.numerics import set_numerics
+
+
+class IsolatedStep:
+    """The step that `make` makes in a new process; turns are its own, and it waits between them."""
+
+    def __init__(
+        self, make: Callable[[World], TimedStep], trainer: dict[str, Any], *, device: str, keeps_freed_memory: bool
+    ) -> None:
+        self.tokens_per_step = trainer["global_batch_size"] * trainer["seq_len"]
+        self.memory_bytes = 0  # the most that its tensors took until the end of the first turn
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, make, trainer, device, keeps_freed_memory), daemon=True
+        )
+        self._process.start()
+        theirs.close()  # so that the end of the process closes the pipe
+        atexit.register(self.close)
+
+    def turn(self, steps: int) -> Timing:
+        """Make so many steps; UserError where the process cannot."""
+        try:
+            self._pipe.send(steps)
+            answer: Timing | str = self._pipe.recv()
+        except (EOFError, BrokenPipeError):
+            self._process.join()
+            raise RuntimeError(f"the process of a step ended with exit code {self._process.exitcode}") from None
+        if isinstance(answer, str):
+            raise UserError(answer)
+        if not self.memory_bytes:
+            self.memory_bytes = self._pipe.recv()
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(
+    pipe: Connection,
+    make: Callable[[World], TimedStep],
+    trainer: dict[str, Any],
+    device: str,
+    keeps_freed_memory: bool,
+) -> None:
+    """Make the step, then as many as each message asks for."""
+    try:
+        if keeps_freed_memory:
+            keep_freed_memory()
+        set_numerics(is_deterministic=trainer["deterministic"])
+        world = start_world(device=device, is_wrapped=instantiate(trainer).is_wrapped(1))
+        steps = pipe.recv()
+        with PeakMemory(world.device) as peak:
+            step = make(world)
+            first = step.turn(steps)
+        pipe.send(first)
+        pipe.send(peak.bytes)
+        while True:
+            pipe.send(step.turn(pipe.recv()))
+    except UserError as error:
+        pipe.send(str(error))
+    except (EOFError, KeyboardInterrupt):  # the other end has gone, or is going
+        pass
