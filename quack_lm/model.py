@@ -108,10 +108,17 @@ class Transformer(nn.Module):
         """How many documents the attention tells apart in tokens on the host; None where it does not."""
         return None if self.eot_id is None else count_documents(tokens_BT, self.eot_id)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, n_documents: int | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        n_documents: int | None = None,
+        *,
+        with_head: bool = True,
+    ) -> Tensor:
         """Logits [B, T, V]; with targets the cross-entropy of each token, [B * T], in nats and float32.
 
-        With the tokens' `count_documents`, no GPU is asked for it.
+        Without the head: its input, [B, T, D]. With the tokens' `count_documents`, no GPU is asked for it.
         """
         first = self.attentions[0]
         documents = None if self.eot_id is None else number_documents(tokens_BT, self.eot_id)
@@ -121,6 +128,8 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, rope, mask)
         x = self.norm(x)
+        if not with_head:
+            return x
         weight = self.embedding.weight if self.head is None else self.head.weight
         if targets_BT is None:
             return F.linear(x, weight)

@@ -78,21 +78,24 @@ class Probe:
             longest = longest.maximum(torch.stack([x[real].float().norm(dim=-1).amax() for x in inputs]))
             mask = Mask(None if self.eot_id is None else number_documents(tokens[real], self.eot_id))
             for rows in row_chunks(tokens.shape[1], ROWS):
-                seen = mask.visible(rows, tokens.shape[1], tokens.device)
+                seen = mask.visible(rows, rows.stop, tokens.device)  # no row sees later keys
                 pairs = seen.sum() * (1 if seen.ndim == 4 else real.sum())
                 counts += torch.stack([pairs, real.sum() * (rows.stop - rows.start)])
-                for layer, ((q0, k0), (q1, k1), middle) in enumerate(zip(old, new, halfway, strict=True)):
-                    after = logits(q1[real], k1[real], rows=rows)
-                    change = (after - logits(q0[real], k0[real], rows=rows)).abs().masked_fill(~seen, 0.0)
+                for layer, of_layer in enumerate(zip(old, new, halfway, strict=True)):
+                    (q0, k0), (q1, k1), *middle = (
+                        (q[real], k[real][:, :, : rows.stop]) for q, k in filter(None, of_layer)
+                    )
+                    after = logits(q1, k1, rows=rows)
+                    change = (after - logits(q0, k0, rows=rows)).abs().masked_fill(~seen, 0.0)
                     after = after.masked_fill(~seen, -torch.inf)
                     highest = torch.stack([after.amax((0, 2, 3)), change.amax((0, 2, 3))])
                     largest[:2, layer] = torch.maximum(largest[:2, layer], highest)
+                    log_p = after.log_softmax(-1)
                     # Masked, because 0 * -inf is not zero.
-                    surprise = after.log_softmax(-1).masked_fill(~seen, 0.0)
-                    entropy = -(after.softmax(-1) * surprise).sum((0, 2, 3))
+                    entropy = -(log_p.exp() * log_p.masked_fill(~seen, 0.0)).sum((0, 2, 3))
                     sums[:2, layer] += torch.stack([change.sum((0, 2, 3)), entropy])
-                    if middle is not None:
-                        parts = _split(*(x[real] for x in (q0, k0, *middle, q1, k1)), rows=rows).masked_fill(~seen, 0.0)
+                    if middle:
+                        parts = _split(q0, k0, *middle[0], q1, k1, rows=rows).masked_fill(~seen, 0.0)
                         sums[2:, layer] += parts.abs().sum((1, 3, 4))
                         by_weights = (parts[0] + parts[1]).abs().amax((0, 2, 3))
                         largest[2, layer] = torch.maximum(largest[2, layer], by_weights)
@@ -155,7 +158,7 @@ class Probe:
         try:
             # Hooks would make compiled blocks compile anew; a few forwards every probe interval can run uncompiled.
             with evaluating(self.model), torch.compiler.set_stance("force_eager"):
-                self.model(tokens)
+                self.model(tokens, with_head=False)
         finally:
             for hook in hooks:
                 hook.remove()
