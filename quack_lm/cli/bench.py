@@ -159,7 +159,7 @@ def measure(command: Command, world: "World", directory: Path) -> list[dict[str,
         steps=command.counts["steps"],
     )
     kept = rounds.quiet_rounds(turns)
-    operations = trace(next(iter(warm.values())).step, command.trace, device=world.device) if command.trace else ""
+    operations = trace(next(iter(warm.values())).step, command.trace) if command.trace else []
     scales = {}
     for name, variant in command.variants.items():
         config = command.configs[name]
@@ -172,7 +172,7 @@ def measure(command: Command, world: "World", directory: Path) -> list[dict[str,
         echo(*_table(found, scales).splitlines(), "")
         left_out = command.counts["rounds"] - len(kept)
         echo(f"{len(kept)} rounds, {left_out} left out because the machine was busy; {_machine(world)}")
-        echo(f"each turn is in {command.out}", *operations.splitlines())
+        echo(f"each turn is in {command.out}", *operations)
     return [
         {
             "suite": command.suite,
