@@ -405,6 +405,7 @@ def _replica_group(tensor: DTensor) -> dist.ProcessGroup | None:
     return tensor.device_mesh.get_group(0) if tensor.device_mesh.ndim == 2 else None
 
 
+@torch.profiler.record_function("clip_gradients")
 @torch.no_grad()
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
     """The global gradient norm; gradients are scaled down to `max_norm` where it is given and exceeded."""

@@ -136,6 +136,7 @@ def _trace(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(matrices.dtype).tiny)
 
 
+@torch.profiler.record_function("stabilized_step")
 @torch.no_grad()
 def stabilized_step(optimizers: list[Optimizer], stabilizer: Stabilizer, weights: LogitWeights, world: World) -> None:
     """Step every optimizer, under the stabilizer's rates, then let it edit the weights."""

@@ -26,6 +26,7 @@ from quack_lm.cli import VERBS, main
 from quack_lm.cli.bench import read as read_bench
 from quack_lm.cli.gpu_check import choose, parts
 from quack_lm.cli.gpu_check import read as read_gpu_check
+from quack_lm.cli.lr_find import read as read_lr_find
 from quack_lm.cli.plan import read as read_plan
 from quack_lm.cli.plan import split as split_plan
 from quack_lm.cli.sweep import parse
@@ -131,10 +132,12 @@ def check_verb(words: list[str], command: Command, capsys: pytest.CaptureFixture
         assert choose(parts(Path("DIR"), is_small=False), own.get("only"))
     elif verb == "plan":
         check_plan(arguments)
+    elif verb == "lr-find":
+        compose_first(read_lr_find(arguments)[3])
     elif verb == "report":
-        directory = arguments[0]
-        assert directory.startswith("runs/") or (ROOT / directory / "results.parquet").is_file()
-        assert arguments[1:2] in ([], ["-o"])
+        directories = arguments[: arguments.index("-o")] if "-o" in arguments else arguments
+        assert directories
+        assert all(name.startswith("runs/") or (ROOT / name / "results.parquet").is_file() for name in directories)
     else:
         if any(word.startswith("--config") for word in arguments):
             assert command.is_marked, "say which file it needs"

@@ -16,7 +16,9 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
 OWNERS = {
     "hydra": {"quack_lm/config/compose.py"},
     "omegaconf": {"quack_lm/config/compose.py"},
-    "wandb": {"quack_lm/training/metrics.py"},
+    "wandb": {"quack_lm/training/sinks.py"},
+    "torch.utils.tensorboard": {"quack_lm/training/sinks.py"},
+    "trackio": {"quack_lm/training/sinks.py"},
     "torch.distributed": {
         "quack_lm/parallel.py",
         "quack_lm/training/checkpoint.py",
@@ -77,6 +79,7 @@ LAYERS["training"] = {*LAYERS}
 LAYERS["sweep"] = {"config", "errors", "files", "slurm", "text", "training"}
 LAYERS["report"] = {"config", "errors", "files", "slurm", "sweep", "text", "training"}
 LAYERS["paper"] = {"report"}
+LAYERS["results"] = {"errors", "files", "report"}
 LAYERS["bench"] = {*LAYERS} - {"paper", "sweep"}
 LAYERS["cli"] = {*LAYERS}
 LAYERS["__main__"] = {"cli"}

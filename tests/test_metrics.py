@@ -25,7 +25,8 @@ from quack_lm.training.accelerators import Accelerator, find_accelerator
 from quack_lm.training.build import make_model
 from quack_lm.training.counts import format_count
 from quack_lm.training.flops import flops_per_token, peak_flops
-from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
+from quack_lm.training.metrics import LoggerSettings, RunLog
+from quack_lm.training.sinks import WandbSink
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
@@ -369,8 +370,9 @@ def test_an_offline_wandb_run_holds_what_metrics_jsonl_holds(tmp_path: Path) -> 
     )
     log = make_log(tmp_path, settings=settings)
     config = {"seed": 3, "optimizer": {"lr": 0.25}}
-    log.mirror = WandbMirror(tmp_path, settings, config, None)
-    assert log.mirror.id
+    log.sinks = [WandbSink(tmp_path, settings, config, None)]
+    (sink,) = log.sinks
+    assert sink.id
     for step in range(1, 301):  # more than one block of the file
         log.add_loss(step, torch.tensor(6.0 / step))
         log.add(step, {"optim/lr": 0.5, "throughput/tokens_per_s": 100.0 * step})
@@ -384,7 +386,7 @@ def test_an_offline_wandb_run_holds_what_metrics_jsonl_holds(tmp_path: Path) -> 
     runs = [record.run for record in records if record.HasField("run")]
     assert (runs[0].project, runs[0].run_group, runs[0].display_name) == ("ducks", "pond", "mallard")
     assert list(runs[0].tags) == ["wet", "loud"]
-    assert runs[0].run_id == log.mirror.id
+    assert runs[0].run_id == sink.id
     seen_config = items_of(runs[0].config.update)
     assert {key: seen_config[key] for key in config} == config
     rows = [items_of(record.history.item) for record in records if record.HasField("history")]
@@ -405,7 +407,7 @@ def test_an_offline_wandb_run_holds_what_metrics_jsonl_holds(tmp_path: Path) -> 
 def test_without_per_head_wandb_gets_no_tables(tmp_path: Path) -> None:
     settings = LoggerSettings(wandb="offline", progress=False)
     log = make_log(tmp_path, settings=settings)
-    log.mirror = WandbMirror(tmp_path, settings, {}, None)
+    log.sinks = [WandbSink(tmp_path, settings, {}, None)]
     log.add(1, {"x": 1.0, "logits/max_per_head": torch.ones(2, 2)})
     log.flush()
     log.close()
@@ -424,13 +426,13 @@ def test_when_wandb_cannot_start_it_says_so_once_and_the_log_goes_on(
     monkeypatch.setenv("WANDB_API_KEY", "no key is this short")
     settings = LoggerSettings(wandb="online", progress=False)
     log = make_log(tmp_path, settings=settings)
-    log.mirror = WandbMirror(tmp_path, settings, {}, run_id)
+    log.sinks = [WandbSink(tmp_path, settings, {}, run_id)]
     for step in (1, 2):
         log.add_loss(step, torch.tensor(2.0))
         assert log.flush() == [2.0]
     log.close()
     assert [line["step"] for line in read(tmp_path)] == [1, 2]
-    assert log.mirror.id == run_id
+    assert log.sinks[0].id == run_id
     assert capsys.readouterr().out.count("W&B failed") == 1
 
 
@@ -439,14 +441,15 @@ LOG_WITH_A_DYING_SERVICE = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
+from quack_lm.training.metrics import LoggerSettings, RunLog
+from quack_lm.training.sinks import WandbSink
 from quack_lm.parallel import World
 
 directory = Path(sys.argv[1])
 settings = LoggerSettings(wandb="offline", progress=False)
 world = World(0, 1, 0, torch.device("cpu"))
 log = RunLog(directory / "metrics.jsonl", settings, world, batch_tokens=10, total_steps=50)
-log.mirror = WandbMirror(directory, settings, {}, None)
+log.sinks = [WandbSink(directory, settings, {}, None)]
 for step in range(1, 51):
     log.add_loss(step, torch.tensor(1.0))
     log.flush()
@@ -477,13 +480,14 @@ LOG_WITHOUT_A_SERVER = """
 import sys
 from pathlib import Path
 import torch
-from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
+from quack_lm.training.metrics import LoggerSettings, RunLog
+from quack_lm.training.sinks import WandbSink
 from quack_lm.parallel import World
 
 directory = Path(sys.argv[1])
 settings = LoggerSettings(wandb="online", progress=False)
 log = RunLog(directory / "metrics.jsonl", settings, World(0, 1, 0, torch.device("cpu")), batch_tokens=10, total_steps=3)
-log.mirror = WandbMirror(directory, settings, {}, None)
+log.sinks = [WandbSink(directory, settings, {}, None)]
 for step in (1, 2, 3):
     log.add_loss(step, torch.tensor(1.0))
     log.flush()

@@ -1028,7 +1028,7 @@ def bad_plan(files: dict[str, bytes], message: str) -> Bad:
 
 
 REPORT: dict[str, Bad] = {
-    "no_argument": Bad([], r"sweep_dir; see --help"),
+    "no_argument": Bad([], r"DIR; see --help"),
     "unknown_flag": Bad(["TMP", "--fast"], r"--fast; see --help"),
     "missing_directory": one("TMP/nowhere", r"TMP/nowhere: no plan\.json here; .*quack-lm sweep plan"),
     "directory_without_a_plan": one("TMP", r"TMP: no plan\.json here"),

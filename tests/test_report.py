@@ -490,7 +490,7 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
 
 def test_report_of_a_sweep_that_has_not_started_is_a_page_without_figures(tmp_path, save):
     directory = save(make_cell(tmp_path, "mha", "none"))
-    html = report.write(directory, tmp_path / "out", command="x").read_text()
+    html = report.write([directory], tmp_path / "out", command="x").read_text()
     assert "1 runs: 1 pending" in html
     assert "No run has written any metrics yet" in html
 
@@ -499,7 +499,9 @@ def test_a_page_without_the_curves_says_so(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "none")
     write_run(cell)
     cell.run_dir.metrics_file.unlink()
-    assert "the curves of these runs are missing" in report.write(save(cell), tmp_path / "out", command="").read_text()
+    assert (
+        "the curves of these runs are missing" in report.write([save(cell)], tmp_path / "out", command="").read_text()
+    )
 
 
 def test_runs_that_the_plan_no_longer_has_are_listed(tmp_path, save):
@@ -942,7 +944,7 @@ def test_entries_of_the_wrong_type_are_ignored(tmp_path, save):
     measured = results.from_runs(save(*cells)).results
     assert [bool(result.summary) for result in measured] == [False] * len(summaries) + [True]
     assert {key: int(measured[-1].curves[key].steps[-1]) for key in keys} == dict.fromkeys(keys, STEPS)
-    report.write(tmp_path, tmp_path / "out", command="")
+    report.write([tmp_path], tmp_path / "out", command="")
 
 
 def test_control_characters_in_a_name_do_not_reach_the_terminal(tmp_path, save):

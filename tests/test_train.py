@@ -494,7 +494,7 @@ def test_a_second_run_in_a_directory_in_use_is_refused(tmp_path: Path, tiny_data
     first.lock.close()
 
 
-def test_a_run_mirrors_its_log_to_wandb_offline(tmp_path: Path, tiny_data: list[str]) -> None:
+def test_a_run_copies_its_log_to_the_sinks_that_it_is_given(tmp_path: Path, tiny_data: list[str]) -> None:
     done = run_process([*tiny_data, "logger.wandb=offline", "stabilizer=qk_clip"], tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))

@@ -17,6 +17,7 @@ from quack_lm.probe import Probe
 from quack_lm.training.coordinator import Coordinator
 from quack_lm.training.loop import Run, due, record_probe, save, write_log
 from quack_lm.training.metrics import Clock, LoggerSettings, RunLog
+from quack_lm.training.profiler import StepProfiler
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.saver import Saver
 from quack_lm.training.state import TrainState
@@ -88,6 +89,7 @@ class RunStep(TrainingStep):
                 batch_tokens=settings.global_batch_size * settings.seq_len,
                 total_steps=settings.steps,
             ),
+            profiler=StepProfiler(run_dir.path / "profile", None, self.model, rank=world.rank),
             saver=saver,
             state=TrainState(),
             unigram_entropy=float(np.log(config["model"]["vocab_size"])),

@@ -174,14 +174,14 @@ def measure(command: Command, world: "World", directory: Path) -> None:
         steps=command.counts["steps"],
         after_round=write_turns,
     )
-    operations = trace(next(iter(warm.values())).step, command.trace, device=world.device) if command.trace else ""
+    operations = trace(next(iter(warm.values())).step, command.trace) if command.trace else []
     if world.is_main:
         kept = rounds.quiet_rounds(turns)
         found = rounds.summarize(suites.baselines(command.variants), turns, kept)
         echo(*_table(found, scales).splitlines(), "")
         left_out = command.counts["rounds"] - len(kept)
         echo(f"{len(kept)} rounds, {left_out} left out because the machine was busy; {_machine(world)}")
-        echo(f"each turn is in {command.out}", *operations.splitlines())
+        echo(f"each turn is in {command.out}", *operations)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
-"""Write the report of a sweep: a page with its tables and figures (HTML and Markdown), and the figures as PNG and PDF.
+"""Write a report: a page with tables and figures (HTML and Markdown), and the figures as PNG and PDF.
 
-    quack-lm report runs/quickstart [-o DIR]
+    quack-lm report runs/quickstart [-o DIR]           # a sweep
+    quack-lm report runs/mine                          # a run
+    quack-lm report runs/mine runs/other -o runs/both  # several sweeps and runs, together
 
-Works on a sweep that is still running: the page lists the missing runs.
+Works on a sweep that is still running: the page lists the missing runs. A run that several directories have counts
+once.
 """
 
 import argparse
@@ -21,17 +24,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str]) -> int:
-    """Write the report of a sweep directory and return the exit code."""
+    """Write the report of some directories and return the exit code."""
     parser = _Parser(prog="quack-lm report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "sweep_dir", type=user_path, help="a directory of quack-lm sweep run, or of its collected files"
+        "directories",
+        type=user_path,
+        nargs="+",
+        metavar="DIR",
+        help="a directory of quack-lm sweep run, of its collected files, or of a run",
     )
-    parser.add_argument("-o", "--out", type=user_path, metavar="DIR", help="where to write (default: SWEEP_DIR/report)")
+    parser.add_argument("-o", "--out", type=user_path, metavar="OUT", help="where to write (default: DIR/report)")
     options = parser.parse_args(arguments)
+    if len(options.directories) > 1 and options.out is None:
+        raise UserError("say with -o where the report of several directories goes")
     command = shell_line(["quack-lm", "report", *arguments])
     path = report.write(
-        options.sweep_dir,
-        options.out or options.sweep_dir / "report",
+        options.directories,
+        options.out or options.directories[0] / "report",
         command=command,
         conclusions=[claims.recipe, claims.section],
         more_plots=[figures.plots],

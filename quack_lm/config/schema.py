@@ -55,6 +55,7 @@ NOT_IDENTITY = (
     "trainer.keep_every",
     "trainer.async_checkpoints",
     "trainer.max_logits",
+    "trainer.profile",
 )
 
 LARGEST_INT = 2**63 - 1  # counts are int64 on the device

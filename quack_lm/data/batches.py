@@ -101,7 +101,9 @@ class TrainBatches:
         first = step * self._global_batch_size + self._rank * self._rank_batch_size
         for start in range(first, first + self._rank_batch_size, self._micro_batch_size):
             numbers = self._sequence_numbers(start, self._micro_batch_size)
-            yield torch.from_numpy(self._sequences.read(numbers))
+            with torch.profiler.record_function("data"):
+                tokens = torch.from_numpy(self._sequences.read(numbers))
+            yield tokens
 
     @property
     def error(self) -> str | None:

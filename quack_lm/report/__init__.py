@@ -22,19 +22,19 @@ from quack_lm.report.sections import Section
 
 
 def write(
-    sweep_dir: Path,
+    directories: Sequence[Path],
     out_dir: Path,
     *,
     command: str,
     conclusions: Sequence[Callable[[Results], Section]] = (),
     more_plots: Sequence[Callable[[Results], list[Plot]]] = (),
 ) -> Path:
-    """Write the report of a sweep directory, finished or not, and return the path of its page.
+    """Write the report of directories of sweeps and runs, finished or not, and return the path of its page.
 
     `command` is printed on the page. Each function of `conclusions` makes a section that follows the figures, each of
     `more_plots` figures beside the general ones.
     """
-    results = collected.load(sweep_dir)
+    results = collected.load(*directories)
     plots = figures.plots(results)
     appendix = [plot for plot in plots if plot.is_appendix]
     more = [plot for make in more_plots for plot in make(results)]

@@ -20,7 +20,7 @@ from quack_lm.config import flatten
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import parse_json, write_together
 from quack_lm.report.curves import TABLE, Array, Curve, CurveReader, as_table
-from quack_lm.report.results import Blowup, Result, Results, from_runs, make_results
+from quack_lm.report.results import Blowup, Result, Results, from_runs, join, make_results
 from quack_lm.sweep.file import StopRule
 from quack_lm.sweep.plan import Document, reason
 from quack_lm.text import echo, escape
@@ -47,13 +47,13 @@ def write(directory: Path, out: Path | None = None) -> list[Path]:
     directory = out or directory
     if (directory / RESULTS_FILE).is_file():
         results = _with_lost_runs(results, _read_valid(directory))
-    rows = [_row(result) for result in results.results]
+    rows = rows_of(results)
     plan = results.plan
     about = {"sweep": plan.sweep, "question": plan.question, "command": plan.command, "stop": _json(plan.stop)}
     about["tune_seeds"] = json.dumps(list(plan.tune_seeds))
-    table = _table(rows).replace_schema_metadata({f"quack_lm.{k}": v for k, v in about.items()})
+    table = table_of(rows).replace_schema_metadata({f"quack_lm.{k}": v for k, v in about.items()})
     with explaining(f"out={directory}", "or choose another"):
-        return _write(directory, table, rows, _curves(results))
+        return _write(directory, table, rows, curves_of(results))
 
 
 def _with_lost_runs(results: Results, collected: Results) -> Results:
@@ -108,8 +108,13 @@ def _parquet(table: pa.Table, **options: Any) -> bytes:
     return sink.getvalue()
 
 
-def load(directory: Path) -> Results:
-    """The results of a sweep directory: from its runs where there is a plan, else from the collected files alone."""
+def load(*directories: Path) -> Results:
+    """The results of sweeps and of runs together: from the runs where there is a plan, else from collected files."""
+    parts = [_load(directory) for directory in directories]
+    return parts[0] if len(parts) == 1 else join(parts)
+
+
+def _load(directory: Path) -> Results:
     with explaining(str(directory), "or name another"):
         is_collected = (directory / RESULTS_FILE).is_file() and not (directory / "plan.json").is_file()
     if is_collected:
@@ -150,6 +155,11 @@ def _read(directory: Path) -> Results:
     return make_results(directory, plan, entries)
 
 
+def rows_of(results: Results) -> list[dict[str, Any]]:
+    """A row for each run: settings, outcome and the numbers of its summary."""
+    return [_row(result) for result in results.results]
+
+
 def _row(result: Result) -> dict[str, Any]:
     config = {k: v for k, v in flatten(result.cell.config).items() if k != "run_dir" and not k.startswith("logger.")}
     own = {
@@ -179,7 +189,8 @@ def _row(result: Result) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
+def table_of(rows: list[dict[str, Any]]) -> pa.Table:
+    """The rows as a table; a column whose values differ in kind is text."""
     keys = dict.fromkeys(key for row in rows for key in row)
     return pa.table({key: _column([row.get(key) for row in rows]) for key in keys})
 
@@ -203,7 +214,8 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _curves(results: Results) -> pa.Table:
+def curves_of(results: Results) -> pa.Table:
+    """A row for each run and step at which something was logged; null where it was not due."""
     columns = [_columns(result.curves) for result in results.results]
     keys = dict.fromkeys(key for own in columns for key in own)
     # For each run the steps of all its curves.

@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -176,6 +176,32 @@ def _label_outer(axes: Sequence[Axes], used: int, columns: int) -> None:
         axis.tick_params(labelbottom=number + columns >= used, labelleft=number % columns == 0)
         if number % columns:
             axis.set_ylabel("")
+
+
+class Ramp(NamedTuple):
+    """A curve over the learning rates of a ramp, and the rate at which it is marked."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    mark: float | None
+    log_y: bool = False
+
+
+def draw_ramps(ramps: Sequence[Ramp], *, title: str) -> Figure:
+    """Curves over one axis of learning rates, side by side."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(PANEL_INCHES[0] * len(ramps), PANEL_INCHES[1]), layout="constrained")
+        for axis, ramp in zip(figure.subplots(1, len(ramps), squeeze=False).flat, ramps, strict=True):
+            axis.plot(*zip(*ramp.points, strict=True), color=CYCLE[1][0]) if ramp.points else None
+            if ramp.mark is not None:
+                axis.axvline(ramp.mark, color=CYCLE[5][0], linestyle="--", label=f"{ramp.mark:.2g}")
+                axis.legend()
+            axis.set_xscale("log")
+            axis.set_yscale("log" if ramp.log_y else "linear")
+            axis.set_xlabel("optimizer.lr")
+            axis.set_ylabel(ramp.label)
+        figure.suptitle(_plain(title), fontsize=12)
+    return figure
 
 
 def save(figure: Figure, kind: str = "png") -> bytes:

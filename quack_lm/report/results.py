@@ -2,19 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from quack_lm.config import choice
+from quack_lm.config import choice, fingerprint
 from quack_lm.files import LARGEST_FLOAT
 from quack_lm.report.curves import EMPTY, Array, Curve, CurveReader, read_lines
 from quack_lm.sweep.cell import Cell
 from quack_lm.sweep.label import describe_differences, title
-from quack_lm.sweep.plan import SweepPlan, read_plan
+from quack_lm.sweep.plan import PLAN_FILE, SweepPlan, read_plan
 from quack_lm.training.run_dir import FINISHED, RunDir
 from quack_lm.training.state import kind_of_end
 
@@ -215,8 +215,11 @@ Entry = tuple[Cell, str, dict[str, Any], Mapping[str, Curve], dict[str, Any], di
 
 
 def from_runs(directory: Path) -> Results:
-    """The results of a sweep, read from its plan and its run directories."""
-    plan = read_plan(directory)
+    """The results of a sweep, read from its plan and its run directories; or of a run, from its own."""
+    if RunDir(directory).config_file.is_file() and not (directory / PLAN_FILE).is_file():
+        plan = plan_of_run(directory)
+    else:
+        plan = read_plan(directory)
     entries = []
     for cell in plan.cells:
         run = cell.run_dir
@@ -243,6 +246,31 @@ def _blowup(step: int, max_logits: Array, limit: float) -> Blowup | None:
         return None
     layer, head = np.unravel_index(found.argmax(), found.shape)
     return Blowup(step, int(layer), int(head))
+
+
+def plan_of_run(directory: Path) -> SweepPlan:
+    """A plan of the one run that a directory holds."""
+    config = RunDir(directory).config()
+    cell = Cell(overrides=[], config=config, fingerprint=fingerprint(config), run_dir=RunDir(directory))
+    question = f"The run in {directory.name}."
+    return SweepPlan(sweep=directory.name, question=question, command="", cells=[cell])
+
+
+def join(parts: Sequence[Results]) -> Results:
+    """Results of several directories as one; a run that several have counts once, where it got furthest."""
+    furthest: dict[str, Result] = {}
+    for result in (result for part in parts for result in part.results):
+        other = furthest.get(result.cell.fingerprint)
+        if other is None or (other.is_finished, other.step) < (result.is_finished, result.step):
+            furthest[result.cell.fingerprint] = result
+    plans = [part.plan for part in parts]
+    plan = SweepPlan(
+        sweep=", ".join(plan.sweep for plan in plans),
+        question="\n".join(plan.question for plan in plans),
+        command="\n".join(filter(None, (plan.command for plan in plans))),
+        cells=[result.cell for result in furthest.values()],
+    )
+    return replace(parts[0], plan=plan).with_results(list(furthest.values()))
 
 
 def make_results(directory: Path, plan: SweepPlan, entries: Sequence[Entry]) -> Results:

@@ -40,11 +40,13 @@ from quack_lm.training.environment import package_versions
 from quack_lm.training.flops import attention_flops_per_token, flops_per_token, peak_flops
 from quack_lm.training.loop import Run
 from quack_lm.training.memory import keep_freed_memory
-from quack_lm.training.metrics import LoggerSettings, RunLog, WandbMirror
+from quack_lm.training.metrics import LoggerSettings, RunLog
 from quack_lm.training.numerics import set_numerics
+from quack_lm.training.profiler import StepProfiler
 from quack_lm.training.run_dir import READER_S, RunDir
 from quack_lm.training.saver import Saver
 from quack_lm.training.settings import TrainerSettings
+from quack_lm.training.sinks import TensorBoardSink, TrackioSink, WandbSink
 from quack_lm.training.state import TrainState
 from quack_lm.training.watchdog import Watchdog
 
@@ -248,6 +250,7 @@ def build_run(plan: RunPlan) -> Run:
             validation=data.validation,
             probe=measurement.probe,
             log=measurement.log,
+            profiler=StepProfiler(plan.run_dir.path / "profile", settings.profile, plan.model, rank=world.rank),
             saver=measurement.saver,
             state=state,
             unigram_entropy=plan.data.manifest.unigram_entropy,
@@ -401,13 +404,19 @@ def _claim(plan: RunPlan) -> IO[str]:
 
 
 def _start_logging(plan: RunPlan, run: Run, resumes_from: Path | None) -> None:
-    """Progress bar and W&B, which has a time limit of its own, and without which the run goes on."""
-    if plan.logger.wandb != "disabled":
+    """Progress bar and sinks; the run goes on without one that fails."""
+    logger, path = plan.logger, plan.run_dir.path
+    if logger.wandb != "disabled":
         # The summary knows the W&B run of one that ended before its first checkpoint.
         saved = checkpoint.read_state(resumes_from) if resumes_from else {}
         wandb_id = saved.get("wandb_id") or plan.run_dir.summary().get("wandb_id")
-        run.log.mirror = WandbMirror(plan.run_dir.path, plan.logger, plan.config, wandb_id)
-        run.facts["wandb_id"] = run.log.mirror.id
+        sink = WandbSink(path, logger, plan.config, wandb_id)
+        run.log.sinks.append(sink)
+        run.facts["wandb_id"] = sink.id
+    if logger.tensorboard:
+        run.log.sinks.append(TensorBoardSink(path, logger, first_step=run.state.step))
+    if logger.trackio:
+        run.log.sinks.append(TrackioSink(path, logger, plan.config, is_continued=resumes_from is not None))
     sections = plan.config["attention"], plan.config["stabilizer"]
     run.log.start_progress(run.state.step, "/".join(choice(section) for section in sections))
 

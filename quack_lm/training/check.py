@@ -36,6 +36,7 @@ from quack_lm.training.flops import peak_flops
 from quack_lm.training.metrics import LoggerSettings
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
+from quack_lm.training.sinks import check_packages
 from quack_lm.training.step_memory import SHARE_OF_MEMORY, in_own_process, largest_micro_batch
 
 KEYS_NAMED = 5
@@ -79,6 +80,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     corpus: Corpus = instantiate(config["data"])
     if logger.wandb == "online":  # which prints its address
         refuse_secret("WANDB_BASE_URL in the environment", os.environ.get("WANDB_BASE_URL", ""))
+    check_packages(logger)
     _, world_size, local_rank = launched_world()
     device = resolve_device(settings.device)
     check_world(device=device)

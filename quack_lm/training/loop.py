@@ -8,6 +8,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from quack_lm.data.batches import EvalBatches, TrainBatches
 from quack_lm.model import Transformer
@@ -16,9 +17,10 @@ from quack_lm.parallel import World, clip_gradients, evaluating, set_gradient_re
 from quack_lm.probe import Probe
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights, stabilized_step
-from quack_lm.training.checkpoint import named_tensors
+from quack_lm.training.checkpoint import name_of, named_tensors
 from quack_lm.training.coordinator import Coordinator
 from quack_lm.training.metrics import Clock, RunLog
+from quack_lm.training.profiler import StepProfiler
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.saver import Saver
 from quack_lm.training.settings import TrainerSettings
@@ -44,6 +46,7 @@ class Run:
     validation: EvalBatches
     probe: Probe
     log: RunLog
+    profiler: StepProfiler
     saver: Saver
     state: TrainState
     unigram_entropy: float
@@ -68,6 +71,9 @@ def train(run: Run) -> RunStatus:
                 validate(run)
                 summarize(run)
         while state.step < settings.steps and run.status.name == "running":
+            if run.profiler.is_due(state.step):
+                with clock.paused("profile"):
+                    run.profiler.advance(state.step)
             lr = set_lr(run.optimizers, run.schedule(state.step))
             is_probed = due(state.step + 1, settings.probe_every, settings.steps) or state.step == 0
             if is_probed:
@@ -123,9 +129,11 @@ def accumulate_gradients(run: Run) -> Tensor:
         set_gradient_reduction(run.model, run.settings.reduce_every_micro_batch or is_last)
         n_documents = run.model.count_documents(tokens[:, :-1])
         tokens = run.world.to_device(tokens)
-        loss = run.model(tokens[:, :-1], tokens[:, 1:], n_documents).sum() / run.batch_tokens
-        # FSDP averages gradients over ranks; the loss is already this rank's share of a sum.
-        (loss * (run.world.size if run.world.mesh is not None else 1)).backward()
+        with record_function("forward"):
+            loss = run.model(tokens[:, :-1], tokens[:, 1:], n_documents).sum() / run.batch_tokens
+        with record_function("backward"):
+            # FSDP averages gradients over ranks; the loss is already this rank's share of a sum.
+            (loss * (run.world.size if run.world.mesh is not None else 1)).backward()
         share += loss.detach()
     return share
 
@@ -193,6 +201,7 @@ def save(run: Run) -> None:
 def finish(run: Run) -> None:
     """Wait for the last checkpoint, and write the last summary."""
     run.coordinator.watchdog.feed()
+    run.profiler.close(run.state.step)
     with Clock(run.world, run.state.outside_s).paused("checkpoint"):
         run.saver.wait()
     if run.status.name == "running":
@@ -205,7 +214,9 @@ def finish(run: Run) -> None:
     run.coordinator.sync()
     # What follows concerns no other rank, and W&B has its own time limits.
     run.coordinator.watchdog.stop()
-    run.log.close(last)
+    latest = run.saver.latest_step
+    checkpoints = [] if latest is None else [run.run_dir.checkpoints / name_of(latest)]
+    run.log.close(last, [*checkpoints, run.run_dir.metrics_file, run.run_dir.summary_file])
 
 
 def summarize(run: Run, *, tokens_per_s: float | None = None) -> dict[str, Any]:

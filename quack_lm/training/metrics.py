@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl (the truth), Weights & Biases (a mirror that may fail), a progress line.
+"""What a run writes down: metrics.jsonl (the truth), copies of it in other tools (sinks.py), a progress line.
 
 Anyone records a named value for a step; here values are reduced over ranks, copied to the host once per `log_every`
 steps, and written, one object per step.
@@ -9,12 +9,12 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 from quack_lm.files import finite, metrics_line, open_regular, write_atomically
 from quack_lm.parallel import World
-from quack_lm.text import echo, one_line
 from quack_lm.training.counts import format_count
+
+if TYPE_CHECKING:
+    from quack_lm.training.sinks import Sink
 
 Value = Tensor | float
 
@@ -46,10 +48,13 @@ class LoggerSettings:
         name: W&B name of the run; null: the name of run_dir.
         tags: W&B tags.
         log_every: steps between copies of metrics from device to host.
-        per_head: mirror the tables over layers and heads to W&B as well, one key each.
+        per_head: copy the tables over layers and heads to W&B, TensorBoard and trackio as well, one key each.
         progress: whether there is a progress bar.
         peak_tflops: peak of one device in TFLOP/s, to which throughput/mfu is relative; null: a GPU's by its name, for
             trainer.precision=bfloat16, and a CPU's as measured.
+        wandb_artifacts: upload the last checkpoint, metrics.jsonl and summary.json to W&B when the run ends.
+        tensorboard: whether metrics are written for TensorBoard too, to tensorboard/ in the run directory.
+        trackio: whether metrics go to trackio's local board too, under `project`.
         wandb_timeout_s: seconds to wait for W&B at the start and at the end; training itself never waits for it.
     """
 
@@ -63,6 +68,9 @@ class LoggerSettings:
     per_head: bool = False
     progress: bool = True
     peak_tflops: PositiveFloat | None = None
+    wandb_artifacts: bool = False
+    tensorboard: bool = False
+    trackio: bool = False
     wandb_timeout_s: PositiveFloat = 60.0
 
 
@@ -142,7 +150,7 @@ class RunLog:
         self.world = world
         self.batch_tokens = batch_tokens
         self.total_steps = total_steps
-        self.mirror: WandbMirror | None = None
+        self.sinks: list[Sink] = []
         self._records: dict[int, dict[str, Value]] = {}
         self._summed: dict[int, Tensor] = {}
         self.losses: list[float] = []  # of the steps that the last flush was about
@@ -178,8 +186,8 @@ class RunLog:
                     record = {"step": step, "tokens": step * self.batch_tokens}
                     record |= {name: _plain(value) for name, value in self._records[step].items()}
                     file.write(json.dumps(finite(record)) + "\n")
-                    if self.mirror:
-                        self.mirror.log(record)
+                    for sink in self.sinks:
+                        sink.log(record)
             self._show()
         self._records, self._summed = {}, {}
         return losses
@@ -212,12 +220,12 @@ class RunLog:
                 mininterval=10.0 if is_file else 0.2,
             )
 
-    def close(self, summary: dict[str, Any] | None = None) -> None:
-        """End the bar, and the mirror with the run's summary."""
+    def close(self, summary: dict[str, Any] | None = None, artifacts: Sequence[Path] = ()) -> None:
+        """End the bar, and the sinks with the run's summary, and with files of it if they are asked for."""
         if self._bar is not None:
             self._bar.close()
-        if self.mirror:
-            self.mirror.close(summary or {})
+        for sink in self.sinks:
+            sink.close(summary or {}, artifacts if self.settings.wandb_artifacts else ())
 
     def _show(self) -> None:
         if self._bar is None or not self._records:
@@ -229,70 +237,6 @@ class RunLog:
         if texts:
             self._bar.set_postfix(texts, refresh=False)
         self._bar.update(last - self._bar.n)
-
-
-class WandbMirror:
-    """A copy of the log on Weights & Biases; its failures are reported once and never stop the run."""
-
-    def __init__(self, run_dir: Path, settings: LoggerSettings, config: dict[str, Any], run_id: str | None) -> None:
-        self.per_head = settings.per_head
-        self.id: str | None = run_id
-        self._run: Any = None
-        limit_s = settings.wandb_timeout_s
-        if settings.wandb == "online":
-            echo(f"connecting to W&B (logger.wandb_timeout_s={limit_s:g} at most, then without it)", err=True)
-        with self._ignoring_errors():
-            import wandb
-
-            self._run = wandb.init(
-                mode=settings.wandb,
-                dir=run_dir,
-                project=settings.project,
-                entity=settings.entity,
-                group=settings.group,
-                name=settings.name or run_dir.name,
-                tags=settings.tags,
-                config=config,
-                id=run_id,
-                resume="allow",
-                # The run directory names the commit; W&B would copy the remote's URL, and tokens stand in URLs.
-                settings=wandb.Settings(
-                    console="off",
-                    disable_git=True,
-                    init_timeout=limit_s,
-                    login_timeout=limit_s,
-                    finish_timeout=limit_s,
-                ),
-            )
-            self.id = self._run.id
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Mirror one line of metrics.jsonl."""
-        flat: dict[str, float] = {}
-        for name, value in record.items():
-            if not isinstance(value, list):
-                flat[name] = value
-            elif self.per_head and value and isinstance(value[0], list):
-                base = name.removesuffix("_per_head").removesuffix("_per_block")
-                flat |= {f"{base}/layer{i}/head{j}": x for i, row in enumerate(value) for j, x in enumerate(row)}
-        if self._run is not None:
-            with self._ignoring_errors():
-                self._run.log(flat, step=record["step"])
-
-    def close(self, summary: dict[str, Any]) -> None:
-        """Write the summary and finish."""
-        if self._run is not None:
-            with self._ignoring_errors():
-                self._run.summary.update(summary)
-                self._run.finish()
-
-    @contextmanager
-    def _ignoring_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever a network service does, training goes on
-            echo(one_line(f"W&B failed and is off for the rest of this run: {type(error).__name__}: {error}"))
-            self._run = None
 
 
 def _plain(value: Value) -> Any:

@@ -58,6 +58,8 @@ class TrainerSettings(StabilityRules):
             the backward, but for the last; auto: where the gathered weights of all blocks take more than 4 GiB.
         deterministic: only deterministic algorithms, which cost speed on GPUs, so that a run repeats bit for bit.
         timeout_s: seconds without progress after which the run ends with the stack of every rank on stderr.
+        profile: the first and the last step to trace with torch's profiler, [10, 12], into profile/ of the run
+            directory; null: none.
         probe_parts: split the change of the logits into the parts of the query weights, the key weights and everything
             before them, for one more forward per probe.
     """
@@ -87,6 +89,7 @@ class TrainerSettings(StabilityRules):
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     deterministic: bool = False
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 600.0
+    profile: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
     probe_parts: bool = False
 
     def frees_blocks_after_forward(self, n_parameters: int) -> bool:
