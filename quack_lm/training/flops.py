@@ -44,6 +44,7 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     # Some take a second for a large bfloat16 product: a small one, and never for long.
     size = 384
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a @ b  # the first one may make its kernel
     best, start = math.inf, time.perf_counter()
     for _ in range(6):
         before = time.perf_counter()
