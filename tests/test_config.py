@@ -145,9 +145,14 @@ def test_the_groups_of_configs_are_the_documented_ones() -> None:
 
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in choices(group)])
-def test_every_choice_of_every_group_composes_and_builds(group: str, name: str) -> None:
-    extra = ["data.files=[x.txt]"] if (group, name) == ("data", "local") else []
-    config = compose([f"{group}={name}", *extra])
+def test_every_choice_of_every_group_composes_and_builds(group: str, name: str, tiny_data: list[str]) -> None:
+    needed = {
+        "local": ["data.files=[x.txt]"],
+        "hub": ["data.name=owner/name"],
+        "tokens": ["data.files=[x.bin]", "data.vocab_size=9", "data.eot_id=0"],
+        "mixture": [f"data.dirs=[{tiny_data[1].removeprefix('data.dir=')}]"],
+    }
+    config = compose([f"{group}={name}", *(needed.get(name, []) if group == "data" else [])])
     model = make_model(config)
     assert all(parameter.is_meta for parameter in model.parameters())
     for section in ("data", "logger", "optimizer"):

@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import gzip
+import http.server
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from quack_lm.config import CONFIG_DIR, choices, compose, instantiate
-from quack_lm.data.corpus import Corpus, HubCorpus, LocalCorpus, StdlibCorpus
+from quack_lm.config.groups import read_choice
+from quack_lm.data.corpus import HUB_CHOICES, Corpus, HubCorpus, LocalCorpus, StdlibCorpus
 from quack_lm.data.manifest import SPLITS, SplitName, TokenData
 from quack_lm.data.prepare import is_prepared, prepare
 from quack_lm.errors import UserError
@@ -475,6 +478,108 @@ def test_a_data_set_of_the_hub_that_is_a_script_is_one_line(tmp_path: Path, monk
     message = refusal(instantiate(compose(overrides)["data"]))
     assert message.startswith("data.name=evil/set data.subset=cosmopedia-v2 data.split=train: cannot read it: ")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["evil", "set", "set.py"]
+
+
+def test_a_data_set_of_the_hub_is_pinned_to_the_commit_that_its_revision_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = {"/api/datasets/owner/name": "a" * 40, "/api/datasets/owner/name/revision/v2": "b" * 40}
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        """What the hub answers of a data set."""
+
+        def do_GET(self) -> None:
+            commit = commits.get(self.path.partition("?")[0])
+            answer = json.dumps({"id": "owner/name", "sha": commit}).encode()
+            self.send_response(200 if commit else 404)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        for typed, commit in ((None, "a" * 40), ("v2", "b" * 40), ("c" * 40, "c" * 40)):
+            overrides = ["data=hub", "data.name=owner/name", f"data.dir={tmp_path}/set"]
+            corpus = instantiate(compose([*overrides, *([f"data.revision={typed}"] if typed else [])])["data"])
+            settled = corpus.settled()
+            assert (settled.revision, settled.settings()["revision"]) == (commit, commit)
+            assert corpus.open_settings == (set() if typed == commit else {"revision"})
+        server.shutdown()
+
+
+def test_the_choices_that_are_data_sets_of_the_hub_are_known_by_their_names() -> None:
+    of_hub = {name: read_choice("data", name) for name in choices("data")}
+    named = {own["name"]: name for name, own in of_hub.items() if own["_target_"].endswith("HubCorpus")}
+    assert {name: choice for name, choice in named.items() if choice != "hub"} == HUB_CHOICES
+
+
+def test_a_preparation_ends_after_as_many_tokens_as_are_wanted(
+    tmp_path: Path, jsonl: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quack_lm.data.prepare.BATCH_DOCUMENTS", 5)
+    tokenizer = str(prepared / "tokenizer")
+    manifest = TokenData.open(
+        prepare(local(tmp_path / "set", [str(jsonl)], tokenizer=tokenizer, max_tokens=4000), progress=False)
+    ).manifest
+    whole = TokenData.open(prepared).manifest
+    n, n_whole = (sum(m.split(split).tokens for split in SPLITS) for m in (manifest, whole))
+    assert 4000 <= n < 4000 + 5 * 80 * 8 < n_whole
+    assert documents(tmp_path / "set", "val") == documents(prepared, "val")[: manifest.splits.val.documents]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json.gz", ".parquet", ".txt", ""])
+def test_the_format_of_files_is_that_of_their_names_and_the_manifest_has_it(
+    tmp_path: Path, texts: list[str], prepared: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"texts{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+    elif suffix.startswith(".json"):
+        write_jsonl(path, list(texts))
+        path.write_bytes(gzip.compress(path.read_bytes()) if suffix.endswith(".gz") else path.read_bytes())
+    else:
+        path.write_text("\n\n".join(text.replace("\n", " ") for text in texts))
+    corpus = local(tmp_path / "set", [str(path)], format="auto", tokenizer=str(prepared / "tokenizer"))
+    made = TokenData.open(prepare(corpus, progress=False)).manifest
+    kind = {".jsonl": "jsonl", ".json.gz": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
+    assert made.source["format"] == kind
+    note = "(data.separator=auto)" if kind == "text" else f"{kind}, by the names of the files (data.format=auto)"
+    assert note in capsys.readouterr().out
+    assert sum(made.split(split).documents for split in SPLITS) == len(texts)
+    path.unlink()
+    prepare(corpus, progress=False)  # the same command, for a data set that is complete
+    assert "is prepared already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "hint"),
+    [
+        ([{"id": "a12", "body": "a longer text", "n": 3}], "; the longest text is in body: set data.text_field=body"),
+        (
+            [{"id": "a", "doc": {"text": "a longer text"}}],
+            "; the longest text is in doc.text: set data.text_field=doc.text",
+        ),
+        ([{"id": 1, "n": 3}], ""),
+    ],
+)
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_a_missing_column_is_answered_with_the_one_that_has_the_text(
+    tmp_path: Path, rows: list[dict[str, Any]], hint: str, format: str
+) -> None:
+    if format == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x")
+    else:
+        (tmp_path / "x").write_text(json.dumps(rows))
+    message = refusal(local(tmp_path / "set", [str(tmp_path / "x")], format=format))
+    assert message.partition("; correct it")[0].endswith(hint or ("id, n" if format == "jsonl" else "are id, n"))
 
 
 def test_a_corpus_too_small_for_three_splits_names_the_fraction(tmp_path: Path) -> None:

@@ -142,6 +142,9 @@ def check_verb(words: list[str], command: Command, capsys: pytest.CaptureFixture
         if any(word.startswith("--config") for word in arguments):
             assert command.is_marked, "say which file it needs"
             return
+        if "data=mixture" in arguments:
+            assert command.is_marked, "say which data sets it needs"
+            return
         overrides = [word for word in arguments if not word.startswith(("-", "ranks="))]
         config = compose_first([*overrides, *(["experiment=tiny"] if verb == "prepare" else [])])
         if verb != "prepare":

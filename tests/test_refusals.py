@@ -340,7 +340,9 @@ TRAIN: dict[str, Bad] = {
     "unknown_resume": one("trainer.resume=maybe", r"trainer\.resume='maybe': .*auto.*never"),
     "unknown_wandb_mode": one("logger.wandb=on", r"logger\.wandb=.*online.*offline.*disabled"),
     "unknown_schedule": one("optimizer.schedule=linear", r"optimizer\.schedule='linear': .*cosine"),
-    "splits_beyond_everything": Bad(["data.val_fraction=0.6", "data.probe_fraction=0.5"], r"data\.val_fraction=0\.6"),
+    "splits_beyond_everything": Bad(
+        ["data.dir=TMP/nowhere", "data.val_fraction=0.6", "data.probe_fraction=0.5"], r"data\.val_fraction=0\.6"
+    ),
     # shapes
     "heads_do_not_divide_width": one("model.n_heads=5", r"attention\.n_heads=5 must divide model\.d_model=64"),
     "heads_do_not_divide_width_mla": Bad(["attention=mla", "attention.n_heads=5"], r"attention\.n_heads=5 must divide"),
@@ -355,7 +357,7 @@ TRAIN: dict[str, Bad] = {
     "sequence_longer_than_the_data": one(
         "trainer.seq_len=5000000", r"trainer\.seq_len=5000000 is too long for the train"
     ),
-    "vocabulary_too_small": one("model.vocab_size=100", r"model\.vocab_size=100 .*data\.vocab_size=512"),
+    "vocabulary_too_small": one("model.vocab_size=100", r"model\.vocab_size=100 .*set model\.vocab_size=512"),
     "absurd_width": one("model.d_ff=10000000000000000000", r"model\.d_ff"),
     # what no machine has room for
     "feed_forward_of_billions": one("model.d_ff=2000000000", rf"model\.d_ff=2000000000 {TOO_LARGE}"),
@@ -377,7 +379,8 @@ TRAIN: dict[str, Bad] = {
     "flex_on_cpu": Bad(["attention.backend=flex", "trainer.device=cpu"], r"attention\.backend=flex .*sdpa"),
     "flash_on_cpu": Bad(["attention.backend=flash", "trainer.device=cpu"], r"attention\.backend=flash .*sdpa"),
     "flex_maxima_on_cpu": Bad(["trainer.max_logits=flex", "trainer.device=cpu"], r"trainer\.max_logits=flex .*auto"),
-    "unset_files": one("data=local", r"data\.files"),
+    "mixture_of_nothing": one("data=mixture", r"data\.dirs must be a list of prepared data sets, like"),
+    "unset_files": Bad(["data=local", "data.dir=TMP/nowhere"], r"data\.files"),
     # run_dir
     "run_dir_is_a_file": one("run_dir=TMP/file", r"run_dir=TMP/file.*choose another run_dir", files={"file": b"x"}),
     "run_dir_below_a_file": one("run_dir=TMP/file/a/b", r"run_dir=TMP/file/a/b: .*TMP/file ", files={"file": b"x"}),
@@ -821,6 +824,15 @@ PREPARE: dict[str, Bad] = {
     ),
     "parquet_in_gzip": table_file(
         "x.parquet.gz", gzip.compress(parquet({"text": ["a"]})), r"compressed once more: unpack", format="parquet"
+    ),
+    "mixture": one("data=mixture", r"data=mixture is for training: prepare each of its data\.dirs"),
+    "text_and_jsonl_by_their_names": Bad(
+        ["data.files=[TMP/text.txt,TMP/b.jsonl]"],
+        r"TMP/\S+ is \w+ and TMP/\S+ is \w+ by its name: .* say which it is with data\.format",
+        files={"b.jsonl": ROWS_OF_TEXT},
+    ),
+    "column_of_another_name": table_file(
+        "x.jsonl", b'{"id": "a", "body": "a long text"}', r"the longest text is in body: set data\.text_field=body"
     ),
     "separator_of_nothing": one("data.separator=''", r"data\.separator='': .*at least 1"),
     "separator_that_occurs_nowhere": Bad(

@@ -17,7 +17,11 @@ Examples:
     # your own files: text (a document is a file), jsonl or parquet (a document is a row)
     quack-lm prepare data=local data.dir=data/notes 'data.files=[notes/**/*.md]' data.vocab_size=4096
     quack-lm prepare data=local data.dir=data/book 'data.files=[book.txt]' data.separator=blank_lines
-    quack-lm prepare data=local data.format=jsonl data.text_field=body 'data.files=[posts.jsonl]'
+    quack-lm prepare data=local data.text_field=body 'data.files=[posts.jsonl]'
+
+    # any data set of the hub, and tokens that another program has made
+    quack-lm prepare data=hub data.name=OWNER/NAME data.dir=data/name
+    quack-lm prepare data=tokens 'data.files=[train_*.bin]' data.vocab_size=50257 data.eot_id=50256
 
 What most people set: data.dir (where the shards go), data.tokenizer (a transformers tokenizer, directory or hub name;
 null trains a byte-level BPE of data.vocab_size entries), data.val_fraction, data.probe_fraction, data.workers;
@@ -41,6 +45,7 @@ def main(arguments: list[str]) -> int:
     """Prepare the data set that the arguments describe and print its sizes."""
     # Imported late: worker processes import this module and need none of these.
     from quack_lm.config import compose, instantiate, read_flags
+    from quack_lm.data.corpus import Corpus
     from quack_lm.data.prepare import directory_errors, is_prepared, prepare
     from quack_lm.errors import UserError, exit_without_teardown
 
@@ -52,7 +57,12 @@ def main(arguments: list[str]) -> int:
     if file is None and not any(override.startswith(("data=", "experiment=")) for override in overrides):
         echo("The choices of data:", "", *data_choices().splitlines(), "")
         raise UserError("no data chosen; for the smallest, which needs no download: quack-lm prepare data=stdlib")
-    corpus = instantiate(compose(overrides, file=file)["data"])
+    if "data=mixture" in overrides:
+        raise UserError("data=mixture is for training: prepare each of its data.dirs by itself")
+    config = compose(overrides, file=file, reads_manifest=False)
+    corpus = instantiate(config["data"])
+    if not isinstance(corpus, Corpus):
+        raise UserError(f"--config {file} is of a run on a mixture: prepare each of its data.dirs by itself")
     if is_check:
         with directory_errors(corpus):
             state = "prepared already" if is_prepared(corpus) else "not prepared yet; its settings are valid"
@@ -78,11 +88,15 @@ def data_choices() -> str:
 
 def print_sizes(directory: Path) -> None:
     """Print the documents, tokens and shards of each split."""
+    from tqdm import tqdm
+
     from quack_lm.data.manifest import SPLITS, TokenData
 
     manifest = TokenData.open(directory, verify_checksums=False).manifest
     echo(f"{directory}: {manifest.vocab_size} vocabulary, unigram entropy {manifest.unigram_entropy:.3f} nats/token")
-    echo(f"{'split':<6} {'documents':>12} {'tokens':>16} {'shards':>7}")
+    echo(f"{'split':<6} {'documents':>12} {'tokens':>8} {'size':>8} {'shards':>7}")
     for name in SPLITS:
         split = manifest.split(name)
-        echo(f"{name:<6} {split.documents:>12,} {split.tokens:>16,} {len(split.shards):>7,}")
+        n_bytes = split.tokens * manifest.token_dtype.itemsize
+        tokens, size = tqdm.format_sizeof(split.tokens), tqdm.format_sizeof(n_bytes, "B")
+        echo(f"{name:<6} {split.documents:>12,} {tokens:>8} {size:>8} {len(split.shards):>7,}")

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from quack_lm.config.groups import CONFIG_DIR, choices, groups, nearest
-from quack_lm.config.schema import SECTIONS, check, refuse_other_version
+from quack_lm.config.schema import SECTIONS, as_prepared, check, refuse_other_version
 from quack_lm.config.yaml_file import ConfigLoader, read_yaml
 from quack_lm.errors import UserError
 from quack_lm.text import refuse_secret
@@ -41,13 +41,14 @@ HYDRA_KEYS = {
 }
 
 
-def compose(overrides: Iterable[str] = (), *, file: Path | None = None) -> dict[str, Any]:
+def compose(overrides: Iterable[str] = (), *, file: Path | None = None, reads_manifest: bool = True) -> dict[str, Any]:
     """The resolved and checked config of one run.
 
     `overrides` follow Hydra's grammar (`optimizer.lr=3e-3`, `attention=mla`). `file` is the `config.yaml` of an earlier
-    run, which then takes the place of `configs/`. Raises UserError that names the key and suggests a fix.
+    run, which then takes the place of `configs/`. Where `data.dir` is prepared, its manifest says what the data are,
+    unless a preparation is what is composed: `reads_manifest`. Raises UserError that names the key and suggests a fix.
     """
-    return _compose(overrides, file, _compose_choices)
+    return _compose(overrides, file, _compose_choices, reads_manifest=reads_manifest)
 
 
 def compose_all(runs: Iterable[Iterable[str]]) -> Iterator[dict[str, Any]]:
@@ -103,10 +104,15 @@ _Composed = tuple[DictConfig, dict[str, str | None]]
 _ComposeChoices = Callable[[tuple[str, ...]], _Composed]
 
 
-def _compose(overrides: Iterable[str], file: Path | None, compose_choices: _ComposeChoices) -> dict[str, Any]:
+def _compose(
+    overrides: Iterable[str], file: Path | None, compose_choices: _ComposeChoices, *, reads_manifest: bool = True
+) -> dict[str, Any]:
     try:
         parsed = [_parse_one(override) for override in overrides]
         raw = _compose_file(file, parsed) if file else _compose_groups(parsed, compose_choices)
+        if reads_manifest and isinstance(raw.get("data"), dict):
+            explicit = {key.removeprefix("data.") for o in parsed if (key := o.key_or_group).startswith("data.")}
+            raw["data"] = as_prepared(_resolve(raw["data"], raw, (), "data"), explicit)
         return check(_resolve(raw, raw, ()))
     except RecursionError:
         raise UserError("the config is nested too deeply, or refers to itself too often") from None

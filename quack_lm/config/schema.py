@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ SECTIONS = {
     "attention": "quack_lm.attention.base.Attention",
     "stabilizer": "quack_lm.stabilizers.base.Stabilizer",
     "optimizer": "quack_lm.optim.recipe.Recipe",
-    "data": "quack_lm.data.corpus.Corpus",
+    "data": "quack_lm.data.settings.DataSettings",
     "trainer": "quack_lm.training.settings.TrainerSettings",
     "logger": "quack_lm.training.metrics.LoggerSettings",
 }
@@ -70,17 +71,38 @@ def check(config: dict[Any, Any]) -> dict[str, Any]:
     _refuse_unknown("", config, [*scalars, *SECTIONS], chosen)
     own = {key: config[key] for key in scalars if key in config}
     checked = _check_fields("", own, _schema(RunKeys))
-    for name in SECTIONS:
-        section = config.get(name)
-        if not isinstance(section, dict):
-            raise UserError(f"{name}={section!r} must be a section with keys; choose one of {name}={choices(name)}")
-        target = _target_class(name, section)
-        values = {k: v for k, v in section.items() if k != "_target_"}
-        _refuse_unknown(f"{name}.", values, list(_schema(target).model_fields), chosen)
-        checked[name] = {"_target_": section["_target_"], **_check_fields(f"{name}.", values, _schema(target))}
+    # The data first, for other sections refer to it.
+    data = _check_section("data", config.get("data"), chosen)
+    checked |= {n: data if n == "data" else _check_section(n, config.get(n), chosen) for n in SECTIONS}
     for key, value in flatten(checked).items():
         _check_value(key, value)
     return checked
+
+
+def _check_section(name: str, section: Any, chosen: dict[str, str]) -> dict[str, Any]:
+    if not isinstance(section, dict):
+        raise UserError(f"{name}={section!r} must be a section with keys; choose one of {name}={choices(name)}")
+    target = _target_class(name, section)
+    values = {k: v for k, v in section.items() if k != "_target_"}
+    _refuse_unknown(f"{name}.", values, list(_schema(target).model_fields), chosen)
+    return {"_target_": section["_target_"], **_check_fields(f"{name}.", values, _schema(target))}
+
+
+def as_prepared(section: dict[str, Any], explicit: Collection[str]) -> dict[str, Any]:
+    """The data section of a run by the manifest of the data set that it names, which knows what it was made of.
+
+    `explicit` are its keys that somebody has typed. UserError where they, or a manifest, contradict that.
+    """
+    found: dict[str, Any] = _target_class("data", section).as_prepared(section, explicit)  # type: ignore[attr-defined]
+    if found is not section:
+        try:
+            _check_section("data", found, {})
+        except UserError as error:
+            # What somebody has typed is for the check of the config to answer.
+            key = re.search(r"data\.(\w+)", str(error))
+            if key and (key[1] not in found or found[key[1]] != section.get(key[1])):
+                raise UserError(f"data.dir={section.get('dir')}: its manifest.json is damaged: {error}") from None
+    return found
 
 
 def instantiate(section: dict[str, Any], *supplied: Any) -> Any:

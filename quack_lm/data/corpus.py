@@ -1,4 +1,4 @@
-"""Where the text comes from: the `data` section of a config, and the documents of each kind of source.
+"""Where text and tokens come from: the `data` section of a config, and the documents of each kind of source.
 
 Training imports this module for the settings alone, so the libraries that read documents are imported where they are
 used. `quack_lm.data.prepare` makes token shards of the documents.
@@ -6,18 +6,23 @@ used. `quack_lm.data.prepare` makes token shards of the documents.
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
+import inspect
 import os
+import re
 import sysconfig
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from quack_lm.data.documents import (
     BLANK_LINES,
@@ -32,29 +37,40 @@ from quack_lm.data.documents import (
     read_files,
     read_start,
     text_error,
+    text_field_hint,
 )
-from quack_lm.data.manifest import SplitName
+from quack_lm.data.manifest import MANIFEST, Manifest, SplitName, damaged, read_manifest
+from quack_lm.data.settings import DataSettings, VocabSize
+from quack_lm.data.token_files import TokenFile, open_token_file
 from quack_lm.errors import UserError
 from quack_lm.files import relative_note
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 # What is read of text files, all together, to find out what separates documents in them.
 LOOK_BYTES, LOOK_FILES = 1 << 26, 64
 
-# Settings that do not change what is prepared.
-NOT_PREPARED = ("dir", "workers", "mask_documents", "verify_checksums")
+# The choices of `data=` that are data sets of the hub, by their names there.
+HUB_CHOICES = {
+    "HuggingFaceTB/smollm-corpus": "cosmopedia_v2",
+    "HuggingFaceFW/fineweb-edu": "fineweb_edu",
+    "mlfoundations/dclm-baseline-1.0": "dclm",
+    "Salesforce/wikitext": "wikitext",
+}
+
+# Settings that do not change what is prepared, and of which a manifest says nothing.
+NOT_PREPARED = {"dir", "workers", "mask_documents", "verify_checksums"}
 
 
 # ------------------------------------------------------------------------------------------------ settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corpus(ABC):
-    """The settings that every source of text has: its tokenizer, its splits, and how training reads it.
+class Corpus(DataSettings):
+    """The settings that every source of documents has: its vocabulary, its splits, and where its data set is.
 
     Args:
         dir: directory of the token shards.
@@ -63,28 +79,18 @@ class Corpus(ABC):
         val_fraction: share of the documents in the validation split.
         probe_fraction: share of the documents in the split that the logit probe reads.
         shard_tokens: tokens in a file of the data set.
-        workers: processes that encode text; 0 or 1: this process, with threads.
         eot_token: token after each document.
-        tokenizer_characters: characters of text on which a tokenizer is trained at most.
-        mask_documents: whether attention stays within a document.
-        verify_checksums: whether each start of a run reads all shards and compares their checksums.
+        max_tokens: tokens after which the preparation ends, up to some hundred documents later; null: it reads all.
     """
 
-    choice: ClassVar[str]  # the `data=` that makes one
-
     dir: str
-    # The library that trains a tokenizer allocates all of it at once.
-    vocab_size: Annotated[int, Field(gt=0, le=10_000_000)]
+    vocab_size: VocabSize
     tokenizer: str | None
-    val_fraction: Fraction
-    probe_fraction: Fraction
+    val_fraction: Share
+    probe_fraction: Share
     shard_tokens: PositiveInt
-    workers: Annotated[int, Field(ge=0, le=1024)]
     eot_token: str = "<|endoftext|>"
-    # A tokenizer of this size learns nothing more from text beyond this.
-    tokenizer_characters: PositiveInt = 1_000_000_000
-    mask_documents: bool = False
-    verify_checksums: bool = True
+    max_tokens: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         # A shell leaves a quoted ~ as it is. The key is no part of what a data set is identified by.
@@ -96,17 +102,8 @@ class Corpus(ABC):
             )
 
     @abstractmethod
-    def stream(self) -> "IterableDataset":
-        """The documents in a fixed order, each {"text": ...}, with a position that can be saved and restored."""
-
-    @abstractmethod
     def input_files(self) -> list[Path]:
         """The local files that the documents come from."""
-
-    @property
-    def skips_bad_records(self) -> bool:
-        """Whether records that cannot be used are left out, and counted; else they are errors."""
-        return False
 
     @property
     def more_documents(self) -> str:
@@ -121,27 +118,85 @@ class Corpus(ABC):
         return []
 
     def source(self, file: int | None = None) -> str:
-        """The keys that say where the text comes from, for messages: from all files, or from that of a number."""
+        """The keys that say where the documents come from, for messages: from all files, or from that of a number."""
         files = [str(path) for path in self.input_files()]
         if file is not None:
             files = files[file : file + 1] or files
         return "data.files: " + ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
-    def split_of(self, text: str) -> SplitName:
-        """The split of a document: a function of its text, so that equal documents share a split."""
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
+    def split_of(self, document: str | bytes) -> SplitName:
+        """The split of a document: a function of its text or tokens, so that equal documents share a split."""
+        content = document.encode() if isinstance(document, str) else document
+        number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) / 2**64
         if number < self.val_fraction:
             return "val"
         return "probe" if number < self.val_fraction + self.probe_fraction else "train"
 
+    @property
+    def open_settings(self) -> set[str]:
+        """The keys that `settled` gives a value: a data set that has one already is as good as any other."""
+        return set()
+
+    def settled(self) -> Self:
+        """The same with a value for each setting that was left to the input: what a manifest says."""
+        return self
+
     def settings(self) -> dict[str, Any]:
-        """What decides the contents of the data set."""
+        """What decides the contents of the data set; its manifest says it as `source`."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in NOT_PREPARED}
         return {"corpus": type(self).__name__, **values}
 
+    @property
+    def directories(self) -> list[str]:
+        return [self.dir]
+
+    def weights_of(self, train_tokens: Sequence[int]) -> list[Fraction]:
+        return [Fraction(1)]
+
+    @classmethod
+    def as_prepared(cls, section: dict[str, Any], explicit: Collection[str]) -> dict[str, Any]:
+        directory = section.get("dir")
+        found = _made_section(directory) if isinstance(directory, str) else None
+        if found is None:
+            return section
+        made, keys = found
+        known = keys | _keys(cls)
+        for key in sorted(set(explicit) & known - NOT_PREPARED):
+            if section.get(key) not in ("auto", made.get(key)):
+                raise UserError(
+                    f"data.dir={directory} was made with data.{key}={made.get(key)}, not {section.get(key)}; leave it "
+                    "out to use that data set, or choose another data.dir"
+                )
+        # What is unknown is kept, for the check of the config to answer.
+        kept = NOT_PREPARED & (keys | set(explicit)) | section.keys() - known
+        return {**made, **{key: value for key, value in section.items() if key in kept}}
+
 
 @dataclass(frozen=True, kw_only=True)
-class StdlibCorpus(Corpus):
+class TextCorpus(Corpus):
+    """Documents of text, which the preparation encodes.
+
+    Args:
+        workers: processes that encode text; 0 or 1: this process, with threads.
+        tokenizer_characters: characters of text on which a tokenizer is trained at most.
+    """
+
+    workers: Annotated[int, Field(ge=0, le=1024)]
+    # A tokenizer of this size learns nothing more from text beyond this.
+    tokenizer_characters: PositiveInt = 1_000_000_000
+
+    @abstractmethod
+    def stream(self) -> "IterableDataset":
+        """The documents in a fixed order, each {"text": ...}, with a position that can be saved and restored."""
+
+    @property
+    def skips_bad_records(self) -> bool:
+        """Whether records that cannot be used are left out, and counted; else they are errors."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StdlibCorpus(TextCorpus):
     """The source of Python's own standard library, without its tests: real text wherever Python is."""
 
     choice = "stdlib"
@@ -162,7 +217,7 @@ class StdlibCorpus(Corpus):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordCorpus(Corpus):
+class RecordCorpus(TextCorpus):
     """Text in records that others wrote, some of which may be damaged.
 
     Args:
@@ -183,7 +238,7 @@ class LocalCorpus(RecordCorpus):
 
     Args:
         files: paths or globs; ** crosses directories.
-        format: kind of the files: in text a document is a file, in jsonl and parquet a row.
+        format: kind of the files: in text a document is a file, in jsonl and parquet a row; auto: by their names.
         text_field: column that has the text; doc.text is the field text of the column doc.
         separator: what ends a document inside of a text file: blank_lines, or any text, in which \\n is a line break;
             null: only the end of the file. auto: eot_token where the files have it at the ends of documents; else null
@@ -193,7 +248,7 @@ class LocalCorpus(RecordCorpus):
     choice = "local"
 
     files: Annotated[list[str], Field(min_length=1)]
-    format: Format
+    format: Format | Literal["auto"]
     text_field: str = "text"
     separator: Annotated[str, Field(min_length=1)] | None = "auto"
 
@@ -216,19 +271,44 @@ class LocalCorpus(RecordCorpus):
                 )
         return paths
 
-    def stream(self) -> "IterableDataset":
+    @property
+    def file_format(self) -> Format:
+        """That of the files, where need be by their names."""
+        if self.format != "auto":
+            return self.format
         paths = self.input_files()
-        separator = self._found_separator(paths)[0] if self.format == "text" else None
-        settings = {"format": self.format, "text_field": self.text_field, "separator": separator}
+        named: dict[Format, Path] = {format_of_name(path) or "text": path for path in reversed(paths)}
+        if len(named) > 1:
+            (one, path), (another, other), *_ = named.items()
+            raise UserError(
+                f"data.files: {path} is {one} and {other} is {another} by its name: give files of one format, or say "
+                "which it is with data.format"
+            )
+        return next(iter(named))
+
+    @property
+    def open_settings(self) -> set[str]:
+        return {"format"} if self.format == "auto" else set()
+
+    def settled(self) -> Self:
+        return dataclasses.replace(self, format=self.file_format)
+
+    def stream(self) -> "IterableDataset":
+        paths, format = self.input_files(), self.file_format
+        separator = self._found_separator(paths)[0] if format == "text" else None
+        settings = {"format": format, "text_field": self.text_field, "separator": separator}
         return _stream_files(read_files, paths, **settings)
 
     @property
     def more_documents(self) -> str:
-        is_text = self.format == "text"
+        is_text = self.file_format == "text"
         return super().more_documents + (", or say where they end in a file (data.separator)" if is_text else "")
 
     def notes(self) -> list[str]:
-        if self.format != "text" or self.separator is None:
+        format = self.file_format
+        if format != "text" and self.format == "auto":
+            return [f"{self.source()}: {format}, by the names of the files (data.format=auto)"]
+        if format != "text" or self.separator is None:
             return []
         if self.separator != "auto":
             self._require_separator(self.separator)
@@ -240,7 +320,8 @@ class LocalCorpus(RecordCorpus):
         return [f"{self.source()}: {ends} (data.separator=auto){unused}"]
 
     def source(self, file: int | None = None) -> str:
-        return super().source(file) + (format_note(self.input_files()[file], self.format) if file is not None else "")
+        format = None if self.format == "auto" else self.format
+        return super().source(file) + (format_note(self.input_files()[file], format) if file is not None else "")
 
     def _require_separator(self, separator: str) -> None:
         for number, path in enumerate(self.input_files()):
@@ -277,9 +358,10 @@ class HubCorpus(RecordCorpus):
         text_field: column that has the text; doc.text is the field text of the column doc.
         streaming: read it from the hub as it is needed; false: download it first.
         files: local parquet or jsonl files to read in its place.
+        revision: a commit, branch or tag of it; null: the newest commit. The manifest has the commit that was read.
     """
 
-    choice = "cosmopedia_v2"
+    choice = "hub"
 
     # owner/name: a bare name would be one of the loaders that `datasets` ships, pickles among them.
     name: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
@@ -288,9 +370,28 @@ class HubCorpus(RecordCorpus):
     text_field: str
     streaming: bool
     files: list[str] = dataclasses.field(default_factory=list)
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "choice", HUB_CHOICES.get(self.name, self.choice))
 
     def input_files(self) -> list[Path]:
         return _resolve_files(self.files)
+
+    @property
+    def open_settings(self) -> set[str]:
+        return set() if re.fullmatch("[0-9a-f]{40}", self.revision or "") else {"revision"}
+
+    def settled(self) -> Self:
+        import huggingface_hub.constants
+
+        if self.files or not self.open_settings or huggingface_hub.constants.is_offline_mode():
+            return self
+        require_hub(f"data.name={self.name}")
+        with input_errors(self.source):
+            commit = huggingface_hub.HfApi().dataset_info(self.name, revision=self.revision).sha
+        return dataclasses.replace(self, revision=commit)
 
     def stream(self) -> "IterableDataset":
         if self.files:
@@ -313,8 +414,104 @@ class HubCorpus(RecordCorpus):
         # What is not streamed may be in the cache, and HF_HUB_OFFLINE says to look nowhere else.
         if self.streaming or not huggingface_hub.constants.is_offline_mode():
             require_hub(f"data.name={self.name}")
-        loaded = datasets.load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming)
+        loaded = datasets.load_dataset(
+            self.name, self.subset, split=self.split, streaming=self.streaming, revision=self.revision
+        )
         return loaded if self.streaming else loaded.to_iterable_dataset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCorpus(Corpus):
+    """Tokens that another program has made, in the files of Megatron, llm.c, nanoGPT, OLMo or datatrove.
+
+    Args:
+        files: paths or globs of the files with the tokens; ** crosses directories.
+        tokenizer: the transformers tokenizer that made the tokens, as a directory or hub name; null: it is unknown.
+        dtype: type of the tokens in files that do not say it; auto: uint16 where data.vocab_size allows, else uint32.
+        eot_id: the token between documents; null: that of data.eot_token in data.tokenizer.
+        document_tokens: tokens after which a document ends anyway; null: never.
+    """
+
+    choice = "tokens"
+
+    files: Annotated[list[str], Field(min_length=1)]
+    dtype: Literal["auto", "uint16", "uint32", "int32", "int64"] = "auto"
+    eot_id: NonNegativeInt | None = None
+    document_tokens: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eot_id is None and self.tokenizer is None:
+            raise UserError(
+                "data.eot_id is not set, the token between documents: give it (50256 for GPT-2), or the data.tokenizer "
+                "that made the tokens"
+            )
+        if self.eot_id is not None and self.eot_id >= self.vocab_size:
+            raise UserError(f"data.eot_id={self.eot_id} must be below data.vocab_size={self.vocab_size}")
+
+    def input_files(self) -> list[Path]:
+        return _resolve_files(self.files)
+
+    def open_files(self, first: int = 0) -> Iterator[TokenFile]:
+        """The files from a number on, opened one after the other; UserError for one that is not what it says."""
+        raw = self.dtype if self.dtype != "auto" else "uint16" if self.vocab_size <= 2**16 else "uint32"
+        return (open_token_file(path, raw) for path in self.input_files()[first:])
+
+    @property
+    def more_documents(self) -> str:
+        return super().more_documents + ", or end them after so many tokens (data.document_tokens)"
+
+    def notes(self) -> list[str]:
+        counts = Counter((file.kind, str(file.tokens.dtype)) for file in self.open_files())
+        files = {key: f"{n:,} {'file' if n == 1 else 'files'}" for key, n in counts.items()}
+        return [f"data.files: {n} of {kind}, tokens of {dtype}" for (kind, dtype), n in files.items()]
+
+
+# ------------------------------------------------------------------------------------------------ what is prepared
+
+
+def _made_section(directory: str) -> tuple[dict[str, Any], set[str]] | None:
+    """(the section of which a prepared data set was made, its keys); None where no manifest can be read.
+
+    UserError where a manifest names a source that this version does not have.
+    """
+    place = Path(os.path.expanduser(directory))
+    try:
+        stat = (place / MANIFEST).stat()
+        manifest = _read_manifest_once(place, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    except (OSError, ValueError):  # the opening of the data says which
+        return None
+    kinds = {kind.__name__: kind for kind in _concrete(Corpus)}
+    name = manifest.source.get("corpus")
+    if not isinstance(name, str) or name not in kinds:
+        raise damaged(place, place / MANIFEST, f"source.corpus={name!r} is none of {', '.join(sorted(kinds))}")
+    own = {key: value for key, value in manifest.source.items() if key not in NOT_PREPARED | {"corpus"}}
+    target = {"_target_": f"{kinds[name].__module__}.{name}", "vocab_size": manifest.vocab_size}
+    keys = _keys(kinds[name])
+    reading = {"workers": 0} if "workers" in keys else {}
+    return {**_defaults(kinds[name]), **own, **reading, **target}, keys
+
+
+@functools.lru_cache(64)  # the runs of a sweep have the same few data sets
+def _read_manifest_once(directory: Path, _mark: tuple[int, ...]) -> Manifest:
+    return read_manifest(directory)[0]
+
+
+def _concrete(kind: type[Any]) -> list[type[Any]]:
+    own = [] if inspect.isabstract(kind) else [kind]
+    return own + [found for below in kind.__subclasses__() for found in _concrete(below)]
+
+
+def _keys(kind: type[DataSettings]) -> set[str]:
+    return {"_target_", *(field.name for field in dataclasses.fields(kind))}
+
+
+def _defaults(kind: type[DataSettings]) -> dict[str, Any]:
+    """Those of the settings that decide what is prepared: a data set that is older than one had its default."""
+    fields = [field for field in dataclasses.fields(kind) if field.name not in NOT_PREPARED]
+    simple = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    made = {field.name: field.default_factory() for field in fields if callable(field.default_factory)}
+    return {**simple, **made}
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -360,7 +557,10 @@ def _select_text(stream: "IterableDataset", text_field: str) -> "IterableDataset
     columns = stream.column_names or list(next(iter(stream)))
     root, *inner = [text_field] if text_field in columns else text_field.split(".")
     if root not in columns:
-        raise UserError(f"data.text_field={text_field}: no such column; the columns are {', '.join(columns) or 'none'}")
+        hint = text_field_hint(next(iter(stream), {}))
+        raise UserError(
+            f"data.text_field={text_field}: no such column; the columns are {', '.join(columns) or 'none'}{hint}"
+        )
     # Columns are dropped before rows become Python objects, which is where the time goes.
     stream = stream.select_columns([root])
     if inner:
@@ -387,7 +587,7 @@ def input_errors(source: Callable[[], str], *, problem: str = "cannot read it") 
 
 def require_hub(what: str) -> None:
     """Ask once whether the hub can be reached; the libraries themselves try for a minute, with a page of warnings."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     if huggingface_hub.constants.is_offline_mode():
         raise UserError(f"{what}: the hub is switched off by HF_HUB_OFFLINE: unset it, or use local files")
@@ -401,7 +601,7 @@ def require_hub(what: str) -> None:
         ) from error
 
 
-def read_texts(corpus: Corpus, stream: "IterableDataset") -> Iterator[tuple[str, str | None]]:
+def read_texts(corpus: TextCorpus, stream: "IterableDataset") -> Iterator[tuple[str, str | None]]:
     """(the text of each row, "" where it has none; what is wrong with a record that `on_bad_record` leaves out)."""
     with input_errors(lambda: corpus.source(_file_at(stream))):
         for row in stream:

@@ -8,7 +8,7 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -246,6 +246,14 @@ def _json_records(path: str) -> Iterator[tuple[str, int, Any]]:
             yield "line", number, line
 
 
+def text_field_hint(record: Mapping[str, Any]) -> str:
+    """What to say of the fields of a record that do not have the one that was asked for: which has the longest text."""
+    fields = [("", record), *((f"{name}.", inner) for name, inner in record.items() if isinstance(inner, dict))]
+    texts = {f"{outer}{name}": value for outer, own in fields for name, value in own.items() if isinstance(value, str)}
+    longest = max(texts, key=lambda name: len(texts[name]), default=None)
+    return f"; the longest text is in {longest:.200}: set data.text_field={longest:.200}" if longest else ""
+
+
 def field_of(record: object, name: str) -> Any:
     """The value of a field: `a.b` is field b inside of a, where there is no `a.b` itself, and null where a is null.
 
@@ -262,7 +270,8 @@ def field_of(record: object, name: str) -> Any:
         if not isinstance(value, dict):
             found = f"inside of {type(value).__name__} {value!r:.60}"
         elif key not in value:
-            found = f"among the fields {', '.join(value) or '(none)':.200}"
+            hint = text_field_hint(value) if value is record else ""
+            found = f"among the fields {', '.join(value) or '(none)':.200}{hint}"
         else:
             value = value[key]
             continue
@@ -299,7 +308,7 @@ def _parquet_documents(path: str, text_field: str) -> Iterator[Row]:
                 else f"{path}: column data.text_field={text_field} is {kind}, and not text"
             )
             # Each of the rows is a record that cannot be used.
-            yield from itertools.repeat(_error(what), file.metadata.num_rows)
+            yield from itertools.repeat(_error(what + _hint_of_parquet(file)), file.metadata.num_rows)
             return
         number = 0
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_field]):
@@ -309,6 +318,15 @@ def _parquet_documents(path: str, text_field: str) -> Iterator[Row]:
             for text in _python_values(values):
                 number += 1
                 yield _row(path, "row", number, text)
+
+
+def _hint_of_parquet(file: Any) -> str:
+    import pyarrow as pa
+
+    try:
+        return text_field_hint(next(file.iter_batches(batch_size=1)).to_pylist()[0])
+    except (ValueError, pa.ArrowException):  # of a file that cannot be read, or text that is none
+        return ""
 
 
 def _is_text(kind: Any) -> bool:

@@ -3,7 +3,7 @@
 <data.dir>/
     manifest.json                 counts, vocabulary, tokenizer, settings, and the sha256 of every file
     train_00000.bin ...           raw little-endian token ids; also val_*, probe_*
-    tokenizer/                    the tokenizer that made the ids, as transformers saves it
+    tokenizer/                    the tokenizer that made the ids, as transformers saves it, where it is known
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from quack_lm.text import shell_line
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+UNKNOWN = "unknown"  # the name of the tokenizer of tokens that came without one
 
 # A manifest is untrusted: its names stay inside the directory.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-][A-Za-z0-9_.\-]*$")]
@@ -68,10 +69,16 @@ class Splits(_Strict):
 
 
 class TokenizerFiles(_Strict):
-    """Which tokenizer made the ids, and the files of its copy in `tokenizer/`."""
+    """Which tokenizer made the ids, and the files of its copy in `tokenizer/`; none of an UNKNOWN one."""
 
     name: str
-    files: Annotated[dict[FileName, Sha256], Field(min_length=1)]
+    files: dict[FileName, Sha256]
+
+    @model_validator(mode="after")
+    def _is_there(self) -> Self:
+        if not self.files and self.name != UNKNOWN:
+            raise ValueError("files must have those of the tokenizer")
+        return self
 
 
 class Manifest(_Strict):
@@ -170,7 +177,7 @@ def read_manifest(directory: Path, *, choice: str = "...") -> tuple[Manifest, st
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise _damaged(directory, path, f"{where}: {first['msg']}" if where else first["msg"]) from None
+        raise damaged(directory, path, f"{where}: {first['msg']}" if where else first["msg"]) from None
     return manifest, hashlib.sha256(raw).hexdigest()
 
 
@@ -180,12 +187,12 @@ def _check_tokenizer(directory: Path, manifest: Manifest) -> None:
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     for name in sorted(expected.keys() | present):
         if name not in present:
-            raise _damaged(directory, folder / name, "the file is missing")
+            raise damaged(directory, folder / name, "the file is missing")
         if name not in expected:
-            raise _damaged(directory, folder / name, "the manifest does not know this file")
+            raise damaged(directory, folder / name, "the manifest does not know this file")
         _refuse_link_out(directory, folder / name)
         if not (folder / name).is_file() or file_sha256(folder / name) != expected[name]:
-            raise _damaged(directory, folder / name, "its sha256 is not that of the manifest")
+            raise damaged(directory, folder / name, "its sha256 is not that of the manifest")
 
 
 def _check_sizes(directory: Path, manifest: Manifest) -> None:
@@ -194,9 +201,9 @@ def _check_sizes(directory: Path, manifest: Manifest) -> None:
         size = shard.tokens * manifest.token_dtype.itemsize
         _refuse_link_out(directory, path)
         if not path.is_file():
-            raise _damaged(directory, path, "the shard is missing")
+            raise damaged(directory, path, "the shard is missing")
         if path.stat().st_size != size:
-            raise _damaged(directory, path, f"it has {path.stat().st_size} bytes, the manifest says {size}")
+            raise damaged(directory, path, f"it has {path.stat().st_size} bytes, the manifest says {size}")
 
 
 def _check_bytes(directory: Path, manifest: Manifest) -> None:
@@ -204,9 +211,9 @@ def _check_bytes(directory: Path, manifest: Manifest) -> None:
     paths = [directory / shard.file for shard in shards]
     for shard, path, digest in zip(shards, paths, file_sha256s(paths), strict=True):
         if digest != shard.sha256:
-            raise _damaged(directory, path, "its sha256 is not that of the manifest")
+            raise damaged(directory, path, "its sha256 is not that of the manifest")
         if np.memmap(path, dtype=manifest.token_dtype, mode="r").max() >= manifest.vocab_size:
-            raise _damaged(directory, path, "it has tokens beyond the vocabulary")
+            raise damaged(directory, path, "it has tokens beyond the vocabulary")
 
 
 def _all_shards(manifest: Manifest) -> list[Shard]:
@@ -216,12 +223,12 @@ def _all_shards(manifest: Manifest) -> list[Shard]:
 def _refuse_link_out(directory: Path, path: Path) -> None:
     """An untrusted data set reads no file but its own; the directory itself may be reached through a link."""
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
-        raise _damaged(directory, path, "it is a link to a file outside of the data set")
+        raise damaged(directory, path, "it is a link to a file outside of the data set")
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise _damaged(directory, path, "it is not a regular file")
+        raise damaged(directory, path, "it is not a regular file")
 
 
-def _damaged(directory: Path, path: Path, what: str) -> UserError:
+def damaged(directory: Path, path: Path, what: str) -> UserError:
     return UserError(f"data.dir: {path} is damaged: {what}; remove {directory} and prepare it again")
 
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +24,13 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from quack_lm.data.corpus import Corpus, read_texts
+from quack_lm.data.corpus import Corpus, TextCorpus, TokenCorpus, read_texts
 from quack_lm.data.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     SPLITS,
     TOKENIZER,
+    UNKNOWN,
     Manifest,
     Shard,
     Split,
@@ -48,6 +49,8 @@ from quack_lm.data.tokenizer import (
     locate_tokenizer,
     make_encoder,
     make_tokenizer,
+    saved_tokenizer,
+    token_dtype,
 )
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import (
@@ -272,8 +275,9 @@ def _prepare(corpus: Corpus, target: Path, *, progress: bool, commit_every_s: fl
     partial.mkdir(exist_ok=True)
     _refuse_other_files(partial, OUR_FILES.fullmatch)
     try:
+        notes, corpus = corpus.notes(), corpus.settled()
         if not _is_finished(corpus, partial):
-            echo(*corpus.notes())
+            echo(*notes)
             committed = _resume(corpus, partial) or _start_over(corpus, partial, progress=progress)
             left_out = _write_shards(corpus, partial, committed, progress=progress, commit_every_s=commit_every_s)
             echo(*left_out.report(corpus))
@@ -324,7 +328,7 @@ def _is_complete(corpus: Corpus, target: Path) -> bool:
     settings = json.loads(json.dumps(corpus.settings()))
     # A setting that is newer than the data set had its default then.
     made_with = {field.name: field.default for field in dataclasses.fields(corpus)} | manifest.source
-    for key in sorted(settings.keys() | manifest.source.keys()):
+    for key in sorted((settings.keys() | manifest.source.keys()) - corpus.open_settings):
         then, now = made_with.get(key), settings.get(key)
         if then != now:
             raise UserError(
@@ -362,14 +366,15 @@ def _start_over(corpus: Corpus, partial: Path, *, progress: bool) -> PrepareStat
     _remove_ours(partial)
     identity = _identity(corpus)
     tokenizer = make_tokenizer(corpus, progress=progress)
-    try:
-        tokenizer.save_pretrained(partial / TOKENIZER, save_jinja_files=False)
-    except UnicodeEncodeError as error:
-        raise UserError(f"data.tokenizer={corpus.tokenizer} has text that is no Unicode ({error.reason})") from None
-    for path in (partial / TOKENIZER).iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_directory(partial / TOKENIZER)
+    if tokenizer is not None:
+        try:
+            tokenizer.save_pretrained(partial / TOKENIZER, save_jinja_files=False)
+        except UnicodeEncodeError as error:
+            raise UserError(f"data.tokenizer={corpus.tokenizer} has text that is no Unicode ({error.reason})") from None
+        for path in (partial / TOKENIZER).iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(partial / TOKENIZER)
     start = PrepareState.start(identity)
     write_atomically(partial / PROGRESS, json.dumps(dataclasses.asdict(start)))
     return start
@@ -387,27 +392,27 @@ def _remove_ours(partial: Path) -> None:
 def _write_shards(
     corpus: Corpus, partial: Path, committed: PrepareState, *, progress: bool, commit_every_s: float
 ) -> LeftOut:
-    encoder = make_encoder(corpus, partial)
+    eot_id = _eot_id(corpus, partial)
     left_out = LeftOut(**committed.left_out)
     writers = {
-        split: SplitWriter(partial, split, encoder.dtype, corpus.shard_tokens, **committed.written[split])
+        split: SplitWriter(partial, split, token_dtype(corpus), corpus.shard_tokens, **committed.written[split])
         for split in SPLITS
     }
-    stream = corpus.stream()
-    if committed.stream is not None:
-        stream.load_state_dict(committed.stream)
-    batches = _batches(corpus, stream, committed.documents)
     committed_at = time.monotonic()
+    n_tokens = sum(writer.tokens for writer in writers.values())
     bar = tqdm(
-        desc="preparing", unit=" documents", initial=committed.documents, disable=not progress, delay=BAR_DELAY_S
+        desc="preparing", unit=" tokens", unit_scale=True, initial=n_tokens, disable=not progress, delay=BAR_DELAY_S
     )
-    with bar, contextlib.closing(encode_batches(encoder, batches, corpus.workers)) as encoded:
+    with bar, contextlib.closing(_encoded(corpus, partial, eot_id, committed)) as encoded:
         for (documents, state, bad_records), batch in encoded:
             for split, writer in writers.items():
                 writer.write(*batch.tokens[split])
             left_out.add(bad_records, batch)
-            bar.set_postfix_str(_token_rate(writers, committed, bar), refresh=False)
-            bar.update(documents - bar.n)
+            bar.set_postfix_str(f"{documents:,} documents", refresh=False)
+            n_tokens = sum(writer.tokens for writer in writers.values())
+            bar.update(n_tokens - bar.n)
+            if corpus.max_tokens and n_tokens >= corpus.max_tokens:
+                break
             if time.monotonic() - committed_at >= commit_every_s:
                 made = _written(writers), dataclasses.asdict(left_out)
                 _commit(partial, PrepareState(committed.identity, documents, state, *made), writers)
@@ -415,15 +420,62 @@ def _write_shards(
     for writer in writers.values():
         writer.close()
     _refuse_empty_splits(corpus, writers, left_out)
-    write_atomically(partial / MANIFEST, manifest_json(_make_manifest(corpus, partial, writers, encoder.eot_id)))
+    write_atomically(partial / MANIFEST, manifest_json(_make_manifest(corpus, partial, writers, eot_id)))
     return left_out
 
 
-def _batches(
-    corpus: Corpus, stream: "IterableDataset", documents: int
-) -> Iterator[tuple[tuple[int, Any, list[str]], list[str]]]:
-    """Batches of texts, each with the number of documents read so far, the stream's position after it, and the errors
-    of the bad records in it."""
+# How many documents have been read, the place behind them, and the errors of bad records among them.
+_Position = tuple[int, Any, list[str]]
+
+
+def _eot_id(corpus: Corpus, partial: Path) -> int:
+    if isinstance(corpus, TokenCorpus) and corpus.eot_id is not None:
+        return corpus.eot_id
+    found: int = saved_tokenizer(partial).convert_tokens_to_ids(corpus.eot_token)
+    return found
+
+
+def _encoded(
+    corpus: Corpus, partial: Path, eot_id: int, committed: PrepareState
+) -> Generator[tuple[_Position, Encoded], None, None]:
+    """The documents behind the last commit as tokens, with the position after each batch of them."""
+    if isinstance(corpus, TokenCorpus):
+        yield from _read_tokens(corpus, eot_id, committed)
+        return
+    assert isinstance(corpus, TextCorpus)
+    stream = corpus.stream()
+    if committed.stream is not None:
+        stream.load_state_dict(committed.stream)
+    batches = _batches(corpus, stream, committed.documents)
+    with contextlib.closing(encode_batches(make_encoder(corpus, partial, eot_id), batches, corpus.workers)) as encoded:
+        yield from encoded
+
+
+def _read_tokens(
+    corpus: TokenCorpus, eot_id: int, committed: PrepareState
+) -> Generator[tuple[_Position, Encoded], None, None]:
+    documents, place = committed.documents, committed.stream or {"file": 0, "token": 0}
+    end = np.array([eot_id], token_dtype(corpus))
+    for number, file in enumerate(corpus.open_files(place["file"]), place["file"]):
+        start = place["token"] if number == place["file"] else 0
+        for pieces, behind in file.documents(eot_id, start, longest=corpus.document_tokens):
+            tokens: dict[SplitName, list[npt.NDArray[Any]]] = {split: [end[:0]] for split in SPLITS}
+            for piece in filter(len, pieces):
+                if not 0 <= piece.min() <= piece.max() < corpus.vocab_size:
+                    odd = next(token for token in piece.tolist() if not 0 <= token < corpus.vocab_size)
+                    raise UserError(
+                        f"data.files: {file.path} has the token {odd}, beyond data.vocab_size={corpus.vocab_size}: "
+                        f"correct that, or data.dtype if its tokens ({file.kind}) are not {file.tokens.dtype}"
+                    )
+                # The split of a document is the same whatever the type of its tokens.
+                tokens[corpus.split_of(piece.astype("<u4").tobytes())] += [piece.astype(end.dtype), end]
+                documents += 1
+            arrays = {split: (np.concatenate(own), len(own) // 2) for split, own in tokens.items()}
+            yield (documents, {"file": number, "token": behind}, []), Encoded(arrays, 0, 0, Counter())
+
+
+def _batches(corpus: TextCorpus, stream: "IterableDataset", documents: int) -> Iterator[tuple[_Position, list[str]]]:
+    """Batches of texts, each with the position after it."""
     texts: list[str] = []
     errors: list[str] = []
     characters = 0
@@ -450,12 +502,6 @@ def _written(writers: dict[SplitName, SplitWriter]) -> dict[str, dict[str, int]]
     return {split: {"tokens": writer.tokens, "documents": writer.documents} for split, writer in writers.items()}
 
 
-def _token_rate(writers: dict[SplitName, SplitWriter], committed: PrepareState, bar: "tqdm[Any]") -> str:
-    new = sum(writer.tokens - committed.written[split]["tokens"] for split, writer in writers.items())
-    elapsed_s = bar.format_dict["elapsed"]
-    return f"{new / elapsed_s:,.0f} tokens/s" if elapsed_s else ""
-
-
 def _refuse_empty_splits(corpus: Corpus, writers: dict[SplitName, SplitWriter], left_out: LeftOut) -> None:
     total = sum(writer.documents for writer in writers.values())
     skipped = "".join(f"; {line}" for line in left_out.report(corpus))
@@ -480,7 +526,8 @@ def _make_manifest(corpus: Corpus, partial: Path, writers: dict[SplitName, Split
         counted = threads.map(lambda shard: _count_tokens(shard[0], train.dtype, vocab), train.shards())
         counts = sum(counted, np.zeros(vocab, np.int64))
     assert counts[eot_id] == writers["train"].documents, "end-of-text tokens are where documents end, and only there"
-    tokenizer_files = sorted((partial / TOKENIZER).iterdir())
+    tokenizer_files = sorted((partial / TOKENIZER).glob("*"))
+    trained = "byte-level BPE trained on the train split" if isinstance(corpus, TextCorpus) else UNKNOWN
     return Manifest(
         format_version=FORMAT_VERSION,
         vocab_size=corpus.vocab_size,
@@ -488,7 +535,7 @@ def _make_manifest(corpus: Corpus, partial: Path, writers: dict[SplitName, Split
         dtype=dtype_name(corpus),
         unigram_entropy=_entropy(counts),
         tokenizer=TokenizerFiles(
-            name=corpus.tokenizer or "byte-level BPE trained on the train split",
+            name=corpus.tokenizer or trained,
             files={path.name: file_sha256(path) for path in tokenizer_files},
         ),
         splits=Splits(**splits),

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from quack_lm.data.corpus import Corpus, input_errors, read_texts, require_hub
+from quack_lm.data.corpus import Corpus, TextCorpus, TokenCorpus, input_errors, read_texts, require_hub
 from quack_lm.data.manifest import SPLITS, TOKENIZER, SplitName
 from quack_lm.errors import UserError
 from quack_lm.files import open_regular, relative_note
@@ -38,9 +38,17 @@ BYTES = 256  # the least vocabulary of a byte-level tokenizer, less its special 
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 
-def make_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
-    """The tokenizer of a corpus, loaded or trained; UserError where it does not fit the corpus' settings."""
-    tokenizer = _train_tokenizer(corpus, progress=progress) if corpus.tokenizer is None else _load_tokenizer(corpus)
+def make_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer | None:
+    """The tokenizer of a corpus, loaded or trained; None for tokens of an unknown one.
+
+    UserError where it does not fit the corpus' settings.
+    """
+    if corpus.tokenizer is not None:
+        tokenizer = _load_tokenizer(corpus)
+    elif isinstance(corpus, TextCorpus):
+        tokenizer = _train_tokenizer(corpus, progress=progress)
+    else:
+        return None
     vocabulary = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
     if size != corpus.vocab_size:
@@ -49,7 +57,8 @@ def make_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
             f"data.vocab_size={corpus.vocab_size} is not the tokenizer's, which has {size} entries{trained}: set "
             f"data.vocab_size={size}"
         )
-    if corpus.eot_token not in vocabulary:
+    is_given = isinstance(corpus, TokenCorpus) and corpus.eot_id is not None
+    if corpus.eot_token not in vocabulary and not is_given:
         special = ", ".join(tokenizer.all_special_tokens) or "none"
         raise UserError(
             f"data.eot_token={corpus.eot_token!r} is not in the vocabulary of data.tokenizer={corpus.tokenizer}; "
@@ -84,7 +93,7 @@ def _load_tokenizer(corpus: Corpus) -> Tokenizer:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def _train_tokenizer(corpus: Corpus, *, progress: bool) -> Tokenizer:
+def _train_tokenizer(corpus: TextCorpus, *, progress: bool) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -129,7 +138,7 @@ def _run_interruptibly(work: Callable[[], T]) -> T:
     return results[0]
 
 
-def _why_none(corpus: Corpus) -> str:
+def _why_none(corpus: TextCorpus) -> str:
     documents, bad_records, first_error = 0, 0, None
     for text, error in read_texts(corpus, corpus.stream()):
         documents += bool(text)
@@ -143,7 +152,7 @@ def _why_none(corpus: Corpus) -> str:
     return f"; {bad_records:,} bad records were left out, the first: {first_error}" if first_error else ""
 
 
-def _train_texts(corpus: Corpus, bar: "tqdm[Any]") -> Iterator[str]:
+def _train_texts(corpus: TextCorpus, bar: "tqdm[Any]") -> Iterator[str]:
     characters = 0
     for text, _ in read_texts(corpus, corpus.stream()):
         bar.update()
@@ -171,7 +180,7 @@ class Encoded:
 class Encoder:
     """Turns texts into the tokens of each split, an end-of-text token after each document; sent to the workers."""
 
-    corpus: Corpus
+    corpus: TextCorpus
     tokenizer: Tokenizer
     eot_id: int
     dtype: np.dtype[Any]
@@ -261,26 +270,32 @@ def _is_lossless(tokenizer: Tokenizer) -> bool:
     return is_byte_level and bytes_known and tokenizer.normalizer is None
 
 
-def make_encoder(corpus: Corpus, directory: Path) -> Encoder:
-    """An encoder with the tokenizer that the data set has a copy of: an interrupted preparation continues with it."""
+def saved_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer that a data set has a copy of: an interrupted preparation continues with it."""
     from transformers import AutoTokenizer
 
     with input_errors(lambda: f"data.dir: {directory / TOKENIZER}", problem=f"remove {directory} to start again"):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            directory / TOKENIZER, local_files_only=True, trust_remote_code=False
-        )
-    eot_id = tokenizer.convert_tokens_to_ids(corpus.eot_token)
+        return AutoTokenizer.from_pretrained(directory / TOKENIZER, local_files_only=True, trust_remote_code=False)
+
+
+def make_encoder(corpus: TextCorpus, directory: Path, eot_id: int) -> Encoder:
+    """An encoder with the tokenizer of a data set."""
+    tokenizer = saved_tokenizer(directory)
     if tokenizer.is_fast:
         tokenizer = tokenizer.backend_tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    dtype = np.dtype(dtype_name(corpus)).newbyteorder("<")
-    return Encoder(corpus, tokenizer, eot_id, dtype, _is_lossless(tokenizer))
+    return Encoder(corpus, tokenizer, eot_id, token_dtype(corpus), _is_lossless(tokenizer))
 
 
 def dtype_name(corpus: Corpus) -> Literal["uint16", "uint32"]:
     """The smallest dtype that holds every token id."""
     return "uint16" if corpus.vocab_size <= 2**16 else "uint32"
+
+
+def token_dtype(corpus: Corpus) -> np.dtype[Any]:
+    """That of the shards, little-endian on any machine."""
+    return np.dtype(dtype_name(corpus)).newbyteorder("<")
 
 
 _worker_encoder: Encoder

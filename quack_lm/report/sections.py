@@ -109,8 +109,9 @@ def provenance(results: Results, report_command: str) -> dict[str, str]:
     for result in results.results:
         for key, value in flatten(result.environment).items():
             name = key.removeprefix("versions.").replace("_", " ")
-            # The commands of the runs have a section of their own.
-            if key != "command" and value is not None and str(value) not in seen.setdefault(name, []):
+            # The commands of the runs have a section of their own; what `made_of` says of the data is enough here.
+            is_shown = key != "command" and ".source." not in key and value is not None
+            if is_shown and str(value) not in seen.setdefault(name, []):
                 seen[name].append(str(value))
     return facts | {name: "; ".join(values) for name, values in seen.items() if values}
 

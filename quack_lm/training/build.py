@@ -21,9 +21,10 @@ from quack_lm import slurm
 from quack_lm.attention.base import Attention
 from quack_lm.attention.scores import implementation, resolve_backend, resolve_max_logits
 from quack_lm.config import choice, fingerprint, identity, instantiate
-from quack_lm.data.batches import EvalBatches, Sequences, TrainBatches
-from quack_lm.data.corpus import Corpus
-from quack_lm.data.manifest import SplitName, TokenData
+from quack_lm.data.batches import EvalBatches, SequenceMixture, TrainBatches
+from quack_lm.data.manifest import SplitName
+from quack_lm.data.settings import DataSettings
+from quack_lm.data.sources import DataSources
 from quack_lm.errors import UserError, explained
 from quack_lm.files import LOCK_WAIT_S
 from quack_lm.loss import LOGITS_OF_A_CHUNK
@@ -70,8 +71,8 @@ class RunPlan:
     recipe: Recipe
     stabilizer: Stabilizer
     model: Transformer  # on the meta device
-    data: TokenData
-    sequences: dict[SplitName, Sequences]
+    data: DataSources
+    sequences: dict[SplitName, SequenceMixture]
     device: str
     flops_per_token: float
     is_compiled: bool
@@ -128,22 +129,14 @@ def _eager_copy(config: dict[str, Any]) -> Transformer:
     return make_model({**config, "attention": {**config["attention"], "backend": "eager"}})
 
 
-def open_data(corpus: Corpus, vocab_size: int) -> TokenData:
-    """The prepared data of a corpus, not yet verified by checksum; UserError if it is missing, damaged, or another."""
-    data = TokenData.open(Path(corpus.dir), verify_checksums=False, choice=corpus.choice)
-    made = data.manifest
-    for key, wanted, found in (
-        ("vocab_size", corpus.vocab_size, made.vocab_size),
-        ("tokenizer", corpus.tokenizer or made.tokenizer.name, made.tokenizer.name),
-    ):
-        if wanted != found:
-            raise UserError(
-                f"data.dir={corpus.dir} was made with data.{key}={found}, not {wanted}; use that data set's own"
-            )
-    if made.vocab_size > vocab_size:
+def open_data(settings: DataSettings, vocab_size: int) -> DataSources:
+    """The prepared data of a config, not yet verified by checksum; UserError if they are missing, damaged, or beyond
+    the model's vocabulary."""
+    data = DataSources.open(settings)
+    if data.manifest.vocab_size > vocab_size:
         raise UserError(
-            f"model.vocab_size={vocab_size} is smaller than the vocabulary of data.dir={corpus.dir}; "
-            f"set data.vocab_size={made.vocab_size}"
+            f"model.vocab_size={vocab_size} is smaller than the vocabulary of {data.directory}; leave it out, or set "
+            f"model.vocab_size={data.manifest.vocab_size}"
         )
     return data
 
@@ -253,7 +246,7 @@ def build_run(plan: RunPlan) -> Run:
             profiler=StepProfiler(plan.run_dir.path / "profile", settings.profile, plan.model, rank=world.rank),
             saver=measurement.saver,
             state=state,
-            unigram_entropy=plan.data.manifest.unigram_entropy,
+            unigram_entropy=plan.data.unigram_entropy,
             flops_per_token=plan.flops_per_token,
             peak_flops=1e12 * plan.logger.peak_tflops
             if plan.logger.peak_tflops
@@ -440,6 +433,7 @@ def _environment(plan: RunPlan, world: World, n_params: int, attention_kernel: s
         "is_compiled": plan.is_compiled,
         "attention_kernel": attention_kernel,
         "micro_batch_size": plan.settings.micro_batch_size,
+        "data": plan.data.description(),
     }
 
 

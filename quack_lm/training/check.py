@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from quack_lm.config import flatten, identity, instantiate, older_identity
-from quack_lm.data.corpus import Corpus
-from quack_lm.data.manifest import SPLITS, TokenData
+from quack_lm.data.manifest import SPLITS
+from quack_lm.data.settings import DataSettings
+from quack_lm.data.sources import DataSources
 from quack_lm.errors import UserError
 from quack_lm.model import Transformer, count_parameters
 from quack_lm.optim.recipe import Recipe
@@ -47,6 +48,7 @@ FILES_OF_OTHERS = ("plan.json", "manifest.json")
 # What may change when a run is continued: how long and how it is executed and watched, not what it computes.
 CHANGEABLE = {
     "data.dir",
+    "data.dirs",
     "data.verify_checksums",
     "data.workers",
     "trainer.steps",
@@ -77,7 +79,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     logger: LoggerSettings = instantiate(config["logger"])
     recipe: Recipe = instantiate(config["optimizer"])
     stabilizer: Stabilizer = instantiate(config["stabilizer"])
-    corpus: Corpus = instantiate(config["data"])
+    data_settings: DataSettings = instantiate(config["data"])
     if logger.wandb == "online":  # which prints its address
         refuse_secret("WANDB_BASE_URL in the environment", os.environ.get("WANDB_BASE_URL", ""))
     check_packages(logger)
@@ -91,7 +93,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     is_here = not is_rehearsal or settings.device != "auto" or device == "cuda"
     if is_here:
         check_memory(config, model, device=device, ranks_of_a_copy=world_size // settings.replicas)
-    data = open_data(corpus, config["model"]["vocab_size"])
+    data = open_data(data_settings, config["model"]["vocab_size"])
     sequences = {split: data.sequences(split, settings.seq_len) for split in SPLITS}
     run_dir = RunDir.of(config)
     snapshot = checkpoint.snapshot(run_dir, settings.steps)
@@ -106,9 +108,9 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
         size = choose_micro_batch_size(config, settings, device, world_size) if is_here else 1
         settings = replace(settings, micro_batch_size=size)
     # One process per machine reads every byte.
-    if corpus.verify_checksums and local_rank == 0 and not finished:
+    if data_settings.verify_checksums and local_rank == 0 and not finished:
         data.verify_checksums()
-    model.eot_id = data.manifest.eot_id if corpus.mask_documents else None
+    model.eot_id = data.manifest.eot_id if data_settings.mask_documents else None
     flops = count_flops_per_token(config)
     return RunPlan(
         config={**config, "run_dir": str(run_dir)},
@@ -255,10 +257,10 @@ def _check_same_run(where: str, before: dict[str, Any], config: dict[str, Any]) 
         raise UserError(f"{where} holds a run with {differences}{more}; choose another run_dir")
 
 
-def check_same_data(run_dir: RunDir, latest: Path, data: TokenData) -> None:
+def check_same_data(run_dir: RunDir, latest: Path, data: DataSources) -> None:
     """UserError where a checkpoint's run was trained on another data set."""
     if checkpoint.read_state(latest)["manifest_sha256"] != data.manifest_sha256:
         raise UserError(
-            f"data.dir={data.directory} is not the data set that run_dir={run_dir} was trained on; choose another "
-            "run_dir"
+            f"{'data.dir' if len(data.sets) == 1 else 'data.dirs'}={', '.join(str(d.directory) for d in data.sets)} "
+            f"is not the data set that run_dir={run_dir} was trained on; choose another run_dir"
         )

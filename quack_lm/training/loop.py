@@ -80,15 +80,16 @@ def train(run: Run) -> RunStatus:
                 with clock.paused("probe"):
                     run.probe.before()
             # ---------------------------------------------------------------- timed
-            loss = accumulate_gradients(run)
+            losses = accumulate_gradients(run)
             grad_norm = clip_gradients(list(run.model.parameters()), run.max_grad_norm)
             stabilized_step(run.optimizers, run.stabilizer, run.weights, run.world)
             for optimizer in run.optimizers:
                 optimizer.zero_grad()
             # ----------------------------------------------------------------
             clock.see()
+            source_tokens = run.batches.source_tokens(state.step)
             state.step += 1
-            run.log.add_loss(state.step, loss)
+            run.log.add_loss(state.step, losses, source_tokens)
             run.log.add(state.step, {"optim/lr": lr, "optim/grad_norm": grad_norm})
             if is_probed:
                 with clock.paused("probe"):
@@ -119,40 +120,61 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def accumulate_gradients(run: Run) -> Tensor:
-    """Forward and backward over this step's micro-batches; this rank's share of the mean loss per token.
+    """Forward and backward over this step's micro-batches; this rank's share of the mean loss per token, [1].
 
-    Every token of the global batch weighs the same, whatever the ranks and micro-batches.
+    Every token of the global batch weighs the same, whatever the ranks and micro-batches. With S data sets it is
+    followed by the sums of the losses of this rank's tokens of each, [1 + S].
     """
+    batches, step = run.batches, run.state.step
     share = torch.zeros((), device=run.world.device)
-    for number, tokens in enumerate(run.batches.micro_batches(run.state.step), start=1):
+    by_source = torch.zeros(len(batches.names) if batches.is_mixed else 0, device=run.world.device)
+    batches_and_sources = zip(batches.micro_batches(step), batches.sources(step), strict=True)
+    for number, (tokens, sources_B) in enumerate(batches_and_sources, start=1):
         is_last = number == run.batches.n_micro_batches
         set_gradient_reduction(run.model, run.settings.reduce_every_micro_batch or is_last)
         n_documents = run.model.count_documents(tokens[:, :-1])
         tokens = run.world.to_device(tokens)
         with record_function("forward"):
-            loss = run.model(tokens[:, :-1], tokens[:, 1:], n_documents).sum() / run.batch_tokens
+            nats = run.model(tokens[:, :-1], tokens[:, 1:], n_documents)
+            loss = nats.sum() / run.batch_tokens
         with record_function("backward"):
             # FSDP averages gradients over ranks; the loss is already this rank's share of a sum.
             (loss * (run.world.size if run.world.mesh is not None else 1)).backward()
         share += loss.detach()
-    return share
+        if batches.is_mixed:
+            by_source += sum_by_source(nats.detach().unflatten(0, (len(tokens), -1)).sum(1), sources_B, run)
+    return torch.cat([share[None], by_source])
+
+
+def sum_by_source(values_B: Tensor, sources_B: Tensor, run: Run) -> Tensor:
+    """The sum of the values of the sequences of each data set, [B], [B] on the host -> [S], in a fixed order."""
+    is_own_SB = run.world.to_device(sources_B == torch.arange(len(run.batches.names))[:, None])
+    # where() and not a product: of a run that diverges, one sequence alone may be NaN.
+    return torch.where(is_own_SB, values_B, 0.0).sum(1)
 
 
 def validate(run: Run) -> None:
     """Mean loss per token over the fixed validation sequences, the same for every world size."""
+    names = run.batches.names if run.batches.is_mixed else []
     total = torch.zeros(2, device=run.world.device, dtype=torch.float64)
+    by_source = torch.zeros(2, len(names), device=run.world.device, dtype=torch.float64)
     with evaluating(run.model):
-        for tokens, weights_B in run.validation:
+        for (tokens, weights_B), sources_B in zip(run.validation, run.validation.sources(), strict=True):
             run.coordinator.watchdog.feed()
             tokens, weights_B = run.world.to_device(tokens), run.world.to_device(weights_B)
             nats_BT = run.model(tokens[:, :-1], tokens[:, 1:]).unflatten(0, (len(tokens), -1))
             # Padding sequences have weight 0; where() and not a product: they may be NaN in a run that diverges.
-            total[0] += torch.where(weights_B[:, None] > 0, nats_BT, 0.0).sum(dtype=torch.float64)
+            nats_BT = torch.where(weights_B[:, None] > 0, nats_BT, 0.0)
+            total[0] += nats_BT.sum(dtype=torch.float64)
             total[1] += weights_B.sum() * nats_BT.shape[1]
+            if names:
+                by_source[0] += sum_by_source(nats_BT.sum(1, dtype=torch.float64), sources_B, run)
+                by_source[1] += sum_by_source(weights_B * nats_BT.shape[1], sources_B, run)
     # Before: each rank has the sums over its sequences. After: the sums over all.
-    nats, tokens_seen = run.world.sum(total).tolist()
+    (nats, *nats_of), (tokens_seen, *tokens_of) = run.world.sum(torch.cat([total[:, None], by_source], 1)).tolist()
     run.state.take_val_loss(nats / tokens_seen)
-    run.log.add(run.state.step, {"val/loss": nats / tokens_seen})
+    parts = {f"val/loss/{name}": x / n for name, x, n in zip(names, nats_of, tokens_of, strict=True) if n}
+    run.log.add(run.state.step, {"val/loss": nats / tokens_seen, **parts})
 
 
 def record_probe(run: Run) -> None:
@@ -178,7 +200,7 @@ def write_log(run: Run, clock: Clock) -> None:
     throughput = {"throughput/tokens_per_s": tokens_per_s}
     if run.peak_flops is not None:
         throughput["throughput/mfu"] = tokens_per_s * run.flops_per_token / (run.peak_flops * run.world.size)
-    run.log.add(state.step, {**({} if was_stopped else throughput), "data/epoch": run.batches.epoch(state.step)})
+    run.log.add(state.step, {**({} if was_stopped else throughput), **data_read(run)})
     with run.coordinator.recording_write_errors():
         run.log.flush()
     reason = state.take_losses(run.log.losses, run.settings)
@@ -187,6 +209,16 @@ def write_log(run: Run, clock: Clock) -> None:
     summarize(run, tokens_per_s=tokens_per_s)
     if reason:
         run.status = RunStatus("diverged", reason)
+
+
+def data_read(run: Run) -> dict[str, float]:
+    """Passes over the training data so far; with several data sets, the passes over each and its tokens too."""
+    batches, step = run.batches, run.state.step
+    found: dict[str, float] = {"data/epoch": batches.epoch(step)}
+    if batches.is_mixed:
+        found |= {f"data/epoch/{name}": epochs for name, epochs in batches.epochs(step).items()}
+        found |= {f"data/tokens/{name}": n * run.settings.seq_len for name, n in batches.sequences_read(step).items()}
+    return found
 
 
 def save(run: Run) -> None:

@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +152,7 @@ class RunLog:
         self.total_steps = total_steps
         self.sinks: list[Sink] = []
         self._records: dict[int, dict[str, Value]] = {}
-        self._summed: dict[int, Tensor] = {}
+        self._summed: dict[int, tuple[Tensor, Mapping[str, int]]] = {}
         self.losses: list[float] = []  # of the steps that the last flush was about
         self._bar: tqdm | None = None
 
@@ -160,9 +160,13 @@ class RunLog:
         """Keep values that are the same on every rank; tensors stay on the device until `flush`."""
         self._records.setdefault(step, {}).update(values)
 
-    def add_loss(self, step: int, share: Tensor) -> None:
-        """Keep this rank's share of the training loss: the shares of all ranks sum to it."""
-        self._summed[step] = share
+    def add_loss(self, step: int, share: Tensor, source_tokens: Mapping[str, int] | None = None) -> None:
+        """Keep this rank's share of the training loss: the shares of all ranks sum to it.
+
+        With several data sets, `source_tokens` has the tokens that the step read of each, by its name, and behind the
+        loss `share` has the sum of the losses of this rank's tokens of each.
+        """
+        self._summed[step] = share, source_tokens or {}
 
     @property
     def pending_steps(self) -> int:
@@ -177,9 +181,11 @@ class RunLog:
         self.losses = losses = []
         if self._summed:
             # Before: each rank's shares of the losses since the last flush. After: the losses, on every rank.
-            self.losses = losses = self.world.sum(torch.stack(list(self._summed.values()))).tolist()
-            for step, loss in zip(self._summed, losses, strict=True):
-                self.add(step, {"train/loss": loss})
+            rows = self.world.sum(torch.stack([share.reshape(-1) for share, _ in self._summed.values()])).tolist()
+            self.losses = losses = [row[0] for row in rows]
+            for (step, (_, tokens)), (loss, *nats) in zip(self._summed.items(), rows, strict=True):
+                parts = zip(tokens.items(), nats, strict=True)
+                self.add(step, {"train/loss": loss, **{f"train/loss/{name}": x / n for (name, n), x in parts if n}})
         if self.world.is_main:
             with self.path.open("a") as file:
                 for step in sorted(self._records):

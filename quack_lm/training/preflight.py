@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 from quack_lm.config import instantiate
-from quack_lm.data.corpus import Corpus
-from quack_lm.data.manifest import SPLITS, TokenData
+from quack_lm.data.manifest import SPLITS
+from quack_lm.data.settings import DataSettings
+from quack_lm.data.sources import DataSources
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import nearest_existing_parent
 from quack_lm.model import Transformer, count_parameters
@@ -60,7 +61,7 @@ class Context:
     settings: TrainerSettings
     run_dir: RunDir
     model: Transformer | None = None
-    data: TokenData | None = None
+    data: DataSources | None = None
 
     @property
     def is_login_node(self) -> bool:
@@ -108,14 +109,14 @@ def _check_ranks(context: Context) -> str:
 
 
 def _check_data(context: Context) -> str:
-    corpus: Corpus = instantiate(context.config["data"])
-    data = open_data(corpus, context.config["model"]["vocab_size"])
+    settings: DataSettings = instantiate(context.config["data"])
+    data = open_data(settings, context.config["model"]["vocab_size"])
     for split in SPLITS:
         data.sequences(split, context.settings.seq_len)
-    if corpus.verify_checksums and launched_world()[2] == 0:  # one process per machine reads every byte
+    if settings.verify_checksums and launched_world()[2] == 0:  # one process per machine reads every byte
         data.verify_checksums()
     context.data = data
-    return f"{corpus.dir}, {data.manifest.split('train').tokens:,} training tokens"
+    return f"{', '.join(settings.directories)}, {data.train_tokens:,} training tokens"
 
 
 def _check_run_dir(context: Context) -> str:
