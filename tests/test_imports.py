@@ -74,10 +74,11 @@ LAYERS: dict[str, set[str]] = {
     "data": {"errors", "files", "text"},
 }
 LAYERS["training"] = {*LAYERS}
+LAYERS["generate"] = {"data", "errors", "files", "model", "parallel", "training"}
 LAYERS["sweep"] = {"config", "errors", "files", "slurm", "text", "training"}
 LAYERS["report"] = {"config", "errors", "files", "slurm", "sweep", "text", "training"}
 LAYERS["paper"] = {"report"}
-LAYERS["bench"] = {*LAYERS} - {"paper", "sweep"}
+LAYERS["bench"] = {*LAYERS} - {"paper", "sweep", "generate"}
 LAYERS["cli"] = {*LAYERS}
 LAYERS["__main__"] = {"cli"}
 
