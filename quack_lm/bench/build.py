@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quack_lm.bench.decode import DecodeStep
 from quack_lm.bench.muon import MuonStep
 from quack_lm.bench.peers import make_peer_step
 from quack_lm.bench.ranks import LaunchedStep
@@ -24,6 +25,8 @@ def make_step(
         return LaunchedStep(settings, config["trainer"], variant.ranks, directory)
     if variant.muon:
         return MuonStep(config, world, is_ours=variant.muon == "ours")
+    if variant.decode:
+        return DecodeStep(config, world, keeps_keys=variant.decode == "keys")
     if variant.peer:
         return make_peer_step(variant.peer, config, world, directory)
     return RunStep(config, world, directory, variant.parts) if variant.parts else TrainingStep(config, world)

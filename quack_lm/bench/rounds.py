@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from quack_lm.bench.decode import DecodeStep
 from quack_lm.bench.ranks import LaunchedStep
 from quack_lm.bench.step import Phases, Timed
 from quack_lm.report.statistics import interval_of_typical, typical
@@ -63,7 +64,7 @@ def warm_up(makers: Mapping[str, Callable[[], Timed]], *, device: torch.device, 
         with PeakMemory(device) as peak:
             step = make()
             step.turn(steps)
-        own_bytes = step.memory_bytes if isinstance(step, LaunchedStep) else peak.bytes - others.bytes
+        own_bytes = step.memory_bytes if isinstance(step, LaunchedStep | DecodeStep) else peak.bytes - others.bytes
         found[name] = Warm(step, own_bytes)
     return found
 
