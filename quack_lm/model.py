@@ -7,7 +7,7 @@ Axes: B batch, T time, D model width, V vocabulary.
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from quack_lm.attention.base import Attention, linear
+from quack_lm.attention.cache import Cache, LayerCache, Span
 from quack_lm.attention.mask import Mask, count_documents, number_documents
 from quack_lm.attention.rope import rope_table
 from quack_lm.loss import cross_entropy
@@ -104,6 +105,11 @@ class Transformer(nn.Module):
         """The attention of each layer."""
         return [block.attention for block in self.blocks]  # type: ignore[misc]
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix of the output layer, [V, D]."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
     def count_documents(self, tokens_BT: Tensor) -> int | None:
         """How many documents the attention tells apart in tokens on the host; None where it does not."""
         return None if self.eot_id is None else count_documents(tokens_BT, self.eot_id)
@@ -130,11 +136,38 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if not with_head:
             return x
-        weight = self.embedding.weight if self.head is None else self.head.weight
         if targets_BT is None:
-            return F.linear(x, weight)
+            return F.linear(x, self.head_weight)
         x_ND, targets_N = x.flatten(0, 1), targets_BT.flatten()
-        return cross_entropy(x_ND, weight, targets_N, self.loss_chunk, is_compiled=self.is_compiled)
+        return cross_entropy(x_ND, self.head_weight, targets_N, self.loss_chunk, is_compiled=self.is_compiled)
+
+    def make_cache(self, batch: int, capacity: int, *, pads_B: Tensor | None = None) -> Cache:
+        """An empty cache for `batch` sequences of at most `capacity` tokens, the first `pads_B` of which only fill."""
+        first, weight = self.attentions[0], self.embedding.weight
+        return Cache(
+            [attention.cache_entries() for attention in self.attentions],
+            rope_width=first.rope_width,
+            rope_theta=first.rope_theta,
+            batch=batch,
+            capacity=capacity,
+            dtype=weight.dtype,
+            device=weight.device,
+            pads_B=pads_B,
+            eot_id=self.eot_id,
+        )
+
+    @torch.no_grad()
+    def decode(self, tokens_BT: Tensor, cache: Cache, *, n_logits: int = 1) -> Tensor:
+        """Logits of the last `n_logits` of new tokens behind those in the cache, [B, n_logits, V]; extends the cache.
+
+        As `forward` of all tokens so far computes them, but for rounding.
+        """
+        span, x = cache.extend(tokens_BT), self.embedding(tokens_BT)
+        if not span.start:
+            span = replace(span, mask=self.attentions[0].make_mask(x, span.mask.documents_BT))
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block.decode(x, span, layer)  # type: ignore[operator]
+        return F.linear(self.norm(x[:, -n_logits:]), self.head_weight)
 
     def compile_parts(self) -> None:
         """torch.compile each block, and the loss: parts, because between them FSDP gathers weights."""
@@ -187,6 +220,11 @@ class Block(nn.Module):
 
     def _layer(self, x_BTD: Tensor, rope_2TF: Tensor, mask: Mask) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_2TF, mask)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+    def decode(self, x_BTD: Tensor, span: Span, cache: LayerCache) -> Tensor:
+        """`forward` for new tokens behind those in the cache."""
+        x_BTD = x_BTD + self.attention.decode(self.attention_norm(x_BTD), span, cache)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 

@@ -20,14 +20,19 @@ class RMSNorm(nn.RMSNorm):
         return _OnCPU.apply(x, self.weight, self.eps)
 
 
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last axis: [..., width] -> [...], float32 or wider."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, dtype=exact)
+    return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class _OnCPU(torch.autograd.Function):
     """With n = x r, the normalized input, and g the gradient by y: dw = sum(g n), dx = r (g w - n mean(g w n))."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_W: Tensor, eps: float) -> Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = inverse_rms(x, eps).unsqueeze(-1)
         normalized = torch.mul(x, scale, out=torch.empty_like(x))
         ctx.save_for_backward(normalized, weight_W, scale)
         return normalized * weight_W

@@ -74,6 +74,11 @@ def echo(*lines: str, err: bool = False) -> None:
         print(escape(line), file=sys.stderr if err else sys.stdout, flush=True)
 
 
+def echo_piece(text: str) -> None:
+    """Print a part of a text, whose line breaks and tabs are kept, and no line break after it."""
+    print("".join(c if c in "\n\t" else escape(c) for c in text), end="", flush=True)
+
+
 class PrintableRecord(logging.LogRecord):
     """What libraries log, with `logging.setLogRecordFactory`: some repeat what they have read."""
 

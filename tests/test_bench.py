@@ -10,12 +10,13 @@ from calls import call
 
 from quack_lm.bench import suites
 from quack_lm.bench.build import make_step
+from quack_lm.bench.decode import plot
 from quack_lm.bench.isolated import IsolatedStep
 from quack_lm.bench.kernels import count_kernels, count_stabilizer_calls
 from quack_lm.bench.muon import MuonStep
 from quack_lm.bench.peers import make_peer_step
 from quack_lm.bench.ranks import LaunchedStep
-from quack_lm.bench.rounds import Turn, measure, quiet_rounds, summarize
+from quack_lm.bench.rounds import Summary, Turn, measure, quiet_rounds, summarize
 from quack_lm.bench.run_step import RunStep
 from quack_lm.bench.step import Phases, Timing, TrainingStep
 from quack_lm.cli.bench import read
@@ -222,6 +223,54 @@ def test_the_optimizers_of_the_suite_muon_make_the_same_step() -> None:
         assert (one - other).norm() < 0.02 * (other - start).norm()
 
 
+def test_a_decode_step_adds_a_token_behind_the_context_of_the_cache() -> None:
+    command = read(["suite=decode", *SMALL])
+    sizes = {}
+    for name in ("mla 128", "mla qk_norm absorbed 128", "mla qk_norm materialized 128", "mha 128", "gqa 128"):
+        config = command.configs[name]
+        config["attention"] |= {"n_kv_heads": 2} if name.startswith("gqa") else {}
+        step = make_step(command.variants[name], config, command.settings[name], HERE, Path("nowhere"))
+        for _ in range(2):
+            assert step.turn(2).phases_s.keys() == {"forward"}
+            assert step.cache.length == step.cache.layers[0].length == 16 + 1
+        sizes[name] = step.cache_bytes
+    # Width 32, 4 heads: a latent of 16 and a rotary key of 8; keys of 16 and values of 16; keys and values of 8.
+    assert list(sizes.values()) == [4 * n for n in (16 + 8, 16 + 8 + 4, 4 * (16 + 16), 4 * (8 + 8), 2 * (8 + 8))]
+
+
+def test_variants_that_differ_in_the_context_alone_share_a_model() -> None:
+    command = read(["suite=decode", *(setting for setting in SMALL if "seq_len" not in setting)])
+    names = ("mla 128", "mla 512", "mla qk_norm absorbed 128", "mla qk_norm materialized 128")
+    steps = [make_step(command.variants[n], command.configs[n], command.settings[n], HERE, Path(n)) for n in names]
+    assert [step.context for step in steps] == [128, 512, 128, 128]
+    assert steps[0].model is steps[1].model
+    assert len({id(step.model) for step in steps}) == 3
+
+
+def test_the_plot_of_decoding_has_a_line_for_each_cache(tmp_path: Path) -> None:
+    names = "mla 128,mla 512,mha 128,mha 512"
+    few = ("rounds=2", "steps=1", "warmup=1", f"only={names}", f"out={tmp_path}/turns.jsonl")
+    sizes = [setting for setting in SMALL if "seq_len" not in setting]
+    code, stdout, stderr = call("bench", "suite=decode", *few, *sizes, f"plot={tmp_path}/new/decode.png")
+    assert (code, stderr) == (0, "")
+    header, _, *rows = stdout.splitlines()
+    assert "cache B" in header
+    assert [row.split()[:2] for row in rows[:4]] == [name.split() for name in names.split(",")]
+    assert stdout.splitlines()[-1] == f"plot: {tmp_path}/new/decode.png"
+    assert (tmp_path / "new" / "decode.png").read_bytes().startswith(b"\x89PNG")
+    lines = [json.loads(line) for line in (tmp_path / "turns.jsonl").read_text().splitlines()]
+    assert {(line["variant"], line["cache_bytes"]) for line in lines} == {
+        *(("mla 128", 96), ("mla 512", 96), ("mha 128", 256), ("mha 512", 256))
+    }
+    found = [Summary(name, 1 / (i + 1), {}, "mla 128", 1.0, None) for i, name in enumerate(names.split(","))]
+    contexts = {name: int(name.split()[1]) for name in names.split(",")}
+    first, second = (
+        plot(found, contexts, {**dict.fromkeys(contexts, 96), "mha 128": 256, "mha 512": 256}).panels[0].lines
+    )
+    assert (first.label, first.points) == ("mla: 96 bytes per token and layer", [(128, 1.0), (512, 2.0)])
+    assert (second.label, second.points) == ("mha: 256 bytes per token and layer", [(128, 3.0), (512, 4.0)])
+
+
 @pytest.mark.parametrize(
     ("suite", "only"),
     [("stabilizers", "none,quack"), ("checkpoint", "none,asynchronous"), ("kernels", "mha none")],
@@ -265,6 +314,8 @@ def small_model() -> Transformer:
         (["suite=ranks", "trainer.global_batch_size=12"], "trainer.global_batch_size=12 must be a multiple of"),
         (["suite=compile", "model.width=3"], "model.width"),
         (["suite=compile", "--fast"], "--fast"),
+        (["suite=compile", "plot=a.png"], "plot=a.png is for suite=decode and must name a file that ends in .png"),
+        (["suite=decode", "plot=a.svg"], "plot=a.svg is for suite=decode"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:

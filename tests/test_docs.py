@@ -24,6 +24,7 @@ from test_refusals import TABLES
 from quack_lm import __version__
 from quack_lm.cli import VERBS, main
 from quack_lm.cli.bench import read as read_bench
+from quack_lm.cli.generate import read as read_generate
 from quack_lm.cli.gpu_check import choose, parts
 from quack_lm.cli.gpu_check import read as read_gpu_check
 from quack_lm.cli.lr_find import read as read_lr_find
@@ -126,6 +127,8 @@ def check_verb(words: list[str], command: Command, capsys: pytest.CaptureFixture
         check_sweep(arguments)
     elif verb == "bench":
         assert read_bench(arguments).configs
+    elif verb == "generate":
+        assert str(read_generate(arguments).checkpoint).startswith("runs/")
     elif verb == "gpu-check":
         own, is_dry = read_gpu_check(arguments)
         assert is_dry or command.is_marked

@@ -21,7 +21,7 @@ import pytest
 from calls import call_here, snapshot
 
 from quack_lm import report
-from quack_lm.config import choices
+from quack_lm.config import choices, compose
 from quack_lm.errors import UserError
 from quack_lm.paper import claims
 from quack_lm.paper import figures as paper_figures
@@ -708,6 +708,26 @@ def test_tuning_seeds_select_the_setting_and_the_others_judge_it(tmp_path, save)
         (pair,) = differences_at(separate, separate.places()[0])
         assert pair.by_seed == {seed: pytest.approx(0.1) for seed in (2, 3, 4)}
     assert "Seeds 0-1 select the setting" in as_markdown(directory)
+
+
+def test_the_bytes_at_decode_are_what_attention_and_stabilizer_declare(tmp_path, save):
+    expected = {("mha", "none"): "8,192", ("mla", "quack"): "640", ("mla", "qk_norm"): "768"}
+    sizes = ["model=1b", f"trainer.steps={STEPS}"]
+    cells = [
+        replace(
+            make_cell(tmp_path, *names), config=compose([*sizes, f"attention={names[0]}", f"stabilizer={names[1]}"])
+        )
+        for names in expected
+    ]
+    # One of another version is shown without a number.
+    cells.append(make_cell(tmp_path, "mla", "brand_new"))
+    for cell in cells:
+        write_run(cell)
+    lines = as_markdown(save(*cells)).splitlines()
+    start = next(n for n, line in enumerate(lines) if "| best lr |" in line)
+    assert lines[start].endswith("| at decode: bytes per token and layer |")
+    rows = [line.strip("| ").split(" | ") for line in lines[start + 2 : start + 2 + len(cells)]]
+    assert {(row[0].split()[0], row[1]): row[-1] for row in rows} == {**expected, ("mla", "brand_new"): table.NO_NUMBER}
 
 
 def test_a_best_rate_at_the_edge_of_the_grid_is_said_to_be(tmp_path, save):

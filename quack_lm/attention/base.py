@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from quack_lm.attention.cache import Entries, Entry, LayerCache, Span, attend_cached
 from quack_lm.attention.mask import Mask
 from quack_lm.attention.rope import rotate
 from quack_lm.attention.scores import Backend, MaxLogitKernel, attend, make_mask, packs_documents
@@ -43,6 +44,8 @@ class Attention(nn.Module, ABC):
     w_o: nn.Linear
     #: Whether the paths run from the layer's input to the logit with nothing but their factors on the way.
     has_plain_paths: bool = True
+    #: Whether decoding keeps full keys and values, also where the attention has a smaller form: for comparisons.
+    keeps_keys: bool = False
 
     def __init__(
         self,
@@ -101,6 +104,37 @@ class Attention(nn.Module, ABC):
         if max_H is not None:
             # Maximum, not mean: activation recomputation may report a head twice, and a maximum does not mind.
             self.max_logits_H.copy_(torch.maximum(self.max_logits_H, max_H))
+        return self.w_o(out_BHTV.transpose(1, 2).flatten(2))
+
+    # ------------------------------------------------------------------------------------------------ decoding
+
+    def cache_entries(self) -> Entries:
+        """What a token leaves in the cache of a layer: here its input, from which `decode` computes all again."""
+        return {"input": Entry(self.w_o.out_features)}
+
+    def decode(self, x_BTD: Tensor, span: Span, cache: LayerCache) -> Tensor:
+        """`forward` for new tokens behind those in the cache, [B, T, D]; the new ones are added to it.
+
+        This default is right for every causal attention, and slow; `keys_and_values` and `decode_with_keys` are faster,
+        for one whose forward is the one above and which projects each token by itself.
+        """
+        (x_B1SD,) = cache.append(input=x_BTD[:, None])
+        x_BSD = x_B1SD[:, 0]
+        return self.forward(x_BSD, span.rope, self.make_mask(x_BSD, span.mask.documents_BT))[:, span.start :]
+
+    def keys_and_values(self, n_heads: int, v_width: int) -> Entries:
+        """The entries of `decode_with_keys`, for `n_heads` key heads."""
+        return {"keys": Entry(self.qk_width, n_heads), "values": Entry(v_width, n_heads)}
+
+    def decode_with_keys(self, x_BTD: Tensor, span: Span, cache: LayerCache) -> Tensor:
+        """`decode` with a cache of stabilized and rotated keys, and of values."""
+        q, k, v = self.project(x_BTD)
+        q, k = self.seam(q, k, span.new_rope)
+        k, v = cache.append(keys=k, values=v)
+        if span.start:
+            out_BHTV = attend_cached(q, k, v, span)
+        else:
+            out_BHTV, _ = attend(q, k, v, mask=span.mask, backend=self.backend)
         return self.w_o(out_BHTV.transpose(1, 2).flatten(2))
 
 

@@ -9,6 +9,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from quack_lm.attention.base import Attention, even_split, linear, split_heads
+from quack_lm.attention.cache import Entries, LayerCache, Span
 from quack_lm.attention.scores import Backend
 from quack_lm.errors import UserError
 from quack_lm.logit_paths import Factor, LogitPath
@@ -61,3 +62,11 @@ class MHA(Attention):
     def logit_paths(self) -> tuple[LogitPath, ...]:
         """{W_Q[h], W_K[group of h]}."""
         return (LogitPath("qk", (Factor("w_q", self.n_heads), Factor("w_k", self.n_kv_heads))),)
+
+    def cache_entries(self) -> Entries:
+        """The key and the value of each key head."""
+        return self.keys_and_values(self.n_kv_heads, self.qk_width)
+
+    def decode(self, x_BTD: Tensor, span: Span, cache: LayerCache) -> Tensor:
+        """New tokens attend to the keys and values of all."""
+        return self.decode_with_keys(x_BTD, span, cache)

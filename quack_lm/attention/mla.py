@@ -4,7 +4,15 @@
     k_nope = W_uk[h] c_kv      k_rope = R W_kr x            v    = W_uv[h] c_kv
     logit  = (q_nope . k_nope + q_rope . k_rope) / sqrt(nope_dim + rope_dim)
 
-W_kr and the two down-projections are shared by all heads.
+W_kr and the two down-projections are shared by all heads. So decoding keeps c_kv and k_rope of each token, and absorbs
+W_uk and W_uv into the query and the output:
+
+    q_nope . k_nope = (W_uk[h]^T q_nope) . c_kv       sum_t a_t v_t = W_uv[h] sum_t a_t c_kv[t]
+
+A stabilizer that scales keys by a gain g and by one number r per token and head (QK norm: the inverse root mean square
+of the key) leaves this form (arXiv 2606.16310); r is kept, too:
+
+    logit = r (W_uk[h]^T (g_nope q_nope) . c_kv + q_rope . R (g_rope W_kr x)) / sqrt(nope_dim + rope_dim)
 """
 
 from collections.abc import Callable
@@ -14,6 +22,8 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from quack_lm.attention.base import Attention, even_split, linear, split_heads
+from quack_lm.attention.cache import Entries, Entry, LayerCache, ScalesKeys, Span, attend_latents
+from quack_lm.attention.rope import rotate
 from quack_lm.attention.scores import Backend
 from quack_lm.errors import UserError
 from quack_lm.logit_paths import Factor, LogitPath
@@ -84,13 +94,21 @@ class MLA(Attention):
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Down to the latents, up to the heads; the rotary key is repeated for every head."""
+        q = self._queries(x_BTD)
+        c_kv, k_rope = self._cached(x_BTD)
+        return q, self._keys(c_kv, k_rope), split_heads(self.w_uv(c_kv), self.n_heads)
+
+    def _queries(self, x_BTD: Tensor) -> Tensor:
         c_q = self.q_norm(self.w_dq(x_BTD))
-        c_kv = self.kv_norm(self.w_dkv(x_BTD))
-        q_nope, q_rope, k_nope, v = (
-            split_heads(up, self.n_heads) for up in (self.w_uq(c_q), self.w_qr(c_q), self.w_uk(c_kv), self.w_uv(c_kv))
-        )
-        k_rope = split_heads(self.w_kr(x_BTD), 1).expand(-1, self.n_heads, -1, -1)
-        return torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, k_rope], -1), v
+        return torch.cat([split_heads(up(c_q), self.n_heads) for up in (self.w_uq, self.w_qr)], -1)
+
+    def _cached(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent [B, T, C], and the rotary key before rotation [B, 1, T, R]: what the heads share."""
+        return self.kv_norm(self.w_dkv(x_BTD)), split_heads(self.w_kr(x_BTD), 1)
+
+    def _keys(self, c_kv_BTC: Tensor, k_rope_B1TR: Tensor) -> Tensor:
+        k_nope = split_heads(self.w_uk(c_kv_BTC), self.n_heads)
+        return torch.cat([k_nope, k_rope_B1TR.expand(-1, self.n_heads, -1, -1)], -1)
 
     def logit_paths(self) -> tuple[LogitPath, ...]:
         """{W_uq[h], W_dq, W_uk[h], W_dkv} and {W_qr[h], W_dq, W_kr}; a normalized latent hides its down-projection."""
@@ -98,3 +116,45 @@ class MLA(Attention):
         content = (Factor("w_uq", self.n_heads), *w_dq, Factor("w_uk", self.n_heads), *w_dkv)
         rope = (Factor("w_qr", self.n_heads), *w_dq, Factor("w_kr"))
         return (LogitPath("content", content), LogitPath("rope", rope))
+
+    @property
+    def is_absorbed(self) -> bool:
+        """Whether decoding keeps latents: unless something else than a scale is between them and the keys."""
+        return not self.keeps_keys and isinstance(self.seam.transform, ScalesKeys | None)
+
+    def cache_entries(self) -> Entries:
+        """The latent and the rotary key, which all heads share, and what a stabilizer scales each head's key by."""
+        if not self.is_absorbed:
+            return self.keys_and_values(self.n_heads, self.w_uv.out_features // self.n_heads)
+        latent = {"latent": Entry(self.w_dkv.out_features + self.rope_width)}
+        # A rounded scale would shift the logits of a token all together, so that it is never bfloat16.
+        scale = Entry(1, self.n_heads, least_dtype=torch.float32)
+        return latent if self.seam.transform is None else {**latent, "key_scale": scale}
+
+    def decode(self, x_BTD: Tensor, span: Span, cache: LayerCache) -> Tensor:
+        """New tokens attend to the latents of all; the first ones, which need no cache, as in training."""
+        if not self.is_absorbed:
+            return self.decode_with_keys(x_BTD, span, cache)
+        q, (c_kv, k_rope) = self._queries(x_BTD), self._cached(x_BTD)
+        nope, transform = self.qk_width - self.rope_width, self.seam.transform
+        scale: dict[str, Tensor] = {}
+        if isinstance(transform, ScalesKeys):
+            scale = {"key_scale": transform.key_scale(self._keys(c_kv, k_rope))[..., None]}
+            q, gain_K = transform.transform_queries(q), transform.key_gain_K
+            # A gain does not commute with the rotation, so that its rotary part stays with the key.
+            q, k_rope = torch.cat([q[..., :nope] * gain_K[:nope], q[..., nope:]], -1), k_rope * gain_K[nope:]
+        latent = torch.cat([c_kv[:, None], rotate(k_rope, span.new_rope)], -1)
+        latent, *key_scale = cache.append(latent=latent, **scale)
+        if not span.start:
+            return self.forward(x_BTD, span.rope, span.mask)
+        w_uk, w_uv = (w.weight.unflatten(0, (self.n_heads, -1)) for w in (self.w_uk, self.w_uv))
+        q_latent = torch.einsum("bhtn,hnc->bhtc", q[..., :nope], w_uk)
+        out_BHTC = attend_latents(
+            torch.cat([q_latent, rotate(q[..., nope:], span.new_rope)], -1),
+            latent[:, 0],
+            latent[:, 0, :, : -self.rope_width],
+            span,
+            scale=self.qk_width**-0.5,
+            key_scale_BHS=key_scale[0][..., 0] if key_scale else None,
+        )
+        return self.w_o(torch.einsum("bhtc,hvc->bthv", out_BHTC, w_uv).flatten(2))

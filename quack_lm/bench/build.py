@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quack_lm.bench.decode import DecodeStep
 from quack_lm.bench.isolated import IsolatedStep
 from quack_lm.bench.muon import MuonStep
 from quack_lm.bench.peers import make_peer_step
@@ -37,6 +38,8 @@ def make_here(variant: Variant, config: dict[str, Any], directory: Path, world: 
     """The step in this process."""
     if variant.muon:
         return MuonStep(config, world, is_ours=variant.muon == "ours")
+    if variant.decode:
+        return DecodeStep(config, world, keeps_keys=variant.decode == "keys")
     if variant.peer:
         return make_peer_step(variant.peer, config, world, directory)
     return RunStep(config, world, directory, variant.parts) if variant.parts else TrainingStep(config, world)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from quack_lm.bench.decode import DecodeStep
 from quack_lm.bench.isolated import IsolatedStep
 from quack_lm.bench.ranks import LaunchedStep
 from quack_lm.bench.step import Phases, TimedStep
@@ -65,8 +66,10 @@ def warm_up(makers: Mapping[str, Callable[[], TimedStep]], *, device: torch.devi
         with PeakMemory(device) as peak:
             step = make()
             step.turn(steps)
-        own_bytes = step.memory_bytes if isinstance(step, LaunchedStep | IsolatedStep) else peak.bytes - others.bytes
-        found[name] = WarmStep(step, own_bytes)
+        if isinstance(step, LaunchedStep | IsolatedStep | DecodeStep):
+            found[name] = WarmStep(step, step.memory_bytes)
+        else:
+            found[name] = WarmStep(step, peak.bytes - others.bytes)
     return found
 
 

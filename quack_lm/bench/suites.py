@@ -22,6 +22,20 @@ BASE = (
     "trainer.global_batch_size=8",
     "trainer.compile=false",
 )
+# A layer of the paper's 1B model, decoding one sequence.
+DECODE_BASE = (
+    "experiment=tiny",
+    "model.vocab_size=4096",
+    "model.d_model=2048",
+    "model.n_layers=1",
+    "model.n_heads=32",
+    "model.d_ff=8192",
+    "model.tied_embeddings=true",
+    "trainer.micro_batch_size=1",
+    "trainer.global_batch_size=1",
+    "trainer.compile=false",
+)
+CONTEXTS = (128, 512, 2048, 8192, 32768)
 # The intervals of the paper's runs; but checkpoints, of which a turn should not take 500 steps.
 INTERVALS = ("logger.log_every=10", "trainer.probe_every=50", "trainer.checkpoint_every=50")
 
@@ -31,6 +45,8 @@ INSTALL = "pip install -e '.[peers]'"
 
 Part = Literal["data", "log", "probe", "checkpoint"]
 Scaling = Literal["strong", "weak"]
+# What a cache has at decode: what the attention declares, or full keys and values.
+Kept = Literal["declared", "keys"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,7 @@ class Variant:
         peer: whose step it is, a name in `peers.py`.
         package: what it needs besides the project's own dependencies.
         muon: whose optimizer makes a step, without a model.
+        decode: what the cache of a step has that decodes one token.
         ranks: how many processes torchrun starts for it.
         scaling: strong: they share the batch of one rank; weak: each has as much.
         is_isolated: whether its steps are made in a process of their own, with the memory settings of its library.
@@ -56,6 +73,7 @@ class Variant:
     peer: str | None = None
     package: str | None = None
     muon: Literal["ours", "torch"] | None = None
+    decode: Kept | None = None
     ranks: int = 0
     scaling: Scaling = "strong"
     needs_gpu: bool = False
@@ -95,9 +113,10 @@ Variants = Mapping[str, Variant]
 
 @dataclass(frozen=True)
 class Suite:
-    """Variants, and how often each is measured unless the user says it."""
+    """Variants, and how often each is measured unless the user says it; `base`: settings before all others."""
 
     variants: Variants
+    base: Sequence[str] = BASE
     rounds: int = 10
     steps: int = 3
     warmup: int = 3
@@ -121,6 +140,22 @@ def _ranks() -> Variants:
     scalings: tuple[Scaling, ...] = ("strong", "weak")
     several = {f"{n} ranks {kind}": Variant(ranks=n, scaling=kind) for kind in scalings for n in (2, 4)}
     return {"1 rank": Variant(ranks=1), **several}
+
+
+def _decode() -> Variants:
+    """Relative to MLA with a cache of latents and without a stabilizer, behind the same context."""
+    forms: dict[str, tuple[list[str], Kept]] = {
+        "mla": (["attention=mla"], "declared"),
+        "mla qk_norm absorbed": (["attention=mla", "stabilizer=qk_norm"], "declared"),
+        "mla qk_norm materialized": (["attention=mla", "stabilizer=qk_norm"], "keys"),
+        "mha": (["attention=mha"], "declared"),
+        "gqa": (["attention=mha", "attention.n_kv_heads=8"], "declared"),
+    }
+    return {
+        f"{name} {n}": Variant([*settings, f"trainer.seq_len={n}"], baseline=f"mla {n}", decode=kept)
+        for name, (settings, kept) in forms.items()
+        for n in CONTEXTS
+    }
 
 
 def _peers() -> dict[str, Variant]:
@@ -228,6 +263,7 @@ SUITES: Mapping[str, Suite] = {
     "ranks": Suite(_ranks(), rounds=6),
     "peers": Suite(_peers()),
     "kernels": Suite(_kernels()),
+    "decode": Suite(_decode(), DECODE_BASE, steps=8),
     "step": _each({"step": []}),  # of one config
 }
 

@@ -11,11 +11,12 @@ suite=NAME     what is compared
 rounds=10      how often each variant has its turn; a ratio has an interval from six rounds on
 steps=3        steps of a turn
 warmup=3       steps of each variant before the first round: caches, compilation, and its peak memory
-               (loader, probe and checkpoint: 6 rounds of 50 steps, whole intervals; ranks: 6 rounds)
+               (loader, probe and checkpoint: 6 rounds of 50 steps, whole intervals; ranks: 6 rounds; decode: 8 steps)
 out=FILE       a line of JSON for each turn, runs/bench/<suite>.jsonl unless given
 only=A,B       some variants of the suite
 trace=FILE     after that, a trace of the first variant's steps for Perfetto or chrome://tracing (FILE.json.gz), and
                the operations that took longest
+plot=FILE      of suite=decode: decode steps per second against the length of the context (FILE.png or FILE.pdf)
 
 Every other key=value is a setting of all variants, as of quack-lm train. Tokens are random, so no data set is needed.
 Rounds in which a fixed matrix product between the turns took 1.25 times its median are left out and counted: then
@@ -41,7 +42,7 @@ from quack_lm.bench import suites
 from quack_lm.bench.suites import Suite, Variant
 from quack_lm.config import compose, instantiate, unknown_flag
 from quack_lm.errors import UserError, explaining
-from quack_lm.files import user_path, write_atomically
+from quack_lm.files import user_path, write_atomically, write_together
 from quack_lm.report.table import Table, significant
 from quack_lm.text import echo
 from quack_lm.training.counts import format_count
@@ -80,6 +81,7 @@ class Command:
     counts: dict[str, int]  # rounds, steps, warmup
     out: Path
     trace: Path | None
+    plot: Path | None
     variants: dict[str, Variant]
     settings: dict[str, list[str]]  # of each variant, on top of BASE
     configs: dict[str, dict[str, Any]]
@@ -143,6 +145,7 @@ def measure(command: Command, world: "World", directory: Path) -> None:
     """Write a line for each turn, those of a round at its end, and print the table."""
     from quack_lm.bench import rounds
     from quack_lm.bench.build import make_step
+    from quack_lm.bench.decode import DecodeStep
     from quack_lm.bench.trace import trace
     from quack_lm.training.build import count_flops_per_token
     from quack_lm.training.flops import peak_flops
@@ -157,10 +160,11 @@ def measure(command: Command, world: "World", directory: Path) -> None:
     scales = {}
     for name, variant in command.variants.items():
         config = command.configs[name]
-        peak = peaks[config["trainer"]["precision"]]
+        peak = None if variant.decode else peaks[config["trainer"]["precision"]]
         at_peak_s = count_flops_per_token(config) / (peak * (variant.ranks or world.size)) if peak else None
         step, memory_bytes = warm[name]
-        scales[name] = Scale(step.tokens_per_step, at_peak_s, memory_bytes)
+        cache_bytes = step.cache_bytes if isinstance(step, DecodeStep) else None
+        scales[name] = Scale(step.tokens_per_step, at_peak_s, memory_bytes, cache_bytes)
 
     def write_turns(turns: "Sequence[Turn]") -> None:
         if world.is_main:
@@ -182,6 +186,8 @@ def measure(command: Command, world: "World", directory: Path) -> None:
         left_out = command.counts["rounds"] - len(kept)
         echo(f"{len(kept)} rounds, {left_out} left out because the machine was busy; {_machine(world)}")
         echo(f"each turn is in {command.out}", *operations)
+        if command.plot:
+            _write_plot(command, found, scales)
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,7 @@ class Scale:
     tokens: int
     at_peak_s: float | None  # the time of a token at the devices' peak, where that is known
     memory_bytes: int
+    cache_bytes: int | None = None  # of a token in a layer, at decode
 
     def tokens_per_s(self, step_s: float) -> float | None:
         """Throughput over all ranks, of steps that have tokens."""
@@ -204,7 +211,7 @@ class Scale:
 
 def _line(turn: "Turn", scale: Scale) -> dict[str, Any]:
     rates = {"tokens_per_s": scale.tokens_per_s(turn.step_s), "mfu": scale.mfu(turn.step_s)}
-    return {**asdict(turn), **rates, "memory_bytes": scale.memory_bytes}
+    return {**asdict(turn), **rates, "memory_bytes": scale.memory_bytes, "cache_bytes": scale.cache_bytes}
 
 
 def _writing(command: Command) -> AbstractContextManager[None]:
@@ -216,6 +223,20 @@ def _write(command: Command, lines: Sequence[Mapping[str, Any]]) -> None:
         write_atomically(command.out, "".join(json.dumps({"suite": command.suite, **line}) + "\n" for line in lines))
 
 
+def _write_plot(command: Command, found: "Sequence[Summary]", scales: Mapping[str, Scale]) -> None:
+    from quack_lm.bench.decode import plot
+    from quack_lm.report.draw import draw, save
+
+    assert command.plot is not None
+    contexts = {name: config["trainer"]["seq_len"] for name, config in command.configs.items()}
+    cache_bytes = {name: scale.cache_bytes for name, scale in scales.items() if scale.cache_bytes is not None}
+    figure = draw(plot(found, contexts, cache_bytes))
+    with explaining(f"plot={command.plot}", "or choose another"):
+        command.plot.parent.mkdir(parents=True, exist_ok=True)
+        write_together({command.plot: save(figure, command.plot.suffix.removeprefix("."))})
+    echo(f"plot: {command.plot}")
+
+
 def _machine(world: "World") -> str:
     import torch
 
@@ -225,6 +246,7 @@ def _machine(world: "World") -> str:
 
 
 def _table(found: "Sequence[Summary]", scales: Mapping[str, Scale]) -> str:
+    has_cache = any(scale.cache_bytes is not None for scale in scales.values())
     phases = {short: name for short, name in PHASES.items() if any(name in one.phases_s for one in found)}
     rows = []
     for one in found:
@@ -238,6 +260,7 @@ def _table(found: "Sequence[Summary]", scales: Mapping[str, Scale]) -> str:
                 one.variant,
                 "" if speed is None else format_count(speed),
                 "" if mfu is None else f"{100 * mfu:.3g}%",
+                *([f"{scale.cache_bytes:,}"] if has_cache else []),
                 significant(scale.memory_bytes / MIB),
                 significant(1e3 * one.step_s),
                 *own,
@@ -245,7 +268,8 @@ def _table(found: "Sequence[Summary]", scales: Mapping[str, Scale]) -> str:
                 f"{one.fastest_ratio:.3f}" if one.variant != one.baseline else "",
             )
         )
-    header = ("variant", "tok/s", "MFU", "MiB", "ms", *phases, "relative step time", "fastest")
+    cache = ["cache B"] if has_cache else []
+    header = ("variant", "tok/s", "MFU", *cache, "MiB", "ms", *phases, "relative step time", "fastest")
     return Table(header=header, rows=rows, numeric=range(1, len(header))).as_text()
 
 
@@ -310,7 +334,7 @@ def read(arguments: list[str]) -> Command:
     variants, notes = _chosen(suite, own.get("only"))
     # A model that is chosen has its own sizes: those of BASE, as single keys, would win over it.
     is_chosen = any(override.lstrip("+").startswith("model=") for override in overrides)
-    base = [setting for setting in suites.BASE if not (is_chosen and setting.startswith("model."))]
+    base = [setting for setting in suite.base if not (is_chosen and setting.startswith("model."))]
     settings, configs = {}, {}
     for name, variant in variants.items():
         settings[name] = [*variant.settings, *overrides]
@@ -331,10 +355,13 @@ def read(arguments: list[str]) -> Command:
         )
     if trace and not trace.name.endswith((".json", ".json.gz")):
         raise UserError(f"trace={own['trace']} must name a file that ends in .json or .json.gz")
+    plot = user_path(own["plot"]) if "plot" in own else None
+    if plot and (own["suite"] != "decode" or plot.suffix not in (".png", ".pdf")):
+        raise UserError(f"plot={own['plot']} is for suite=decode and must name a file that ends in .png or .pdf")
     for key, path in (("out", out), ("trace", trace)):
         if path and (path.is_dir() or not path.name):
             raise UserError(f"{key}={own.get(key)} must name a file")
-    return Command(own["suite"], counts, out, trace, variants, settings, configs, notes)
+    return Command(own["suite"], counts, out, trace, plot, variants, settings, configs, notes)
 
 
 def _chosen(suite: Suite, only: str | None) -> tuple[dict[str, Variant], list[str]]:
@@ -356,7 +383,7 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         if argument.startswith("-"):
             raise UserError(unknown_flag(argument, []))
         name, _, value = argument.partition("=")
-        if name in ("suite", "out", "only", "trace", *COUNTS):
+        if name in ("suite", "out", "only", "trace", "plot", *COUNTS):
             own[name] = value
         else:
             overrides.append(argument)

@@ -122,6 +122,24 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flatten(config).items() if not any(k == n or k.startswith(n + ".") for n in NOT_IDENTITY)}
 
 
+def from_identity(flat: dict[str, Any], where: str) -> dict[str, Any]:
+    """A checked config with this identity, and defaults for the keys that are not part of it; of unknown origin.
+
+    UserError that names `where` it is from, if it is none, or of another version.
+    """
+    config: dict[str, Any] = {"logger": {"_target_": SECTIONS["logger"]}}
+    for key, value in flat.items():
+        section, _, name = str(key).partition(".")
+        if name and not isinstance(config.setdefault(section, {}), dict):
+            raise UserError(f"{where}: {section} is a section and a value")
+        (config[section] if name else config)[name or section] = value
+    refuse_other_version(config, where)
+    try:
+        return check(config)
+    except UserError as error:
+        raise UserError(f"{where}: its config is not one of this version: {error}") from None
+
+
 def older_identity(before: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """The identity of a run of an earlier version, with the keys that are new since: they have their defaults."""
     found = dict(before)

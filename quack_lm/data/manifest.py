@@ -127,7 +127,7 @@ class TokenData:
         UserError where it is missing or damaged, which suggests `quack-lm prepare data=CHOICE`.
         """
         manifest, digest = read_manifest(directory, choice=choice)
-        _check_tokenizer(directory, manifest)
+        check_tokenizer(directory, manifest)
         _check_sizes(directory, manifest)
         data = cls(directory, manifest, digest)
         if verify_checksums:
@@ -181,7 +181,8 @@ def read_manifest(directory: Path, *, choice: str = "...") -> tuple[Manifest, st
     return manifest, hashlib.sha256(raw).hexdigest()
 
 
-def _check_tokenizer(directory: Path, manifest: Manifest) -> None:
+def check_tokenizer(directory: Path, manifest: Manifest) -> None:
+    """UserError where the tokenizer of a data set is not the one of its manifest."""
     folder = directory / TOKENIZER
     expected = manifest.tokenizer.files
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -80,17 +80,27 @@ def _load_tokenizer(corpus: Corpus) -> Tokenizer:
 
     name, what = locate_tokenizer(corpus), f"data.tokenizer={corpus.tokenizer}"
     if os.path.isdir(name):
-        with input_errors(lambda: what, problem="not a transformers tokenizer directory"):
-            for path in Path(name).iterdir():
-                if not path.is_dir():
-                    open_regular(path).close()  # the library would wait for a pipe
-            return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return _open_directory(Path(name), what)
     # What is in the cache needs no hub; where it is incomplete, the hub may have it.
     with contextlib.suppress(Exception):
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     require_hub(what)
     with input_errors(lambda: what):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def _open_directory(directory: Path, what: str) -> Tokenizer:
+    with input_errors(lambda: what, problem="not a transformers tokenizer directory"):
+        for path in directory.iterdir():
+            if not path.is_dir():
+                open_regular(path).close()  # the library would wait for a pipe
+        return _read_tokenizer(directory)
+
+
+def _read_tokenizer(directory: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def _train_tokenizer(corpus: TextCorpus, *, progress: bool) -> Tokenizer:
@@ -210,22 +220,11 @@ class Encoder:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # What a tokenizer lacks may show only at a text that needs it.
         with input_errors(lambda: f"data.tokenizer={self.corpus.tokenizer}", problem="it cannot encode a document"):
-            ids = self._encode_all(texts)
+            ids = encode_texts(self.tokenizer, texts)
         # A document that spells the end-of-text token gets the ids of its letters: only we end documents.
         for i, text in enumerate(texts):
             if self.eot_id in ids[i]:
                 ids[i] = self._encode_without_end(text)
-        return ids
-
-    def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        import tokenizers
-
-        if isinstance(self.tokenizer, tokenizers.Tokenizer):
-            # It is set here because pickling, on the way to a worker, forgets it.
-            self.tokenizer.encode_special_tokens = True
-            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        ids: list[list[int]] = encoded["input_ids"]
         return ids
 
     def _encode_without_end(self, text: str) -> list[int]:
@@ -252,6 +251,19 @@ class Encoder:
         return [token for a, b in itertools.pairwise(cuts) for token in self._encode_without_end(text[a:b])]
 
 
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids of each text, in which the name of a special token is text like any other."""
+    import tokenizers
+
+    if isinstance(tokenizer, tokenizers.Tokenizer):
+        # It is set here because pickling, on the way to a worker, forgets it.
+        tokenizer.encode_special_tokens = True
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
 def lost_characters(text: str, decoded: str) -> Counter[str]:
     """The characters, white space apart, that a text has more often than what was decoded from its tokens."""
     decoded = "".join(decoded.split())
@@ -272,20 +284,55 @@ def _is_lossless(tokenizer: Tokenizer) -> bool:
 
 def saved_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer that a data set has a copy of: an interrupted preparation continues with it."""
-    from transformers import AutoTokenizer
-
     with input_errors(lambda: f"data.dir: {directory / TOKENIZER}", problem=f"remove {directory} to start again"):
-        return AutoTokenizer.from_pretrained(directory / TOKENIZER, local_files_only=True, trust_remote_code=False)
+        return _read_tokenizer(directory / TOKENIZER)
 
 
 def make_encoder(corpus: TextCorpus, directory: Path, eot_id: int) -> Encoder:
     """An encoder with the tokenizer of a data set."""
-    tokenizer = saved_tokenizer(directory)
+    tokenizer = _inner(saved_tokenizer(directory))
+    return Encoder(corpus, tokenizer, eot_id, token_dtype(corpus), _is_lossless(tokenizer))
+
+
+def _inner(tokenizer: Tokenizer) -> Tokenizer:
+    """The `tokenizers.Tokenizer` inside of a fast one, which cuts and fills up nothing."""
     if tokenizer.is_fast:
         tokenizer = tokenizer.backend_tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    return Encoder(corpus, tokenizer, eot_id, token_dtype(corpus), _is_lossless(tokenizer))
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A saved tokenizer for the text that a trained model reads and writes.
+
+    Its ids of a text are those that the preparation of a data set makes of it.
+    """
+
+    tokenizer: Tokenizer
+    eot_id: int
+    size: int  # ids are below
+
+    @classmethod
+    def open(cls, directory: Path, what: str, *, eot_token: str | None = None, eot_id: int | None = None) -> Self:
+        """Read a directory that transformers wrote; UserError, which begins with `what`, where it is none."""
+        tokenizer = _open_directory(directory, what)
+        vocabulary = tokenizer.get_vocab()
+        if eot_id is None:
+            if eot_token not in vocabulary:
+                raise UserError(f"{what}: its vocabulary has no {eot_token!r}, which ends documents in the run's data")
+            eot_id = int(vocabulary[eot_token])
+        return cls(_inner(tokenizer), eot_id, 1 + max(vocabulary.values(), default=-1))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without an end-of-text token."""
+        return encode_texts(self.tokenizer, [text])[0]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of some ids."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return text
 
 
 def dtype_name(corpus: Corpus) -> Literal["uint16", "uint32"]:

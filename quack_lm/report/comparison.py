@@ -300,6 +300,7 @@ class OverRates:
     sensitivity_interval: tuple[float, float] | None  # None where the same seeds selected the settings
     largest_stable: float | None
     missing: list[float]  # planned rates at which no run has finished
+    cache_bytes: int | None  # of a token in each layer at decode, in bfloat16
 
     @property
     def plateau_text(self) -> str:
@@ -357,6 +358,7 @@ def _over_rates(best: dict[float, Best], attention: str, stabilizer: str) -> Ove
         sensitivity_interval=t_interval(each) if is_complete and all(b.tries == 1 for b in best.values()) else None,
         largest_stable=largest_stable_rate({lr: _are_healthy(members) for lr, members in runs.items()}),
         missing=missing,
+        cache_bytes=runs[best_rate][0].cache_bytes,
     )
 
 

@@ -1,5 +1,7 @@
 """What the runs of a sweep directory measured, as plain data for the table, the figures and the page."""
 
+import functools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quack_lm.config import choice, fingerprint
+from quack_lm.config import check, choice, fingerprint
+from quack_lm.errors import UserError
 from quack_lm.files import LARGEST_FLOAT
 from quack_lm.report.curves import EMPTY, Array, Curve, CurveReader, read_lines
 from quack_lm.sweep.cell import Cell
@@ -144,6 +147,13 @@ class Result:
         if not (seconds and n_probes and elapsed and self.step):
             return None
         return seconds / n_probes, seconds / n_probes / (elapsed / self.step)
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """The bytes of a token in each layer at decode, in bfloat16; None for a config of another version."""
+        # Runs that differ in what no cache depends on are computed once.
+        same = {"run_dir": None, "seed": 0, "optimizer": {**self.cell.config["optimizer"], "lr": 1.0}}
+        return _cache_bytes(json.dumps({**self.cell.config, **same}))
 
     @property
     def steps_saved(self) -> int:
@@ -304,6 +314,16 @@ def make_results(directory: Path, plan: SweepPlan, entries: Sequence[Entry]) -> 
 
     results.sort(key=rank)
     return Results(directory=directory, plan=plan, results=results)
+
+
+@functools.cache
+def _cache_bytes(config_json: str) -> int | None:
+    from quack_lm.training.build import count_cache_bytes  # late: torch is needed for nothing else
+
+    try:
+        return count_cache_bytes(check(json.loads(config_json)))
+    except UserError:
+        return None
 
 
 def _number(value: Any) -> float:

@@ -148,6 +148,7 @@ def _over_rates(results: Results) -> Section:
             loss(entry.sensitivity) + _bounds(entry.sensitivity_interval),
             NO_NUMBER if entry.largest_stable is None else f"{entry.largest_stable:g}",
             ", ".join(f"{lr:g}" for lr in entry.missing),
+            NO_NUMBER if entry.cache_bytes is None else f"{entry.cache_bytes:,}",
         )
         for entry in entries
     ]
@@ -165,7 +166,8 @@ def _over_rates(results: Results) -> Section:
         "its, with ≤ or ≥ where it reaches the edge of the grid. LR sensitivity (Wortsman et al., arXiv 2309.14322) is "
         "the mean over the rates of min(loss, initial loss) minus the best loss, of each seed; small is robust. It "
         "needs finished runs at every planned rate, and evenly spaced logarithms of the rates. Largest stable lr: at "
-        "this rate and at all lower ones every planned run is healthy." + (edge if at_edge else ""),
+        "this rate and at all lower ones every planned run is healthy. At decode: what a token leaves in the cache, in "
+        "bfloat16, by what the attention and the stabilizer declare." + (edge if at_edge else ""),
         table=Table(
             header=(
                 "attention",
@@ -177,9 +179,10 @@ def _over_rates(results: Results) -> Section:
                 "LR sensitivity",
                 "largest stable lr",
                 "missing lr",
+                "at decode: bytes per token and layer",
             ),
             rows=rows,
-            numeric=range(2, 9),
+            numeric=range(2, 10),
         ),
     )
 

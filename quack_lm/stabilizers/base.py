@@ -22,7 +22,10 @@ class Stabilizer:
     scales_weight_decay: bool = True
 
     def qk_transform(self, head_dim: int) -> nn.Module | None:
-        """A module on (q, k) of one layer, both [B, heads, T, head_dim], applied before rotation; None for none."""
+        """A module on (q, k) of one layer, both [B, heads, T, head_dim], applied before rotation; None for none.
+
+        One that only scales keys says so (`ScalesKeys` in attention/cache.py), and keeps a cache of latents possible.
+        """
         return None
 
     def initialize(self, paths: Paths, norms: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from quack_lm import slurm
 from quack_lm.attention.base import Attention
+from quack_lm.attention.cache import bytes_per_token
 from quack_lm.attention.scores import implementation, resolve_backend, resolve_max_logits
 from quack_lm.config import choice, fingerprint, identity, instantiate
 from quack_lm.data.batches import EvalBatches, SequenceMixture, TrainBatches
@@ -123,6 +124,12 @@ def count_flops_per_token(config: dict[str, Any]) -> float:
 def count_attention_flops_per_token(config: dict[str, Any]) -> float:
     """The part of `count_flops_per_token` that pairs positions."""
     return attention_flops_per_token(_eager_copy(config), config["trainer"]["seq_len"])
+
+
+def count_cache_bytes(config: dict[str, Any]) -> int:
+    """The bytes that a token takes at decode in each layer of the config's model, in bfloat16."""
+    attention = make_model({**config, "model": {**config["model"], "n_layers": 1}}).attentions[0]
+    return bytes_per_token(attention.cache_entries(), torch.bfloat16)
 
 
 def _eager_copy(config: dict[str, Any]) -> Transformer:

@@ -243,6 +243,14 @@ def load(
     stabilizer.load_state_dict(own)
 
 
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Take back the weights alone, in place, in one process; UserError where the checkpoint does not hold them."""
+    tensors = named_tensors(model, [])
+    if wrong := _first_wrong(_stored(checkpoint), tensor_specs(tensors)):
+        raise UserError(f"{checkpoint}: {wrong}; use another checkpoint")
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+
+
 def _stored(checkpoint: Path) -> dict[str, list[Piece]]:
     """What lies in a checkpoint's files of tensors, from their headers alone; UserError if one cannot be read."""
     pieces: dict[str, list[Piece]] = {}
