@@ -104,6 +104,11 @@ class Transformer(nn.Module):
         """The attention of each layer."""
         return [block.attention for block in self.blocks]  # type: ignore[misc]
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix of the output layer, [V, D]."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
     def count_documents(self, tokens_BT: Tensor) -> int | None:
         """How many documents the attention tells apart in tokens on the host; None where it does not."""
         return None if self.eot_id is None else count_documents(tokens_BT, self.eot_id)
@@ -113,19 +118,26 @@ class Transformer(nn.Module):
 
         With the tokens' `count_documents`, no GPU is asked for it.
         """
-        first = self.attentions[0]
         documents = None if self.eot_id is None else number_documents(tokens_BT, self.eot_id)
+        x_BTD = self.hidden(tokens_BT, documents, n_documents)
+        if targets_BT is None:
+            return self.logits(x_BTD)
+        x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+        return cross_entropy(x_ND, self.head_weight, targets_N, self.loss_chunk, is_compiled=self.is_compiled)
+
+    def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None, n_documents: int | None = None) -> Tensor:
+        """What the head reads, [B, T, D]; attention stays within the given numbers of documents, if any."""
+        first = self.attentions[0]
         rope = rope_table(tokens_BT.shape[1], first.rope_width, theta=first.rope_theta, device=tokens_BT.device)
         x = self.embedding(tokens_BT)
-        mask = first.make_mask(x, documents, n_documents)
+        mask = first.make_mask(x, documents_BT, n_documents)
         for block in self.blocks:
             x = block(x, rope, mask)
-        x = self.norm(x)
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        if targets_BT is None:
-            return F.linear(x, weight)
-        x_ND, targets_N = x.flatten(0, 1), targets_BT.flatten()
-        return cross_entropy(x_ND, weight, targets_N, self.loss_chunk, is_compiled=self.is_compiled)
+        return self.norm(x)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """The head's logits [B, T, V] of what it reads."""
+        return F.linear(x_BTD, self.head_weight)
 
     def compile_parts(self) -> None:
         """torch.compile each block, and the loss: parts, because between them FSDP gathers weights."""

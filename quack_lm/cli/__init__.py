@@ -4,6 +4,7 @@
     quack-lm prepare     turn text into token shards
     quack-lm sweep       train every run of a grid, here or on a slurm cluster, and compare them
     quack-lm report      tables, figures and a page from the runs of a sweep
+    quack-lm export      write a trained model as a directory of Hugging Face transformers
     quack-lm plan        parameters, memory, communication and time of a run or a sweep, without its hardware
     quack-lm bench       compare the speed of training steps
     quack-lm gpu-check   tests, benchmarks and a trace on a GPU, on one page
@@ -30,7 +31,19 @@ from quack_lm.errors import UserError, exit_without_teardown, explaining
 from quack_lm.text import PrintableRecord, echo, one_line, refuse_secret
 from quack_lm.training.stop_signals import follow_launcher
 
-VERBS = ("train", "prepare", "sweep", "report", "plan", "bench", "gpu-check", "preflight", "submit", "completion")
+VERBS = (
+    "train",
+    "prepare",
+    "sweep",
+    "report",
+    "export",
+    "plan",
+    "bench",
+    "gpu-check",
+    "preflight",
+    "submit",
+    "completion",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -5,24 +5,16 @@
 Works on a sweep that is still running: the page lists the missing runs.
 """
 
-import argparse
-from typing import NoReturn
-
 from quack_lm import report
-from quack_lm.errors import UserError
+from quack_lm.cli.flags import Parser
 from quack_lm.files import user_path
 from quack_lm.paper import claims, figures
 from quack_lm.text import echo, shell_line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def main(arguments: list[str]) -> int:
     """Write the report of a sweep directory and return the exit code."""
-    parser = _Parser(prog="quack-lm report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("report", __doc__)
     parser.add_argument(
         "sweep_dir", type=user_path, help="a directory of quack-lm sweep run, or of its collected files"
     )

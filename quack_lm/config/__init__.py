@@ -12,9 +12,11 @@ from quack_lm.config.groups import CONFIG_DIR, choices, groups, nearest
 from quack_lm.config.reference import help_text, reference_markdown
 from quack_lm.config.schema import (
     check,
+    check_section,
     choice,
     fingerprint,
     flatten,
+    from_identity,
     identity,
     instantiate,
     older_identity,
@@ -25,6 +27,7 @@ __all__ = [
     "CONFIG_DIR",
     "Axis",
     "check",
+    "check_section",
     "choice",
     "choices",
     "chosen_groups",
@@ -32,6 +35,7 @@ __all__ = [
     "compose_all",
     "fingerprint",
     "flatten",
+    "from_identity",
     "groups",
     "help_text",
     "help_topic",

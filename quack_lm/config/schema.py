@@ -69,15 +69,25 @@ def check(config: dict[Any, Any]) -> dict[str, Any]:
     _refuse_unknown("", config, [*scalars, *SECTIONS], chosen)
     own = {key: config[key] for key in scalars if key in config}
     checked = _check_fields("", own, _schema(RunKeys))
+    for key, value in checked.items():
+        _check_value(key, value)
     for name in SECTIONS:
-        section = config.get(name)
-        if not isinstance(section, dict):
-            raise UserError(f"{name}={section!r} must be a section with keys; choose one of {name}={choices(name)}")
-        target = _target_class(name, section)
-        values = {k: v for k, v in section.items() if k != "_target_"}
-        _refuse_unknown(f"{name}.", values, list(_schema(target).model_fields), chosen)
-        checked[name] = {"_target_": section["_target_"], **_check_fields(f"{name}.", values, _schema(target))}
-    for key, value in flatten(checked).items():
+        checked[name] = check_section(name, config.get(name), chosen)
+    return checked
+
+
+def check_section(name: str, section: Any, chosen: dict[str, str] | None = None) -> dict[str, Any]:
+    """One section with every default filled in; UserError at the first key that is wrong, or a class from elsewhere.
+
+    `chosen`, {"stabilizer": "quack"}, makes suggestions better.
+    """
+    if not isinstance(section, dict):
+        raise UserError(f"{name}={section!r} must be a section with keys; choose one of {name}={choices(name)}")
+    target = _target_class(name, section)
+    values = {k: v for k, v in section.items() if k != "_target_"}
+    _refuse_unknown(f"{name}.", values, list(_schema(target).model_fields), chosen or {})
+    checked = {"_target_": section["_target_"], **_check_fields(f"{name}.", values, _schema(target))}
+    for key, value in flatten({name: checked}).items():
         _check_value(key, value)
     return checked
 
@@ -97,6 +107,24 @@ def choice(section: dict[str, Any]) -> str:
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The flat keys and values that determine what a run computes."""
     return {k: v for k, v in flatten(config).items() if not any(k == n or k.startswith(n + ".") for n in NOT_IDENTITY)}
+
+
+def from_identity(flat: dict[str, Any], where: str) -> dict[str, Any]:
+    """A checked config with this identity, and defaults for the keys that are not part of it; of unknown origin.
+
+    UserError that names `where` it is from, if it is none, or of another version.
+    """
+    config: dict[str, Any] = {"logger": {"_target_": SECTIONS["logger"]}}
+    for key, value in flat.items():
+        section, _, name = str(key).partition(".")
+        if name and not isinstance(config.setdefault(section, {}), dict):
+            raise UserError(f"{where}: {section} is a section and a value")
+        (config[section] if name else config)[name or section] = value
+    refuse_other_version(config, where)
+    try:
+        return check(config)
+    except UserError as error:
+        raise UserError(f"{where}: its config is not one of this version: {error}") from None
 
 
 def older_identity(before: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
