@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quack_lm.cli.flags import Parser
 from quack_lm.errors import UserError, explaining
@@ -29,6 +29,7 @@ from quack_lm.text import echo
 
 if TYPE_CHECKING:
     from quack_lm.data.manifest import TokenData
+    from quack_lm.training.state import TrainState
 
 
 def read(arguments: list[str]) -> argparse.Namespace:
@@ -57,6 +58,7 @@ def main(arguments: list[str]) -> int:
     # Imported late: --help and a mistake need not wait for it.
     import torch
 
+    from quack_lm.hf.card import Card
     from quack_lm.hf.counterpart import as_it_is, counterpart
     from quack_lm.hf.directory import template, write_config, write_weights
     from quack_lm.training import checkpoint
@@ -84,12 +86,25 @@ def main(arguments: list[str]) -> int:
 
     dtype, name = getattr(torch, options.dtype), type(theirs).__name__
     with writing(options.out) as staging:
-        write_config(staging, theirs, dtype, generation={**ids, "pad_token_id": eot_id})
-        files, n_params = write_weights(staging, theirs, chosen, weight, dtype)
         if data:
             copy_tokenizer(data, staging)
-        card = make_card(options, config, state, name, chosen.why, n_params, sum(s.numel() for s in shapes.values()))
-        write_atomically(staging / "README.md", card)
+        write_config(staging, theirs, dtype, generation={**ids, "pad_token_id": eot_id})
+        files, n_params = write_weights(staging, theirs, chosen, weight, dtype)
+        card = Card(
+            name=options.out.name,
+            class_name=name,
+            why=chosen.why,
+            dtype=options.dtype,
+            n_params=n_params,
+            n_trained=sum(shape.numel() for shape in shapes.values()),
+            config={key: value for key, value in config.items() if key not in ("run_dir", "logger")},
+            data=data.manifest.source if data else config["data"],
+            step=state.step,
+            metrics=metrics_of(state),
+            license=options.license,
+            has_tokenizer=data is not None,
+        )
+        write_atomically(staging / "README.md", card.markdown())
     echo(f"{path}: step {state.step:,}")
     echo(f"class {name}: {chosen.why}")
     echo(f"{n_params:,} parameters in {options.dtype}, {len(files)} file{'s' if len(files) > 1 else ''} of weights")
@@ -151,35 +166,12 @@ def writing(out: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def make_card(
-    options: argparse.Namespace,
-    config: dict[str, Any],
-    state: Any,
-    class_name: str,
-    why: str,
-    n_params: int,
-    n_trained: int,
-) -> str:
-    """The README.md of an export."""
-    from quack_lm.hf.card import Card
-
+def metrics_of(state: "TrainState") -> dict[str, float | None]:
+    """What a model card says of the run up to its checkpoint."""
     loss = state.val_loss
-    metrics = {
+    return {
         f"validation loss, nats per token (step {state.val_step})": loss,
-        "perplexity per token": math.exp(min(loss, 700)) if loss is not None else None,
+        "perplexity per token": None if loss is None else math.exp(min(loss, 700.0)),
         "best validation loss": state.best_val_loss,
         "max logit in the last probe": state.max_logit,
     }
-    return Card(
-        name=options.out.name,
-        class_name=class_name,
-        why=why,
-        dtype=options.dtype,
-        n_params=n_params,
-        n_trained=n_trained,
-        config={key: value for key, value in config.items() if key not in ("run_dir", "logger")},
-        step=state.step,
-        metrics=metrics,
-        license=options.license,
-        has_tokenizer=not options.without_tokenizer,
-    ).markdown()

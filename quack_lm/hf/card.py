@@ -32,6 +32,7 @@ class Card:
     n_params: int  # of the exported tensors
     n_trained: int  # of the model that was trained
     config: Mapping[str, Any]  # of the run, by section
+    data: Mapping[str, Any]  # what it was trained on
     step: int
     metrics: Mapping[str, float | None]
     license: str
@@ -76,7 +77,7 @@ class Card:
             "## Metrics",
             self._table(),
             "## Data",
-            _fenced(_yaml(self.config["data"]), "yaml"),
+            _fenced(_yaml(self.data), "yaml"),
             "## Stabilizer",
             _fenced(_yaml(self.config["stabilizer"]), "yaml"),
             "## Configuration",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ def write_weights(
 ) -> tuple[list[str], int]:
     """Write the tensors of a `template`, made of those that `read` gives by our names; (the files, their numbers).
 
-    An index is written where there are several files. In memory is one file at a time, of at most `shard_bytes` or one
-    tensor.
+    After `write_config`. An index is written where there are several files. In memory is one file at a time, of at
+    most `shard_bytes` or one tensor.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     shards: list[list[Any]] = [[]]
@@ -100,7 +101,9 @@ def write_weights(
             filled = 0
         shards[-1].append(weight)
         filled += n_bytes
-    files, places, total = [], {}, 0
+    files: list[str] = []
+    places: dict[str, str] = {}
+    total = 0
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
@@ -113,6 +116,7 @@ def write_weights(
             save_file(tensors, directory / file, metadata={"format": "pt"})
         except SafetensorError as error:  # of a full disk, for example
             raise UserError(f"{directory / file} cannot be written ({error}); choose another directory") from None
+        shutil.copymode(directory / CONFIG, directory / file)  # some versions let its owner alone read it
         del tensors, tensor
         files.append(file)
         places |= {weight.name: file for weight in shard}
