@@ -126,20 +126,28 @@ class Transformer(nn.Module):
 
         Without the head: its input, [B, T, D]. With the tokens' `count_documents`, no GPU is asked for it.
         """
-        first = self.attentions[0]
         documents = None if self.eot_id is None else number_documents(tokens_BT, self.eot_id)
+        x_BTD = self.hidden(tokens_BT, documents, n_documents)
+        if not with_head:
+            return x_BTD
+        if targets_BT is None:
+            return self.logits(x_BTD)
+        x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+        return cross_entropy(x_ND, self.head_weight, targets_N, self.loss_chunk, is_compiled=self.is_compiled)
+
+    def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None, n_documents: int | None = None) -> Tensor:
+        """What the head reads, [B, T, D]; attention stays within the given numbers of documents, if any."""
+        first = self.attentions[0]
         rope = rope_table(tokens_BT.shape[1], first.rope_width, theta=first.rope_theta, device=tokens_BT.device)
         x = self.embedding(tokens_BT)
-        mask = first.make_mask(x, documents, n_documents)
+        mask = first.make_mask(x, documents_BT, n_documents)
         for block in self.blocks:
             x = block(x, rope, mask)
-        x = self.norm(x)
-        if not with_head:
-            return x
-        if targets_BT is None:
-            return F.linear(x, self.head_weight)
-        x_ND, targets_N = x.flatten(0, 1), targets_BT.flatten()
-        return cross_entropy(x_ND, self.head_weight, targets_N, self.loss_chunk, is_compiled=self.is_compiled)
+        return self.norm(x)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """The head's logits [B, T, V] of what it reads."""
+        return F.linear(x_BTD, self.head_weight)
 
     def make_cache(self, batch: int, capacity: int, *, pads_B: Tensor | None = None) -> Cache:
         """An empty cache for `batch` sequences of at most `capacity` tokens, the first `pads_B` of which only fill."""
@@ -167,7 +175,7 @@ class Transformer(nn.Module):
             span = replace(span, mask=self.attentions[0].make_mask(x, span.mask.documents_BT))
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block.decode(x, span, layer)  # type: ignore[operator]
-        return F.linear(self.norm(x[:, -n_logits:]), self.head_weight)
+        return self.logits(self.norm(x[:, -n_logits:]))
 
     def compile_parts(self) -> None:
         """torch.compile each block, and the loss: parts, because between them FSDP gathers weights."""

@@ -263,16 +263,20 @@ def materialize(
     """From the meta device to real memory; every rank draws each full initial value and keeps its own rows."""
     tracked = {name: buffer.shape for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        if initial_value is None:
-            continue
-        start, stop = local_rows(parameter)
-        with torch.no_grad():
-            local(parameter).copy_(initial_value(name, parameter.shape)[start:stop])
+    if initial_value is not None:
+        fill_parameters(model, initial_value)
     for name in tracked:
         # The only buffers are running maxima.
         assert name.endswith("max_logits_H"), name
         model.get_buffer(name).fill_(-torch.inf)
+
+
+@torch.no_grad()
+def fill_parameters(model: nn.Module, value: Callable[[str, torch.Size], Tensor]) -> None:
+    """Give each parameter its full value, by name and shape, of which every rank keeps its own rows."""
+    for name, parameter in model.named_parameters():
+        start, stop = local_rows(parameter)
+        local(parameter).copy_(value(name, parameter.shape)[start:stop])
 
 
 def set_gradient_reduction(model: nn.Module, is_reduced: bool) -> None:

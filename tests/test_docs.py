@@ -24,6 +24,7 @@ from test_refusals import TABLES
 from quack_lm import __version__
 from quack_lm.cli import VERBS, main
 from quack_lm.cli.bench import read as read_bench
+from quack_lm.cli.export import read as read_export
 from quack_lm.cli.generate import read as read_generate
 from quack_lm.cli.gpu_check import choose, parts
 from quack_lm.cli.gpu_check import read as read_gpu_check
@@ -133,6 +134,8 @@ def check_verb(words: list[str], command: Command, capsys: pytest.CaptureFixture
         own, is_dry = read_gpu_check(arguments)
         assert is_dry or command.is_marked
         assert choose(parts(Path("DIR"), is_small=False), own.get("only"))
+    elif verb == "export":
+        assert str(read_export(arguments).source).startswith("runs/")
     elif verb == "plan":
         check_plan(arguments)
     elif verb == "lr-find":

@@ -31,6 +31,9 @@ OWNERS = {
         "quack_lm/data/corpus.py",
         "quack_lm/data/prepare.py",
         "quack_lm/data/tokenizer.py",
+        "quack_lm/hf/__init__.py",
+        "quack_lm/hf/directory.py",
+        "quack_lm/hf/model.py",
     },
     "flash_attn": {"quack_lm/attention/flash.py"},
     "kernels": {"quack_lm/attention/flash.py"},
@@ -74,6 +77,7 @@ LAYERS: dict[str, set[str]] = {
     "step": {"attention", "logit_paths", "parallel", "stabilizers"},
     "probe": {"attention", "logit_paths", "parallel", "step"},
     "data": {"errors", "files", "text"},
+    "hf": {"attention", "config", "errors", "files", "model", "stabilizers", "text"},
 }
 LAYERS["training"] = {*LAYERS}
 LAYERS["generate"] = {"data", "errors", "files", "model", "parallel", "training"}

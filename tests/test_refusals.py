@@ -147,6 +147,23 @@ def bad_run(damage: Callable[[Path], object], message: str, *arguments: str) -> 
     return Bad([*RUN, *arguments], message, arrange=arrange)
 
 
+def bad_source(damage: Callable[[Path], object], message: str, *arguments: str) -> Bad:
+    """The finished run is copied to TMP/source and damaged, and another one begins with its weights."""
+
+    def arrange(tmp_path: Path, given: Given) -> None:
+        shutil.copytree(given.run, tmp_path / "source")
+        damage(tmp_path / "source")
+
+    return Bad([*RUN, "trainer.init_from=TMP/source", *arguments], message, arrange=arrange)
+
+
+def foreign_source(message: str, *arguments: str, **files: Any) -> Bad:
+    """A directory of transformers with these files, by their names without the ending, to begin with."""
+    named = {f"source/{name.replace('_index', '.safetensors.index')}.json": json.dumps(v) for name, v in files.items()}
+    contents = {name: text.encode() for name, text in named.items()}
+    return Bad(["trainer.init_from=TMP/source", *arguments], message, files=contents)
+
+
 def foreign(run_dir: str, name: str, files: dict[str, bytes]) -> Bad:
     """A directory of other things, of which this is one."""
     message = rf"run_dir=\S+ is no directory of a run, for it holds {name}; choose a new directory"
@@ -244,6 +261,7 @@ TOO_LARGE = r"is too large, .* parameters take .* GiB of the .* GiB"
 # The environment of one process among many; a row adds what is wrong with it.
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 SMALL = ["model.n_layers=1", "trainer.val_sequences=2", "trainer.probe_sequences=2", "trainer.device=cpu"]
+LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4}
 RUN = [*SMALL, "stabilizer=quack", "optimizer.warmup_steps=0", "trainer.steps=4"]
 
 # One task of two that srun started.
@@ -557,6 +575,46 @@ TRAIN: dict[str, Bad] = {
         replaced_by_a_pipe("metrics.jsonl"), r"metrics\.jsonl is not a regular file"
     ),
     "run_dir_whose_log_is_endless": bad_run(linked_to_zeros("metrics.jsonl"), r"metrics\.jsonl is not a regular file"),
+    # weights of another run
+    "init_from_nowhere": one(
+        "trainer.init_from=TMP/nowhere", r"trainer\.init_from=TMP/nowhere is neither a checkpoint nor"
+    ),
+    "init_from_a_run_without_checkpoints": bad_source(
+        lambda run: shutil.rmtree(run / "checkpoints"), r"trainer\.init_from=TMP/source is neither a checkpoint nor"
+    ),
+    "init_from_a_damaged_run": bad_source(
+        written("checkpoints/*/*.safetensors", b"x"), r"none of the 1 checkpoints in TMP/source/checkpoints is valid"
+    ),
+    "init_from_another_size": bad_source(
+        lambda run: None,
+        r"trainer\.init_from=TMP/source does not fit this run: model\.d_ff is (\d+) there and 44 here; .*"
+        r"blocks\.\*\.mlp\.w_up\.weight is .* here; .*; set model\.d_ff=\1",
+        "model.d_ff=44",
+    ),
+    "init_from_another_attention": bad_source(
+        lambda run: None,
+        r"does not fit this run: attention is mha there and mla here; .*set attention=mha",
+        "attention=mla",
+    ),
+    "init_from_another_norm": bad_source(
+        lambda run: None, r"blocks\.\*\.attention\.seam\.transform\.q_norm\.weight is not there", "stabilizer=qk_norm"
+    ),
+    "init_from_no_weights": foreign_source(r"TMP/source has neither model\.safetensors nor", config=LLAMA),
+    "init_from_another_class": foreign_source(
+        r"is a model of the type gpt2, and .* llama", config={"model_type": "gpt2"}
+    ),
+    "init_from_remote_code": foreign_source(
+        r"TMP/source/config\.json is no config of a known model",
+        config={"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}},
+    ),
+    "init_from_an_index_that_leaves": foreign_source(
+        r"model\.safetensors\.index\.json names files outside", config=LLAMA, model_index={"weight_map": {"a": "../a"}}
+    ),
+    "init_stabilizer_of_transformers": foreign_source(
+        r"trainer\.init_stabilizer=checkpoint: .*no state of a stabilizer",
+        "trainer.init_stabilizer=checkpoint",
+        config=LLAMA,
+    ),
     "run_of_another_seed": bad_run(lambda run: None, r"run_dir=TMP/run holds a run with seed=0, not 7", "seed=7"),
     "run_not_to_be_resumed": bad_run(
         lambda run: None, r"run_dir=TMP/run already holds this run; trainer\.resume=auto", "trainer.resume=never"

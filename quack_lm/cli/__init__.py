@@ -5,6 +5,7 @@
     quack-lm sweep       train every run of a grid, here or on a slurm cluster, and compare them
     quack-lm report      tables, figures and a page from the runs of a sweep
     quack-lm generate    text from a checkpoint
+    quack-lm export      write a trained model as a directory of Hugging Face transformers
     quack-lm plan        parameters, memory, communication and time of a run or a sweep, without its hardware
     quack-lm lr-find     raise the learning rate in a short training: where does the loss turn up?
     quack-lm bench       compare the speed of training steps
@@ -33,19 +34,18 @@ from quack_lm.text import PrintableRecord, echo, one_line, refuse_secret
 from quack_lm.training.stop_signals import follow_launcher
 
 VERBS = (
-    *(
-        "train",
-        "prepare",
-        "sweep",
-        "report",
-        "generate",
-        "plan",
-        "lr-find",
-        "bench",
-        "gpu-check",
-        "preflight",
-        "submit",
-    ),
+    "train",
+    "prepare",
+    "sweep",
+    "report",
+    "generate",
+    "export",
+    "plan",
+    "lr-find",
+    "bench",
+    "gpu-check",
+    "preflight",
+    "submit",
     "completion",
 )
 

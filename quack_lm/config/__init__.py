@@ -12,6 +12,7 @@ from quack_lm.config.groups import CONFIG_DIR, choices, groups, nearest
 from quack_lm.config.reference import help_text, reference_markdown
 from quack_lm.config.schema import (
     check,
+    check_section,
     choice,
     fingerprint,
     flatten,
@@ -26,6 +27,7 @@ __all__ = [
     "CONFIG_DIR",
     "Axis",
     "check",
+    "check_section",
     "choice",
     "choices",
     "chosen_groups",

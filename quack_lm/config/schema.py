@@ -71,21 +71,27 @@ def check(config: dict[Any, Any]) -> dict[str, Any]:
     _refuse_unknown("", config, [*scalars, *SECTIONS], chosen)
     own = {key: config[key] for key in scalars if key in config}
     checked = _check_fields("", own, _schema(RunKeys))
-    # The data first, for other sections refer to it.
-    data = _check_section("data", config.get("data"), chosen)
-    checked |= {n: data if n == "data" else _check_section(n, config.get(n), chosen) for n in SECTIONS}
-    for key, value in flatten(checked).items():
+    for key, value in checked.items():
         _check_value(key, value)
-    return checked
+    # The data first, for other sections refer to it.
+    data = check_section("data", config.get("data"), chosen)
+    return checked | {n: data if n == "data" else check_section(n, config.get(n), chosen) for n in SECTIONS}
 
 
-def _check_section(name: str, section: Any, chosen: dict[str, str]) -> dict[str, Any]:
+def check_section(name: str, section: Any, chosen: dict[str, str] | None = None) -> dict[str, Any]:
+    """One section with every default filled in; UserError at the first key that is wrong, or a class from elsewhere.
+
+    `chosen`, {"stabilizer": "quack"}, makes suggestions better.
+    """
     if not isinstance(section, dict):
         raise UserError(f"{name}={section!r} must be a section with keys; choose one of {name}={choices(name)}")
     target = _target_class(name, section)
     values = {k: v for k, v in section.items() if k != "_target_"}
-    _refuse_unknown(f"{name}.", values, list(_schema(target).model_fields), chosen)
-    return {"_target_": section["_target_"], **_check_fields(f"{name}.", values, _schema(target))}
+    _refuse_unknown(f"{name}.", values, list(_schema(target).model_fields), chosen or {})
+    checked = {"_target_": section["_target_"], **_check_fields(f"{name}.", values, _schema(target))}
+    for key, value in flatten({name: checked}).items():
+        _check_value(key, value)
+    return checked
 
 
 def as_prepared(section: dict[str, Any], explicit: Collection[str]) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def as_prepared(section: dict[str, Any], explicit: Collection[str]) -> dict[str,
     found: dict[str, Any] = _target_class("data", section).as_prepared(section, explicit)  # type: ignore[attr-defined]
     if found is not section:
         try:
-            _check_section("data", found, {})
+            check_section("data", found)
         except UserError as error:
             # What somebody has typed is for the check of the config to answer.
             key = re.search(r"data\.(\w+)", str(error))

@@ -40,6 +40,7 @@ from quack_lm.training import checkpoint
 from quack_lm.training.coordinator import Coordinator
 from quack_lm.training.environment import package_versions
 from quack_lm.training.flops import attention_flops_per_token, flops_per_token, peak_flops
+from quack_lm.training.init_from import InitialWeights, open_initial_weights
 from quack_lm.training.loop import Run
 from quack_lm.training.memory import keep_freed_memory
 from quack_lm.training.metrics import LoggerSettings, RunLog
@@ -78,6 +79,7 @@ class RunPlan:
     flops_per_token: float
     is_compiled: bool
     resumes_from: Path | None  # known to rank 0 alone
+    initial: InitialWeights | None  # of trainer.init_from, where it does not resume; known to rank 0 alone
     snapshot: tuple[list[str], str | None]  # of the run directory when it was checked
     finished: str | None  # the status with which this very run has ended already
 
@@ -213,9 +215,12 @@ def build_run(plan: RunPlan) -> Run:
         plan = replace(plan, settings=replace(plan.settings, micro_batch_size=micro_batch_size))
         settings, config = plan.settings, plan.config
         lock = _on_main_rank(world, plan.run_dir, lambda: _claim(plan))
-        # Before: rank 0 has chosen a checkpoint. After: every rank has its name.
-        name = world.all_gather(plan.resumes_from.name if plan.resumes_from else "")[0]
-        resumes_from = plan.run_dir.checkpoints / name if name else None
+        # Before: rank 0 has chosen a checkpoint, or what to begin with. After: every rank has their names.
+        names = world.all_gather(
+            (plan.resumes_from and plan.resumes_from.name, plan.initial and str(plan.initial.path))
+        )
+        resumes_from = plan.run_dir.checkpoints / names[0][0] if names[0][0] else None
+        init_from = Path(names[0][1]) if names[0][1] else None
         state = checkpoint.read_train_state(resumes_from) if resumes_from else TrainState()
         n_params = count_parameters(plan.model)["total"]
         facts: dict[str, Any] = {
@@ -225,7 +230,7 @@ def build_run(plan: RunPlan) -> Run:
             "manifest_sha256": plan.data.manifest_sha256,
         }
         kernel = attention_kernel(plan.model, settings, world.device)
-        trained = build_model(plan, world, resumes_from, startup)
+        trained = build_model(plan, world, startup, resumes_from=resumes_from, init_from=init_from)
         startup.feed()
         data = build_data(plan, world)
         measurement = build_measurement(plan, world, trained, data, first_step=state.step)
@@ -281,20 +286,30 @@ class TrainedObjects(NamedTuple):
     weights: LogitWeights
 
 
-def build_model(plan: RunPlan, world: World, resumes_from: Path | None, watchdog: Watchdog) -> TrainedObjects:
+def build_model(
+    plan: RunPlan, world: World, watchdog: Watchdog, *, resumes_from: Path | None, init_from: Path | None
+) -> TrainedObjects:
     """Shard and materialize the plan's model; its weights, and the rest of the state, from the seed or a checkpoint."""
     model = plan.model
-    if resumes_from:  # without values: what there is to load
+    initial = None
+    if resumes_from or init_from:  # without values: what there is to load
         initialize_stabilizer(plan.stabilizer, LogitWeights(model.attentions))
-    seed = None if resumes_from else plan.config["seed"]
+    if init_from:
+        initial = open_initial_weights(init_from, plan.config, model, plan.stabilizer, plan.data)
+    seed = None if resumes_from or init_from else plan.config["seed"]
     place_model(model, plan.settings, world, seed=seed, is_compiled=plan.is_compiled)
     watchdog.feed()
+    if initial:
+        initial.fill(model, world)
+        watchdog.feed()
     optimizers = plan.recipe.build(model)
     weights = LogitWeights(model.attentions)
     if resumes_from:
         checkpoint.load(resumes_from, model, optimizers, plan.stabilizer, world)
     else:
         initialize_stabilizer(plan.stabilizer, weights)
+    if initial:
+        initial.load_stabilizer(plan.stabilizer, world)
     return TrainedObjects(optimizers, weights)
 
 

@@ -34,6 +34,7 @@ from quack_lm.training.build import (
 )
 from quack_lm.training.compilation import check_compiler, is_compiled
 from quack_lm.training.flops import peak_flops
+from quack_lm.training.init_from import InitialWeights, find_source, open_initial_weights
 from quack_lm.training.metrics import LoggerSettings
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
@@ -98,6 +99,8 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     run_dir = RunDir.of(config)
     snapshot = checkpoint.snapshot(run_dir, settings.steps)
     resumes_from, finished = check_run_dir(run_dir, config, settings)
+    is_new = not resumes_from and not finished
+    initial = check_initial_weights(config, settings, model, stabilizer, data) if is_new else None
     if resumes_from:
         initialize_stabilizer(stabilizer, LogitWeights(model.attentions))  # without values: which tensors there are
         check_same_data(run_dir, resumes_from, data)
@@ -126,6 +129,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
         flops_per_token=flops,
         is_compiled=is_compiled(settings, device=device, flops_per_token=flops, ranks=world_size),
         resumes_from=resumes_from,
+        initial=initial,
         snapshot=snapshot,
         finished=finished,
     )
@@ -138,6 +142,11 @@ def run_warnings(plan: RunPlan) -> list[str]:
         found.append(
             f"trainer.steps={plan.settings.steps} ends before optimizer.warmup_steps={warmup} do: the rate never "
             "reaches optimizer.lr"
+        )
+    if plan.initial and plan.initial.has_other_tokenizer:
+        found.append(
+            f"trainer.init_from={plan.settings.init_from} seems to have been trained with another tokenizer than the "
+            f"one of data.dir={plan.data.directory}: its token ids would mean other text here"
         )
     if plan.device == "cuda" and plan.logger.peak_tflops is None:
         device = torch.device("cuda", launched_world()[2])
@@ -255,6 +264,20 @@ def _check_same_run(where: str, before: dict[str, Any], config: dict[str, Any]) 
         differences = ", ".join(f"{key}={before.get(key)}, not {now.get(key)}" for key in changed[:KEYS_NAMED])
         more = f" (and {len(changed) - KEYS_NAMED} more keys)" if len(changed) > KEYS_NAMED else ""
         raise UserError(f"{where} holds a run with {differences}{more}; choose another run_dir")
+
+
+def check_initial_weights(
+    config: dict[str, Any],
+    settings: TrainerSettings,
+    meta_model: Transformer,
+    stabilizer: Stabilizer,
+    data: DataSources,
+) -> InitialWeights | None:
+    """What a new run begins with by `trainer.init_from`, on rank 0; UserError where that cannot be."""
+    if settings.init_from is None or launched_world()[0] != 0:
+        return None
+    initialize_stabilizer(stabilizer, LogitWeights(meta_model.attentions))  # without values: which tensors there are
+    return open_initial_weights(find_source(settings.init_from), config, meta_model, stabilizer, data)
 
 
 def check_same_data(run_dir: RunDir, latest: Path, data: DataSources) -> None:

@@ -14,6 +14,7 @@ written.
 
 import errno
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -29,8 +30,9 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
+from quack_lm.config import from_identity
 from quack_lm.errors import UserError
-from quack_lm.files import file_sha256s, parse_json, sync_directory, write_atomically
+from quack_lm.files import file_sha256s, parse_json, relative_note, sync_directory, write_atomically
 from quack_lm.parallel import HostGroup, World
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.text import echo
@@ -118,6 +120,23 @@ def latest_valid_checkpoint(directory: Path) -> Path | None:
     return None
 
 
+def find_checkpoint(path: Path, what: str) -> Path:
+    """The checkpoint at a path, every byte of it verified: a checkpoint itself, or the newest valid one of a run.
+
+    UserError, which begins with `what`, where there is none, or it is damaged.
+    """
+    path, note = Path(os.path.abspath(path)), relative_note(path)
+    if NAME.fullmatch(path.name):
+        if reason := validate_checkpoint(path, verify_checksums=True):
+            raise UserError(f"{what} is not a valid checkpoint: {reason}; use another one of its run")
+        return path
+    if (path / STATE).exists():
+        raise UserError(f"{what}: a checkpoint's directory is named after its step, step_00000400; give it that name")
+    if (found := latest_valid_checkpoint(path / "checkpoints")) is None:
+        raise UserError(f"{what} is neither a checkpoint nor the directory of a run that has one{note}")
+    return found
+
+
 def validate_checkpoint(checkpoint: Path, *, verify_checksums: bool = False) -> str | None:
     """What is wrong with a checkpoint, or None; without checksums, its files are still checked for their sizes."""
     try:
@@ -189,6 +208,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ) from None
 
 
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """The config of the run that a checkpoint is of, with defaults for what is no part of its identity."""
+    return from_identity(read_state(checkpoint)["config"], f"{checkpoint / STATE}")
+
+
 def read_train_state(checkpoint: Path) -> TrainState:
     """The part of it that the loop keeps; UserError if it cannot be used."""
     values = read_state(checkpoint)
@@ -224,6 +248,12 @@ def check_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         raise UserError(f"{checkpoint}: {wrong}; remove it to use the one before, or use another run_dir")
 
 
+def check_weights(checkpoint: Path, model: nn.Module) -> None:
+    """UserError where a checkpoint does not hold the weights of a model, which may be on the meta device."""
+    if wrong := _first_wrong(_stored(checkpoint), tensor_specs(named_tensors(model, []))):
+        raise UserError(f"{checkpoint}: {wrong}; use another one of its run")
+
+
 def load(
     checkpoint: Path,
     model: nn.Module,
@@ -236,11 +266,38 @@ def load(
     The stabilizer has been initialized, if only on the meta device: its state says what there is to read.
     """
     create_optimizer_state(optimizers)
-    own = {name: torch.empty_like(value, device=world.device) for name, value in stabilizer.state_dict().items()}
-    tensors = named_tensors(model, optimizers) | {f"{OF_STABILIZER}{name}": value for name, value in own.items()}
+    own = stabilizer_tensors(stabilizer, world.device)
+    tensors = named_tensors(model, optimizers) | own
     check_tensors(checkpoint, tensors)
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=world.mesh is None)
-    stabilizer.load_state_dict(own)
+    load_tensors(checkpoint, tensors, world)
+    load_stabilizer(stabilizer, own)
+
+
+def load_tensors(checkpoint: Path, tensors: dict[str, Tensor], world: World | None = None) -> None:
+    """Fill tensors of these names in place, each rank what it holds; without a world, in this process alone."""
+    is_alone = world is None or world.mesh is None
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=is_alone)
+
+
+def stabilizer_tensors(stabilizer: Stabilizer, device: torch.device) -> dict[str, Tensor]:
+    """A stabilizer's state under its names in a checkpoint, without values; it has been initialized."""
+    state = stabilizer.state_dict()
+    return {f"{OF_STABILIZER}{name}": torch.empty_like(value, device=device) for name, value in state.items()}
+
+
+def load_stabilizer(stabilizer: Stabilizer, tensors: dict[str, Tensor]) -> None:
+    """Give a stabilizer what `stabilizer_tensors` has been filled with."""
+    stabilizer.load_state_dict({name.removeprefix(OF_STABILIZER): value for name, value in tensors.items()})
+
+
+def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each full tensor in a checkpoint; UserError if one cannot be read."""
+    return {name: _full_shape(pieces) for name, pieces in _stored(checkpoint).items()}
+
+
+def _full_shape(pieces: list[Piece]) -> tuple[int, ...]:
+    last = max(pieces, key=lambda piece: piece.start)
+    return tuple(start + size for start, size in zip(last.start, last.shape, strict=True))
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:

@@ -28,7 +28,7 @@ from quack_lm.files import nearest_existing_parent
 from quack_lm.model import Transformer, count_parameters
 from quack_lm.parallel import World, check_world, default_device, launched_world
 from quack_lm.training.build import choose_kernels, make_model, open_data
-from quack_lm.training.check import check_memory, check_run_dir, check_same_data
+from quack_lm.training.check import check_initial_weights, check_memory, check_run_dir, check_same_data
 from quack_lm.training.environment import MISSING, package_versions
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.settings import BYTES_PER_PARAMETER, TrainerSettings
@@ -123,6 +123,9 @@ def _check_run_dir(context: Context) -> str:
     resumes_from, finished = check_run_dir(context.run_dir, context.config, context.settings)
     if resumes_from and context.data:
         check_same_data(context.run_dir, resumes_from, context.data)
+    elif not finished and context.model and context.data:
+        stabilizer = instantiate(context.config["stabilizer"])
+        check_initial_weights(context.config, context.settings, context.model, stabilizer, context.data)
     if finished:
         return f"{context.run_dir}: finished already: {finished}"
     return f"{context.run_dir}: {f'continues from {resumes_from}' if resumes_from else 'a new run'}"

@@ -38,6 +38,10 @@ class TrainerSettings(StabilityRules):
         keep_checkpoints: how many of the newest checkpoints are kept.
         keep_every: checkpoints of every so many steps are kept as well; 0: none.
         async_checkpoints: write checkpoints from a copy in host memory while training goes on.
+        init_from: begin with the weights of this checkpoint, run directory (its newest checkpoint) or directory of
+            transformers, in place of random ones; a run that is continued does not read them again.
+        init_stabilizer: with init_from, the reference of a stabilizer that has one, such as QuacK's norms: weights
+            takes that of the loaded weights, checkpoint that of the run that init_from is a checkpoint of.
         resume: auto continues from the newest valid checkpoint of run_dir; never refuses a run_dir that holds a run.
         device: where to train; auto: cuda where there is a GPU.
         replicas: more than 1: HSDP, sharded within groups of processes and replicated across so many.
@@ -77,6 +81,8 @@ class TrainerSettings(StabilityRules):
     keep_checkpoints: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     async_checkpoints: bool = True
+    init_from: str | None = None
+    init_stabilizer: Literal["weights", "checkpoint"] = "weights"
     resume: Literal["auto", "never"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     replicas: PositiveInt = 1

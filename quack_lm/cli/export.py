@@ -1,0 +1,177 @@
+"""Write a trained model as a directory of Hugging Face transformers, with its tokenizer and a model card.
+
+    quack-lm export runs/quickstart/mha-quack-1a2b3c out/mha-quack                      # the newest checkpoint of a run
+    quack-lm export runs/mine/checkpoints/step_00000400 out/mine --dtype bfloat16
+
+`AutoModelForCausalLM.from_pretrained(OUT)` loads it without remote code. The class is a stock one where there is one:
+Llama for MHA and GQA, Qwen3 for them with QK norm, DeepSeek-V3 for MLA with latent norms, GLM-4.5 for MLA without,
+whose down- and up-projections are then multiplied out. For all else it is a class of this package, which
+`import quack_lm.hf` registers. The command says which, and why.
+
+A checkpoint of any number of ranks is read tensor by tensor on a CPU. OUT must not exist, and does so only when it is
+complete.
+"""
+
+import argparse
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quack_lm.cli.flags import Parser
+from quack_lm.errors import UserError, explaining
+from quack_lm.files import nearest_existing_parent, sync_directory, user_path, write_atomically
+from quack_lm.text import echo
+
+if TYPE_CHECKING:
+    from quack_lm.data.manifest import TokenData
+    from quack_lm.training.state import TrainState
+
+
+def read(arguments: list[str]) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = Parser("export", __doc__)
+    parser.add_argument("source", type=user_path, metavar="RUN_OR_CHECKPOINT", help="directory of a run or checkpoint")
+    parser.add_argument("out", type=user_path, metavar="OUT", help="the directory to write, which must not exist")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32, exact")
+    parser.add_argument(
+        "--class", dest="class_", choices=("auto", "quack_lm"), default="auto", help="auto: stock, if any"
+    )
+    parser.add_argument("--data", type=user_path, metavar="DIR", help="the prepared data (default: the run's data.dir)")
+    parser.add_argument("--without-tokenizer", action="store_true", help="export no tokenizer; needs no data")
+    parser.add_argument("--license", default="unknown", metavar="ID", help="for the model card, such as apache-2.0")
+    options = parser.parse_args(arguments)
+    if not re.fullmatch(r"[a-z0-9.-]+", options.license):
+        raise UserError(f"--license {options.license}: give an identifier of Hugging Face, such as apache-2.0 or other")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Export one model and return the exit code."""
+    options = read(arguments)
+    check_new(options.out)
+
+    # Imported late: --help and a mistake need not wait for it.
+    import torch
+
+    from quack_lm.hf.card import Card
+    from quack_lm.hf.counterpart import as_it_is, counterpart
+    from quack_lm.hf.directory import template, write_config, write_weights
+    from quack_lm.training import checkpoint
+    from quack_lm.training.build import make_model
+
+    path = checkpoint.find_checkpoint(options.source, str(options.source))
+    config, state = checkpoint.read_config(path), checkpoint.read_train_state(path)
+    model = make_model(config)
+    checkpoint.check_weights(path, model)
+    data = None if options.without_tokenizer else open_data(options.data or user_path(config["data"]["dir"]), path)
+    chosen = (
+        counterpart(model, config)
+        if options.class_ == "auto"
+        else as_it_is(model, config, "--class quack_lm keeps the weights as they are")
+    )
+    eot_id = data.manifest.eot_id if data else None
+    ids = {"bos_token_id": eot_id, "eos_token_id": eot_id}  # an end-of-text token stands before each document, too
+    theirs = template(chosen, {**ids, "max_position_embeddings": config["trainer"]["seq_len"]})
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def weight(name: str) -> torch.Tensor:
+        tensor = torch.empty(shapes[name])
+        checkpoint.load_tensors(path, {f"model.{name}": tensor})
+        return tensor
+
+    dtype, name = getattr(torch, options.dtype), type(theirs).__name__
+    with writing(options.out) as staging:
+        if data:
+            copy_tokenizer(data, staging)
+        write_config(staging, theirs, dtype, generation={**ids, "pad_token_id": eot_id})
+        files, n_params = write_weights(staging, theirs, chosen, weight, dtype)
+        card = Card(
+            name=options.out.name,
+            class_name=name,
+            why=chosen.why,
+            dtype=options.dtype,
+            n_params=n_params,
+            n_trained=sum(shape.numel() for shape in shapes.values()),
+            config={key: value for key, value in config.items() if key not in ("run_dir", "logger")},
+            data=data.manifest.source if data else config["data"],
+            step=state.step,
+            metrics=metrics_of(state),
+            license=options.license,
+            has_tokenizer=data is not None,
+        )
+        write_atomically(staging / "README.md", card.markdown())
+    echo(f"{path}: step {state.step:,}")
+    echo(f"class {name}: {chosen.why}")
+    echo(f"{n_params:,} parameters in {options.dtype}, {len(files)} file{'s' if len(files) > 1 else ''} of weights")
+    echo(f"exported to {options.out}")
+    return 0
+
+
+def check_new(out: Path) -> None:
+    """UserError where there is something already, or nothing can be written."""
+    with explaining(str(out), "or choose another directory"):
+        if out.exists() or out.is_symlink():
+            raise UserError(f"{out} exists already; choose another directory, or remove it")
+        parent = nearest_existing_parent(out)
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"{out}: {parent} is not a writable directory; choose another one")
+
+
+def open_data(directory: Path, checkpoint: Path) -> "TokenData":
+    """The data set of a checkpoint's run, for its tokenizer; UserError where it is not there, or is another one."""
+    from quack_lm.data.manifest import TokenData
+    from quack_lm.training.checkpoint import read_state
+
+    other = "; say where it is with --data DIR, or export --without-tokenizer"
+    try:
+        data = TokenData.open(directory, verify_checksums=False)
+    except UserError as error:
+        raise UserError(f"the tokenizer is with the data: {error}{other}") from None
+    if data.manifest_sha256 != read_state(checkpoint)["manifest_sha256"]:
+        raise UserError(f"{directory} is not the data set that {checkpoint} was trained on{other}")
+    return data
+
+
+def copy_tokenizer(data: "TokenData", directory: Path) -> None:
+    """Copy the files of a data set's tokenizer, which have been compared with its manifest."""
+    from quack_lm.data.manifest import TOKENIZER
+
+    for name in data.manifest.tokenizer.files:
+        shutil.copyfile(data.directory / TOKENIZER / name, directory / name)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """A hidden directory beside `out` that gets its name at the end; an export that fails leaves nothing."""
+    out = out.absolute()
+    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with explaining(str(out), "or choose another directory"):
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            yield staging
+            for path in staging.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            sync_directory(staging)
+            check_new(out)  # a rename would replace an empty directory
+            staging.rename(out)
+            sync_directory(out.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def metrics_of(state: "TrainState") -> dict[str, float | None]:
+    """What a model card says of the run up to its checkpoint."""
+    loss = state.val_loss
+    return {
+        f"validation loss, nats per token (step {state.val_step})": loss,
+        "perplexity per token": None if loss is None else math.exp(min(loss, 700.0)),
+        "best validation loss": state.best_val_loss,
+        "max logit in the last probe": state.max_logit,
+    }
