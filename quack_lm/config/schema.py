@@ -70,9 +70,11 @@ def check(config: dict[Any, Any]) -> dict[str, Any]:
     _refuse_unknown("", config, [*scalars, *SECTIONS], chosen)
     own = {key: config[key] for key in scalars if key in config}
     checked = _check_fields("", own, _schema(RunKeys))
-    # The data first, for other sections refer to it.
-    data = _check_section("data", config.get("data"), chosen)
-    checked |= {n: data if n == "data" else _check_section(n, config.get(n), chosen) for n in SECTIONS}
+    data = config.get("data")
+    # Before the sections that refer to it.
+    if missing := next((k for k, v in data.items() if v == "???"), None) if isinstance(data, dict) else None:
+        raise _not_set(f"data.{missing}")
+    checked |= {name: _check_section(name, config.get(name), chosen) for name in SECTIONS}
     for key, value in flatten(checked).items():
         _check_value(key, value)
     return checked
@@ -284,13 +286,16 @@ def _check_fields(prefix: str, values: dict[str, Any], schema: type[pydantic.Bas
         key = prefix + str(first["loc"][0])
         value = values.get(str(first["loc"][0]))
         if first["type"] == "missing" or value == "???":
-            message = f"{key} is not set; give it a value, for example on the command line: {key}=..."
-        else:
-            # A union reports each of its members; together they say what the key accepts.
-            same = [e for e in (first, *more) if e["loc"][0] == first["loc"][0]]
-            message = f"{key}={value!r}: {' or '.join(dict.fromkeys(e['msg'] for e in same))}"
-            message += f"; write a list as '{key}=[a,b]'" if first["type"] == "list_type" else ""
+            raise _not_set(key) from None
+        # A union reports each of its members; together they say what the key accepts.
+        same = [e for e in (first, *more) if e["loc"][0] == first["loc"][0]]
+        message = f"{key}={value!r}: {' or '.join(dict.fromkeys(e['msg'] for e in same))}"
+        message += f"; write a list as '{key}=[a,b]'" if first["type"] == "list_type" else ""
         raise UserError(message) from None
+
+
+def _not_set(key: str) -> UserError:
+    return UserError(f"{key} is not set; give it a value, for example on the command line: {key}=...")
 
 
 def _check_value(key: str, value: Any) -> None:
