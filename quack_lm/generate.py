@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quack_lm.data.manifest import MANIFEST, TOKENIZER, check_tokenizer, read_manifest
+from quack_lm.data.sources import sha256_of_all
 from quack_lm.data.tokenizer import TextTokenizer
 from quack_lm.errors import UserError
 from quack_lm.files import relative_note, user_path
@@ -222,7 +223,8 @@ def load(
 
 def _open_tokenizer(trained: Trained, directory: Path | None) -> TextTokenizer:
     data = trained.config["data"]
-    place = user_path(data["dir"]) if directory is None else directory
+    directories = [user_path(name) for name in data.get("dirs", [data.get("dir")])]
+    place = directories[0] if directory is None else directory
     what = f"data.dir={place} of {trained.checkpoint}" if directory is None else f"tokenizer={place}"
     if not place.is_dir():
         raise UserError(
@@ -230,9 +232,10 @@ def _open_tokenizer(trained: Trained, directory: Path | None) -> TextTokenizer:
             "as tokenizer=DIR (--tokenizer DIR)"
         )
     if not (place / MANIFEST).is_file():
-        return TextTokenizer.open(place, what, eot_token=data["eot_token"])
-    manifest, digest = read_manifest(place)
-    if directory is None and digest != trained.manifest_sha256:
+        return TextTokenizer.open(place, what, eot_token=data.get("eot_token"))
+    manifest, _ = read_manifest(place)
+    digests = [read_manifest(one)[1] for one in directories] if directory is None else []
+    if digests and sha256_of_all(digests) != trained.manifest_sha256:
         raise UserError(
             f"{what} is another data set than the one that it was trained on: give the tokenizer of that one as "
             "tokenizer=DIR (--tokenizer DIR)"

@@ -280,7 +280,7 @@ REFUSED = {
     "no checkpoint": ([], r"the following arguments are required: checkpoint; see --help"),
     "unknown flag": (["RUN", "--tempe=1"], r"--help"),
     "nowhere": (["TMP/nowhere"], r"TMP/nowhere: no such directory; give that of a run"),
-    "no run": (["TMP"], r"TMP: no checkpoint in it; give the directory of a run"),
+    "no run": (["TMP"], r"TMP is neither a checkpoint nor the directory of a run"),
     "damaged": (["SHARD"], r"step_00000040 is not a valid checkpoint: shard-.* has another sha256"),
     "incomplete": (["MANIFEST"], r"step_00000040 is not a valid checkpoint: it has no manifest\.json"),
     "no tokenizer": (["RUN", "--tokenizer", "TMP/nowhere"], r"tokenizer=TMP/nowhere: no such directory; give"),

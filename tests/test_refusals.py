@@ -755,7 +755,9 @@ TRAIN: dict[str, Bad] = {
         r"^error: WANDB_BASE_URL in the environment has a password in its URL(?!.*hunter2)",
         env={"WANDB_BASE_URL": "https://hunter2@wandb.example"},
     ),
-    "data_set_of_the_hub_that_is_a_loader": Bad(["data=cosmopedia_v2", "data.name=pickle"], r"data\.name='pickle': "),
+    "data_set_of_the_hub_that_is_a_loader": Bad(
+        ["data=cosmopedia_v2", "data.dir=TMP/nowhere", "data.name=pickle"], r"data\.name='pickle': "
+    ),
 }
 
 
@@ -1222,8 +1224,8 @@ def arranged(table: str, name: str, given: Given, tmp_path: Path) -> tuple[str, 
 
 def assert_refused(code: Any, stdout: str, stderr: str, message: str, tmp_path: Path) -> None:
     assert code == 2, stdout + stderr
-    # A preparation says first what data.separator=auto chose, which may be what is wrong.
-    assert re.fullmatch(r"(data\.files: .*\(data\.separator=auto\).*\n)?", stdout), stdout
+    # A preparation says first what `auto` chose, which may be what is wrong.
+    assert re.fullmatch(r"(data\.files: .*\(data\.(separator|format)=auto\).*\n)?", stdout), stdout
     assert stderr.startswith("error: "), stderr
     assert stderr.endswith("\n")
     assert stderr.count("\n") == 1, f"exactly one line, not {stderr}"

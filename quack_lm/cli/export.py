@@ -17,10 +17,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quack_lm.cli.flags import Parser
 from quack_lm.errors import UserError, explaining
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     config, state = checkpoint.read_config(path), checkpoint.read_train_state(path)
     model = make_model(config)
     checkpoint.check_weights(path, model)
-    data = None if options.without_tokenizer else open_data(options.data or user_path(config["data"]["dir"]), path)
+    data = None if options.without_tokenizer else open_data(options.data, config["data"], path)
     chosen = (
         counterpart(model, config)
         if options.class_ == "auto"
@@ -122,19 +122,22 @@ def check_new(out: Path) -> None:
             raise UserError(f"{out}: {parent} is not a writable directory; choose another one")
 
 
-def open_data(directory: Path, checkpoint: Path) -> "TokenData":
+def open_data(directory: Path | None, data: Mapping[str, Any], checkpoint: Path) -> "TokenData":
     """The data set of a checkpoint's run, for its tokenizer; UserError where it is not there, or is another one."""
-    from quack_lm.data.manifest import TokenData
+    from quack_lm.data.manifest import TokenData, read_manifest
+    from quack_lm.data.sources import sha256_of_all
     from quack_lm.training.checkpoint import read_state
 
     other = "; say where it is with --data DIR, or export --without-tokenizer"
+    directories = [directory] if directory else [user_path(name) for name in data.get("dirs", [data.get("dir")])]
     try:
-        data = TokenData.open(directory, verify_checksums=False)
+        opened = TokenData.open(directories[0], verify_checksums=False)
+        digests = [opened.manifest_sha256, *(read_manifest(one)[1] for one in directories[1:])]
     except UserError as error:
         raise UserError(f"the tokenizer is with the data: {error}{other}") from None
-    if data.manifest_sha256 != read_state(checkpoint)["manifest_sha256"]:
-        raise UserError(f"{directory} is not the data set that {checkpoint} was trained on{other}")
-    return data
+    if sha256_of_all(digests) != read_state(checkpoint)["manifest_sha256"]:
+        raise UserError(f"{directories[0]} is not the data set that {checkpoint} was trained on{other}")
+    return opened
 
 
 def copy_tokenizer(data: "TokenData", directory: Path) -> None:

@@ -73,9 +73,11 @@ def check(config: dict[Any, Any]) -> dict[str, Any]:
     checked = _check_fields("", own, _schema(RunKeys))
     for key, value in checked.items():
         _check_value(key, value)
-    # The data first, for other sections refer to it.
-    data = check_section("data", config.get("data"), chosen)
-    return checked | {n: data if n == "data" else check_section(n, config.get(n), chosen) for n in SECTIONS}
+    data = config.get("data")
+    # Before the sections that refer to it.
+    if missing := next((k for k, v in data.items() if v == "???"), None) if isinstance(data, dict) else None:
+        raise _not_set(f"data.{missing}")
+    return checked | {name: check_section(name, config.get(name), chosen) for name in SECTIONS}
 
 
 def check_section(name: str, section: Any, chosen: dict[str, str] | None = None) -> dict[str, Any]:
@@ -309,13 +311,16 @@ def _check_fields(prefix: str, values: dict[str, Any], schema: type[pydantic.Bas
         key = prefix + str(first["loc"][0])
         value = values.get(str(first["loc"][0]))
         if first["type"] == "missing" or value == "???":
-            message = f"{key} is not set; give it a value, for example on the command line: {key}=..."
-        else:
-            # A union reports each of its members; together they say what the key accepts.
-            same = [e for e in (first, *more) if e["loc"][0] == first["loc"][0]]
-            message = f"{key}={value!r}: {' or '.join(dict.fromkeys(e['msg'] for e in same))}"
-            message += f"; write a list as '{key}=[a,b]'" if first["type"] == "list_type" else ""
+            raise _not_set(key) from None
+        # A union reports each of its members; together they say what the key accepts.
+        same = [e for e in (first, *more) if e["loc"][0] == first["loc"][0]]
+        message = f"{key}={value!r}: {' or '.join(dict.fromkeys(e['msg'] for e in same))}"
+        message += f"; write a list as '{key}=[a,b]'" if first["type"] == "list_type" else ""
         raise UserError(message) from None
+
+
+def _not_set(key: str) -> UserError:
+    return UserError(f"{key} is not set; give it a value, for example on the command line: {key}=...")
 
 
 def _check_value(key: str, value: Any) -> None:

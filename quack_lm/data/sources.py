@@ -60,8 +60,7 @@ class DataSources:
     @property
     def manifest_sha256(self) -> str:
         """What identifies the data: the sha256 of the manifest, or of those of all data sets in order."""
-        own = [data.manifest_sha256 for data in self.sets]
-        return own[0] if len(own) == 1 else hashlib.sha256("\n".join(own).encode()).hexdigest()
+        return sha256_of_all([data.manifest_sha256 for data in self.sets])
 
     @property
     def unigram_entropy(self) -> float:
@@ -106,6 +105,11 @@ class DataSources:
             }
             for name, share, data in zip(self.names, self.shares, self.sets, strict=True)
         }
+
+
+def sha256_of_all(manifests: Sequence[str]) -> str:
+    """What identifies data sets together, by the sha256 of the manifest of each."""
+    return manifests[0] if len(manifests) == 1 else hashlib.sha256("\n".join(manifests).encode()).hexdigest()
 
 
 def _vocabulary(data: TokenData) -> dict[str, str]:

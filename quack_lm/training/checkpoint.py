@@ -302,10 +302,8 @@ def _full_shape(pieces: list[Piece]) -> tuple[int, ...]:
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Take back the weights alone, in place, in one process; UserError where the checkpoint does not hold them."""
-    tensors = named_tensors(model, [])
-    if wrong := _first_wrong(_stored(checkpoint), tensor_specs(tensors)):
-        raise UserError(f"{checkpoint}: {wrong}; use another checkpoint")
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    check_weights(checkpoint, model)
+    load_tensors(checkpoint, named_tensors(model, []))
 
 
 def _stored(checkpoint: Path) -> dict[str, list[Piece]]:

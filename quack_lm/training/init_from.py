@@ -103,7 +103,7 @@ def _of_checkpoint(
                 f"{choice(config['stabilizer'])}; use trainer.init_stabilizer=weights"
             )
     is_same_data = checkpoint.read_state(path)["manifest_sha256"] == data.manifest_sha256
-    tokenizers = [c["data"]["tokenizer"] for c in (source, config)]  # null: one of its own, made from the data
+    tokenizers = [c["data"].get("tokenizer") for c in (source, config)]  # null: one of its own, made from the data
     return InitialWeights(
         path,
         lambda model, world: checkpoint.load_tensors(path, checkpoint.named_tensors(model, []), world),
