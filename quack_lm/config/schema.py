@@ -31,6 +31,7 @@ SECTIONS = {
     "data": "quack_lm.data.corpus.Corpus",
     "trainer": "quack_lm.training.settings.TrainerSettings",
     "logger": "quack_lm.training.metrics.LoggerSettings",
+    "eval": "quack_lm.training.evaluation.EvalSettings",
 }
 
 
@@ -47,10 +48,14 @@ class RunKeys:
     seed: Annotated[int, pydantic.Field(ge=0, lt=2**63)] = 0
 
 
+# Sections that the config of an earlier version may lack.
+NEW_SECTIONS: dict[str, dict[str, Any]] = {"eval": {"_target_": SECTIONS["eval"]}}
+
 # Two configs that differ only here describe the same run: the keys change where it writes, not what it computes.
 NOT_IDENTITY = (
     "run_dir",
     "logger",
+    "eval",
     "trainer.resume",
     "trainer.keep_every",
     "trainer.async_checkpoints",
@@ -71,7 +76,7 @@ def check(config: dict[Any, Any]) -> dict[str, Any]:
     own = {key: config[key] for key in scalars if key in config}
     checked = _check_fields("", own, _schema(RunKeys))
     for name in SECTIONS:
-        section = config.get(name)
+        section = config.get(name, NEW_SECTIONS.get(name))
         if not isinstance(section, dict):
             raise UserError(f"{name}={section!r} must be a section with keys; choose one of {name}={choices(name)}")
         target = _target_class(name, section)
