@@ -71,7 +71,8 @@ def test_choices_are_scored_by_their_tokens_after_the_context(model: Transformer
         own = []
         for choice in item.choices:
             tokens = encode(context + item.context[len(context) :] + choice)
-            before, after = [EOT, *tokens[: len(encode(context))]], tokens[len(encode(context)) :]
+            # As lm-eval: the end-of-text token stands for an empty context alone.
+            before, after = tokens[: len(encode(context))] or [EOT], tokens[len(encode(context)) :]
             own.append(log_probability(model, before[-(SEQ_LEN + 1 - len(after)) :], after))
         scores.append(own)
     sizes = [[len(choice) for choice in item.choices] for item in CHOICES]
@@ -95,14 +96,16 @@ def test_choices_are_scored_by_their_tokens_after_the_context(model: Transformer
 
 
 @pytest.mark.parametrize("n_letters", [1, 2 * SEQ_LEN, 2 * SEQ_LEN + 1, 5 * SEQ_LEN])
-def test_every_token_of_a_text_counts_once(model: Transformer, n_letters: int) -> None:
+def test_every_token_of_a_text_counts_once_and_the_last_window_is_full(model: Transformer, n_letters: int) -> None:
     texts = [("a1" * n_letters)[:n_letters], "ein Wörtchen"]
     total, n_tokens = 0.0, 0
     for text in texts:
         tokens = [EOT, *encode(text)]
         n_tokens += len(tokens) - 1
         for start in range(0, len(tokens) - 1, SEQ_LEN):
-            total += log_probability(model, tokens[start : start + 1], tokens[start + 1 : start + SEQ_LEN + 1])
+            after = tokens[start + 1 : start + SEQ_LEN + 1]
+            # The last window has the tokens before those that count.
+            total += log_probability(model, tokens[max(0, start + len(after) - SEQ_LEN) : start + 1], after)
     found = evaluate(model, Task("first", CHOICES), Task("texts", [Text(text=text) for text in texts]))
     assert found["eval/texts/loss"] == pytest.approx(-total / n_tokens, rel=1e-5)
     n_bytes = sum(len(text.encode()) for text in texts)
@@ -141,7 +144,7 @@ GOOD: dict[str, Any] = {"context": "a", "choices": ["b", "c"], "answer": 1}
         ([GOOD | {"label": 1}], "line 1: label: Extra inputs"),
         ([{"text": ""}], "line 1: text: String should have at least 1"),
         ([[1]], "line 1"),
-        ([GOOD, {"text": "b"}], "has items of both kinds"),
+        ([GOOD, {"text": "b"}], "has both kinds of items"),
     ],
 )
 def test_a_file_that_is_no_task_is_refused_with_its_line(lines: list[Any], words: str, tmp_path: Path) -> None:

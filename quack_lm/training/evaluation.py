@@ -3,11 +3,12 @@
     {"context": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}       # multiple choice
     {"text": "A text that is scored as a whole."}                      # perplexity
 
-A choice is scored by the sum of its tokens' log-probabilities after the context, as lm-eval does: `accuracy` takes the
-largest sum, `accuracy_norm` the largest sum per byte. `bits_per_byte`, of the right choices or of the texts, does not
-depend on the tokenizer; `loss` is in nats per token.
+A choice is scored by the sum of its tokens' log-probabilities after the context, a text by those of all its tokens, as
+lm-eval does it (EleutherAI/lm-evaluation-harness): `accuracy` takes the largest sum, `accuracy_norm` that per byte.
+`bits_per_byte`, of the right choices or of the texts, does not depend on the tokenizer; `loss` is in nats per token.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -175,18 +176,20 @@ def _rows_of(item: Choices | Text, encode: Encode, eot_id: int, seq_len: int) ->
     """For each score of an item its rows: (tokens, how many of the last targets count)."""
     if isinstance(item, Text):
         tokens = [eot_id, *encode(item.text)]
-        starts = range(0, max(1, len(tokens) - 1), seq_len)
-        windows = [tokens[start : start + seq_len + 1] for start in starts]
-        yield [(window, len(window) - 1) for window in windows]
+        ends = [*range(seq_len, len(tokens) - 1, seq_len), len(tokens) - 1]
+        # The last window is as long as the others: it has tokens before those that count.
+        yield [(tokens[max(0, end - seq_len) : end + 1], end - start) for start, end in itertools.pairwise([0, *ends])]
         return
     # A space between context and choice belongs to the choice, as tokenizers have it.
     context = item.context.rstrip()
     space = item.context[len(context) :]
-    n_context = len(encode(context))
+    before = encode(context) or [eot_id]
     for choice in item.choices:
-        tokens = [eot_id, *encode(context + space + choice)]
-        n_scored = min(len(tokens) - 1 - min(n_context, len(tokens) - 2), seq_len)
-        yield [(tokens[-seq_len - 1 :], n_scored)]
+        tokens = encode(context + space + choice)
+        tokens = tokens if context else [eot_id, *tokens]
+        if len(tokens) <= len(before):  # one token reaches from the context into the choice
+            tokens = [*before, *encode(space + choice)]
+        yield [(tokens[-seq_len - 1 :], min(len(tokens) - len(before), seq_len))]
 
 
 def _metrics(task: Task, scores: Iterator[tuple[float, int]]) -> dict[str, float]:
