@@ -5,6 +5,7 @@
     quack-lm sweep       train every run of a grid, here or on a slurm cluster, and compare them
     quack-lm report      tables, figures and a page from the runs of a sweep
     quack-lm plan        parameters, memory, communication and time of a run or a sweep, without its hardware
+    quack-lm eval        evaluate a checkpoint on tasks of lm-eval
     quack-lm lr-find     raise the learning rate in a short training: where does the loss turn up?
     quack-lm bench       compare the speed of training steps
     quack-lm gpu-check   tests, benchmarks and a trace on a GPU, on one page
