@@ -38,6 +38,7 @@ VERBS = (
     "sweep",
     "report",
     "plan",
+    "eval",
     "lr-find",
     "bench",
     "gpu-check",
