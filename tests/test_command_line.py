@@ -91,6 +91,7 @@ def test_info_defaults_prints_the_choice_of_every_group(monkeypatch, capsys) -> 
         "data": "stdlib",
         "trainer": "tiny",
         "logger": "default",
+        "eval": "default",
         "experiment": "tiny",
     }
 

@@ -34,7 +34,7 @@ from quack_lm.errors import UserError
 from quack_lm.training.build import make_model
 
 SCRIPT = CONFIG_DIR.parent / "scripts" / "train.py"
-GROUPS = ("attention", "data", "experiment", "logger", "model", "optimizer", "stabilizer", "trainer")
+GROUPS = ("attention", "data", "eval", "experiment", "logger", "model", "optimizer", "stabilizer", "trainer")
 ATTENTIONS, STABILIZERS = ("mha", "mla"), ("none", "fixed", "qk_norm", "qk_clip", "quack")
 
 
@@ -136,7 +136,7 @@ def test_stabilizers_start_from_values_that_the_paper_sweeps(stabilizer: str, ex
 
 
 def test_the_groups_of_configs_are_the_documented_ones() -> None:
-    assert {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()} == {*GROUPS, "sweep"}
+    assert {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()} == {*GROUPS, "sweep", "tasks"}
     assert set(choices("attention")) >= set(ATTENTIONS)
     assert set(choices("stabilizer")) >= set(STABILIZERS)
     assert set(choices("model")) >= {"tiny", "100m", "1b"}
@@ -458,7 +458,7 @@ def test_the_fingerprint_ignores_where_a_run_writes_and_whether_it_resumes(tiny:
 
 def test_the_fingerprint_changes_with_everything_else(tiny: dict[str, Any]) -> None:
     free = ("run_dir", "logger.", "trainer.resume", "trainer.keep_every", "trainer.async_checkpoints")
-    free += ("trainer.max_logits", "trainer.profile")
+    free += ("trainer.max_logits", "trainer.profile", "eval.")
     kept = [key for key in flatten(tiny) if not key.startswith(free)]
     seen = {fingerprint(changed(tiny, key, "something else")) for key in kept} | {fingerprint(tiny)}
     assert len(seen) == len(kept) + 1
@@ -505,7 +505,7 @@ garbage = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3), max_leaves=8
 )
 sections = st.sampled_from(
-    ["model", "attention", "stabilizer", "optimizer", "data", "trainer", "logger", "seed", "run_dir"]
+    ["model", "attention", "stabilizer", "optimizer", "data", "trainer", "logger", "eval", "seed", "run_dir"]
 )
 
 

@@ -18,6 +18,7 @@ OWNERS = {
     "omegaconf": {"quack_lm/config/compose.py"},
     "wandb": {"quack_lm/training/sinks.py"},
     "torch.utils.tensorboard": {"quack_lm/training/sinks.py"},
+    "lm_eval": {"quack_lm/cli/eval.py", "quack_lm/harness.py"},
     "trackio": {"quack_lm/training/sinks.py"},
     "torch.distributed": {
         "quack_lm/parallel.py",

@@ -82,6 +82,7 @@ class RunStep(TrainingStep):
                 eot_id=None,
                 weights=self.weights if settings.probe_parts else None,
             ),
+            evaluation=None,
             log=RunLog(
                 run_dir.metrics_file,
                 logger,

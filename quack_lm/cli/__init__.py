@@ -7,6 +7,7 @@
     quack-lm generate    text from a checkpoint
     quack-lm export      write a trained model as a directory of Hugging Face transformers
     quack-lm plan        parameters, memory, communication and time of a run or a sweep, without its hardware
+    quack-lm eval        evaluate a checkpoint on tasks of lm-eval
     quack-lm lr-find     raise the learning rate in a short training: where does the loss turn up?
     quack-lm bench       compare the speed of training steps
     quack-lm gpu-check   tests, benchmarks and a trace on a GPU, on one page
@@ -41,6 +42,7 @@ VERBS = (
     "generate",
     "export",
     "plan",
+    "eval",
     "lr-find",
     "bench",
     "gpu-check",

@@ -32,6 +32,7 @@ SECTIONS = {
     "data": "quack_lm.data.settings.DataSettings",
     "trainer": "quack_lm.training.settings.TrainerSettings",
     "logger": "quack_lm.training.metrics.LoggerSettings",
+    "eval": "quack_lm.training.evaluation.EvalSettings",
 }
 
 
@@ -48,10 +49,14 @@ class RunKeys:
     seed: Annotated[int, pydantic.Field(ge=0, lt=2**63)] = 0
 
 
+# Sections that the config of an earlier version may lack.
+NEW_SECTIONS: dict[str, dict[str, Any]] = {"eval": {"_target_": SECTIONS["eval"]}}
+
 # Two configs that differ only here describe the same run: the keys change where it writes, not what it computes.
 NOT_IDENTITY = (
     "run_dir",
     "logger",
+    "eval",
     "trainer.resume",
     "trainer.keep_every",
     "trainer.async_checkpoints",
@@ -77,7 +82,7 @@ def check(config: dict[Any, Any]) -> dict[str, Any]:
     # Before the sections that refer to it.
     if missing := next((k for k, v in data.items() if v == "???"), None) if isinstance(data, dict) else None:
         raise _not_set(f"data.{missing}")
-    return checked | {name: check_section(name, config.get(name), chosen) for name in SECTIONS}
+    return checked | {n: check_section(n, config.get(n, NEW_SECTIONS.get(n)), chosen) for n in SECTIONS}
 
 
 def check_section(name: str, section: Any, chosen: dict[str, str] | None = None) -> dict[str, Any]:

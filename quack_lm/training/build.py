@@ -23,7 +23,7 @@ from quack_lm.attention.cache import bytes_per_token
 from quack_lm.attention.scores import implementation, resolve_backend, resolve_max_logits
 from quack_lm.config import choice, fingerprint, identity, instantiate
 from quack_lm.data.batches import EvalBatches, SequenceMixture, TrainBatches
-from quack_lm.data.manifest import SplitName
+from quack_lm.data.manifest import TOKENIZER, SplitName
 from quack_lm.data.settings import DataSettings
 from quack_lm.data.sources import DataSources
 from quack_lm.errors import UserError, explained
@@ -39,6 +39,7 @@ from quack_lm.text import echo
 from quack_lm.training import checkpoint
 from quack_lm.training.coordinator import Coordinator
 from quack_lm.training.environment import package_versions
+from quack_lm.training.evaluation import Evaluation, Task
 from quack_lm.training.flops import attention_flops_per_token, flops_per_token, peak_flops
 from quack_lm.training.init_from import InitialWeights, open_initial_weights
 from quack_lm.training.loop import Run
@@ -75,6 +76,7 @@ class RunPlan:
     model: Transformer  # on the meta device
     data: DataSources
     sequences: dict[SplitName, SequenceMixture]
+    tasks: list[Task]  # to evaluate on, where that is asked for
     device: str
     flops_per_token: float
     is_compiled: bool
@@ -253,6 +255,7 @@ def build_run(plan: RunPlan) -> Run:
             weights=trained.weights,
             batches=data.batches,
             validation=data.validation,
+            evaluation=build_evaluation(plan, world),
             probe=measurement.probe,
             log=measurement.log,
             profiler=StepProfiler(plan.run_dir.path / "profile", settings.profile, plan.model, rank=world.rank),
@@ -340,6 +343,26 @@ def build_data(plan: RunPlan, world: World) -> DataObjects:
         ),
         held_out("val", settings.val_sequences),
         held_out("probe", settings.probe_sequences),
+    )
+
+
+def build_evaluation(plan: RunPlan, world: World) -> Evaluation | None:
+    """The tasks in tokens of the data set, if there are any."""
+    if not plan.tasks:
+        return None
+    # Imported late: only these runs need the libraries of tokenizers.
+    from quack_lm.data.tokenizer import TextTokenizer
+
+    eot_id = plan.data.manifest.eot_id
+    tokenizer = TextTokenizer.open(plan.data.directory / TOKENIZER, f"data.dir={plan.data.directory}", eot_id=eot_id)
+    return Evaluation(
+        plan.tasks,
+        tokenizer.encode,
+        world,
+        every=plan.config["eval"]["every"],
+        eot_id=eot_id,
+        seq_len=plan.settings.seq_len,
+        micro_batch_size=plan.settings.sequences_at_once,
     )
 
 

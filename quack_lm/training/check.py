@@ -33,6 +33,7 @@ from quack_lm.training.build import (
     open_data,
 )
 from quack_lm.training.compilation import check_compiler, is_compiled
+from quack_lm.training.evaluation import EvalSettings, read_tasks
 from quack_lm.training.flops import peak_flops
 from quack_lm.training.init_from import InitialWeights, find_source, open_initial_weights
 from quack_lm.training.metrics import LoggerSettings
@@ -81,6 +82,8 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     recipe: Recipe = instantiate(config["optimizer"])
     stabilizer: Stabilizer = instantiate(config["stabilizer"])
     data_settings: DataSettings = instantiate(config["data"])
+    evaluated: EvalSettings = instantiate(config["eval"])
+    tasks = read_tasks(evaluated.tasks) if evaluated.every else []
     if logger.wandb == "online":  # which prints its address
         refuse_secret("WANDB_BASE_URL in the environment", os.environ.get("WANDB_BASE_URL", ""))
     check_packages(logger)
@@ -125,6 +128,7 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
         model=model,
         data=data,
         sequences=sequences,
+        tasks=tasks,
         device=device,
         flops_per_token=flops,
         is_compiled=is_compiled(settings, device=device, flops_per_token=flops, ranks=world_size),

@@ -19,6 +19,7 @@ from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights, stabilized_step
 from quack_lm.training.checkpoint import name_of, named_tensors
 from quack_lm.training.coordinator import Coordinator
+from quack_lm.training.evaluation import Evaluation
 from quack_lm.training.metrics import Clock, RunLog
 from quack_lm.training.profiler import StepProfiler
 from quack_lm.training.run_dir import RunDir
@@ -45,6 +46,7 @@ class Run:
     batches: TrainBatches
     validation: EvalBatches
     probe: Probe
+    evaluation: Evaluation | None
     log: RunLog
     profiler: StepProfiler
     saver: Saver
@@ -97,6 +99,9 @@ def train(run: Run) -> RunStatus:
             if due(state.step, settings.val_every, settings.steps):
                 with clock.paused("validation"):
                     validate(run)
+            if run.evaluation is not None and due(state.step, run.evaluation.every, settings.steps):
+                with clock.paused("evaluation"):
+                    run.log.add(state.step, run.evaluation.run(run.model, run.coordinator.watchdog.feed))
             agreed = run.coordinator.sync(is_saving=run.saver.is_writing)
             if not agreed.is_saving:
                 run.saver.advance()

@@ -1,0 +1,84 @@
+"""Evaluate a checkpoint on tasks of lm-eval (EleutherAI/lm-evaluation-harness).
+
+    quack-lm eval runs/mine --tasks hellaswag,arc_easy                          # needs: network, for their data
+    quack-lm eval runs/mine --tasks my_task --include-path tasks/ -o eval.json  # a task of your own, from local files
+
+A run's directory stands for its last valid checkpoint. An exported directory needs none of this: lm_eval --model hf
+--model_args pretrained=DIR gives the same numbers. Needs pip install -e '.[lm-eval]'.
+"""
+
+import json
+import logging
+from argparse import Namespace
+from importlib.util import find_spec
+
+from quack_lm.cli.flags import Parser
+from quack_lm.errors import UserError, explaining
+from quack_lm.files import finite, user_path, write_atomically
+from quack_lm.text import echo
+
+
+def read(arguments: list[str]) -> Namespace:
+    """The flags; UserError for a mistake in them."""
+    parser = Parser("eval", __doc__)
+    add = parser.add_argument
+    add("checkpoint", type=user_path, help="the directory of a run, or of one of its checkpoints")
+    add("--tasks", required=True, metavar="A,B", help="names of tasks or of groups of them")
+    add("--include-path", type=user_path, metavar="DIR", help="where more tasks are, each a yaml file of lm-eval")
+    add("--num-fewshot", type=int, metavar="N", help="examples in front of each question (the task's own number)")
+    add("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    add("--batch-size", type=int, default=8, metavar="N", help="sequences of a forward (8)")
+    add("--tokenizer", type=user_path, metavar="DIR", help="its directory, or a prepared data set (the run's data.dir)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights (float32)")
+    add("-o", "--out", type=user_path, metavar="FILE", help="write the results as JSON")
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size} must be at least 1")
+    if options.include_path and not options.include_path.is_dir():
+        raise UserError(f"--include-path {options.include_path}: no such directory")
+    if options.out and (options.out.is_dir() or not options.out.name):
+        raise UserError(f"-o {options.out} must name a file")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluate, print the table of lm-eval, and write the results; returns the exit code."""
+    options = read(arguments)
+    if find_spec("lm_eval") is None:
+        raise UserError("quack-lm eval needs lm-eval: pip install -e '.[lm-eval]'")
+
+    # Imported late: --help and a mistake in the flags need not wait for them.
+    import lm_eval
+    import torch
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    from quack_lm.generate import load
+    from quack_lm.harness import CheckpointLM
+    from quack_lm.parallel import check_world, resolve_device
+
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    device = resolve_device(options.device)
+    check_world(device=device)
+    tasks, manager = options.tasks.split(","), TaskManager(include_path=options.include_path)
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        raise UserError(f"--tasks {unknown[0]}: lm-eval has no such task; lm_eval ls tasks lists them")
+    dtype = getattr(torch, options.dtype)
+    language_model = load(options.checkpoint, tokenizer=options.tokenizer, device=device, dtype=dtype)
+    found = lm_eval.simple_evaluate(
+        CheckpointLM(language_model, batch_size=options.batch_size),
+        tasks=tasks,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        task_manager=manager,
+        log_samples=False,
+    )
+    assert found is not None, "there is one process"
+    echo(*make_table(found).splitlines())
+    if options.out:
+        with explaining(f"-o {options.out}", "or choose another"):
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            kept = {"checkpoint": str(language_model.trained.checkpoint), "results": found["results"]}
+            write_atomically(options.out, json.dumps(finite(kept), indent=2) + "\n")
+    return 0
