@@ -82,11 +82,12 @@ LAYERS: dict[str, set[str]] = {
 }
 LAYERS["training"] = {*LAYERS}
 LAYERS["generate"] = {"data", "errors", "files", "model", "parallel", "training"}
+LAYERS["harness"] = {"generate"}
 LAYERS["sweep"] = {"config", "errors", "files", "slurm", "text", "training"}
 LAYERS["report"] = {"config", "errors", "files", "slurm", "sweep", "text", "training"}
 LAYERS["paper"] = {"report"}
 LAYERS["results"] = {"errors", "files", "report"}
-LAYERS["bench"] = {*LAYERS} - {"paper", "sweep", "generate", "results"}
+LAYERS["bench"] = {*LAYERS} - {"paper", "sweep", "generate", "harness", "results"}
 LAYERS["cli"] = {*LAYERS}
 LAYERS["__main__"] = {"cli"}
 

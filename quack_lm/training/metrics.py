@@ -156,7 +156,7 @@ class RunLog:
         self.losses: list[float] = []  # of the steps that the last flush was about
         self._bar: tqdm | None = None
 
-    def add(self, step: int, values: dict[str, Value]) -> None:
+    def add(self, step: int, values: Mapping[str, Value]) -> None:
         """Keep values that are the same on every rank; tensors stay on the device until `flush`."""
         self._records.setdefault(step, {}).update(values)
 
