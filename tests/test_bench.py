@@ -267,8 +267,8 @@ def test_the_plot_of_decoding_has_a_line_for_each_cache(tmp_path: Path) -> None:
     first, second = (
         plot(found, contexts, {**dict.fromkeys(contexts, 96), "mha 128": 256, "mha 512": 256}).panels[0].lines
     )
-    assert (first.label, first.points) == ("mla: 96 bytes per token and layer", [(128, 1.0), (512, 2.0)])
-    assert (second.label, second.points) == ("mha: 256 bytes per token and layer", [(128, 3.0), (512, 4.0)])
+    assert (first.label, first.points) == ("mla: 96 B/token", [(128, 1.0), (512, 2.0)])
+    assert (second.label, second.points) == ("mha: 256 B/token", [(128, 3.0), (512, 4.0)])
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def plot(found: "Sequence[Summary]", contexts: Mapping[str, int], cache_bytes: M
     """Tokens per second against the length of the context; a variant's name ends with that length."""
     points: dict[str, list[tuple[float, float]]] = {}
     for one in found:
-        name = f"{one.variant.rpartition(' ')[0]}: {cache_bytes[one.variant]:,} bytes per token and layer"
+        name = f"{one.variant.rpartition(' ')[0]}: {cache_bytes[one.variant]:,} B/token"
         points.setdefault(name, []).append((contexts[one.variant], 1 / one.step_s))
     lines = [
         Line(
@@ -106,5 +106,4 @@ def plot(found: "Sequence[Summary]", contexts: Mapping[str, int], cache_bytes: M
         panels=[Panel(title="", lines=lines)],
         columns=1,
         log_x=True,
-        log_y=True,
     )
