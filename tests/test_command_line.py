@@ -104,7 +104,7 @@ def test_info_defaults_prints_the_choice_of_every_group(monkeypatch, capsys) -> 
         (["steps=5"], "did you mean trainer.steps=5?"),
         (["d_modle=5"], "did you mean model.d_model=5?"),
         (["stabilizer.tau=1"], "stabilizer.tau: it belongs to stabilizer=fixed and stabilizer=quack"),
-        (["checkpoint.interval=10"], "unknown key checkpoint: did you mean trainer? (choices: run_dir, seed, model, "),
+        (["checkpoint.interval=10"], "unknown key checkpoint: did you mean eval? (choices: run_dir, seed, model, "),
         (["--lr", "1e-3"], "settings are key=value, without dashes; did you mean optimizer.lr=1e-3?"),
         (["--optimizer.lr=1e-3"], "did you mean optimizer.lr=1e-3?"),
         (["--batch-size", "8"], "unknown flag --batch-size"),

@@ -24,6 +24,7 @@ from test_refusals import TABLES
 from quack_lm import __version__
 from quack_lm.cli import VERBS, main
 from quack_lm.cli.bench import read as read_bench
+from quack_lm.cli.eval import read as read_eval
 from quack_lm.cli.export import read as read_export
 from quack_lm.cli.generate import read as read_generate
 from quack_lm.cli.gpu_check import choose, parts
@@ -138,6 +139,9 @@ def check_verb(words: list[str], command: Command, capsys: pytest.CaptureFixture
         assert str(read_export(arguments).source).startswith("runs/")
     elif verb == "plan":
         check_plan(arguments)
+    elif verb == "eval":
+        assert command.is_marked
+        assert str(read_eval(arguments).checkpoint).startswith("runs/")
     elif verb == "lr-find":
         compose_first(read_lr_find(arguments)[3])
     elif verb == "report":

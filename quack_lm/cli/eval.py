@@ -35,8 +35,6 @@ def read(arguments: list[str]) -> Namespace:
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size} must be at least 1")
-    if options.include_path and not options.include_path.is_dir():
-        raise UserError(f"--include-path {options.include_path}: no such directory")
     if options.out and (options.out.is_dir() or not options.out.name):
         raise UserError(f"-o {options.out} must name a file")
     return options
@@ -45,6 +43,8 @@ def read(arguments: list[str]) -> Namespace:
 def main(arguments: list[str]) -> int:
     """Evaluate, print the table of lm-eval, and write the results; returns the exit code."""
     options = read(arguments)
+    if options.include_path and not options.include_path.is_dir():
+        raise UserError(f"--include-path {options.include_path}: no such directory")
     if find_spec("lm_eval") is None:
         raise UserError("quack-lm eval needs lm-eval: pip install -e '.[lm-eval]'")
 

@@ -53,6 +53,7 @@ def completion_script(shell: str, verbs: Iterable[str], sweep_verbs: Iterable[st
         "preflight": settings,
         "submit": ["train", "prepare", "preflight", *settings],
         "plan": [*sweeps, "scale=", "world_size=", "card=", "mfu=", "measure=true", *run_words(), "--help"],
+        "eval": ["--tasks", "--include-path", "--num-fewshot", "--limit", "--batch-size", "--help"],
         "lr-find": ["from=", "to=", "steps=", "out=", *run_words(), "--help"],
         "generate": ["--prompt", "--prompts", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--help"],
         "gpu-check": ["dir=", "only=", "--dry-run", "--help"],

@@ -31,7 +31,7 @@ ELSEWHERE = {"learning_rate": "optimizer.lr", "batch_size": "trainer.global_batc
 
 def groups() -> list[str]:
     """The names before the `=` of a choice: attention, data, experiment ..."""
-    return sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name != "sweep")
+    return sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name not in ("sweep", "tasks"))
 
 
 def choices(group: str) -> list[str]:
