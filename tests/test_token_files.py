@@ -247,6 +247,11 @@ def test_a_run_trains_on_imported_tokens(imported: Path, tmp_path: Path) -> None
     assert run_here([f"data.dir={imported}", "trainer.seq_len=8", "trainer.steps=2"], tmp_path / "run")["step"] == 2
 
 
+def test_tasks_of_text_need_a_tokenizer(imported: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"eval\.every=1 needs the tokenizer of the data"):
+        run_here([f"data.dir={imported}", "trainer.seq_len=8", "eval.every=1"], tmp_path / "run")
+
+
 def test_the_tokenizer_that_made_the_tokens_may_come_with_them(tiny_data: list[str], tmp_path: Path) -> None:
     source = Path(tiny_data[1].removeprefix("data.dir="))
     made = TokenData.open(source).manifest

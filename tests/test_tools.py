@@ -126,6 +126,11 @@ def test_a_trace_that_the_end_of_the_run_cuts_is_written_and_summarized(
         assert word in printed
 
 
+def test_a_trace_that_ends_before_it_begins_is_refused() -> None:
+    with pytest.raises(UserError, match=r"trainer\.profile=\[3, 2\] must be a first step and a last one"):
+        check_run(compose([*SMALL, "trainer.profile=[3,2]"]))
+
+
 # ------------------------------------------------------------------------------------------------ tables and reports
 
 

@@ -98,6 +98,11 @@ def check_run(config: dict[str, Any], *, is_rehearsal: bool = False) -> RunPlan:
     if is_here:
         check_memory(config, model, device=device, ranks_of_a_copy=world_size // settings.replicas)
     data = open_data(data_settings, config["model"]["vocab_size"])
+    if tasks and not data.manifest.tokenizer.files:
+        raise UserError(
+            f"eval.every={evaluated.every} needs the tokenizer of the data, which {data.directory} does not have: set "
+            "eval.every=0, or import its tokens again with data.tokenizer"
+        )
     sequences = {split: data.sequences(split, settings.seq_len) for split in SPLITS}
     run_dir = RunDir.of(config)
     snapshot = checkpoint.snapshot(run_dir, settings.steps)

@@ -98,6 +98,13 @@ class TrainerSettings(StabilityRules):
     profile: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
     probe_parts: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse a trace that ends before it begins."""
+        if self.profile and self.profile[0] > self.profile[1]:
+            raise UserError(
+                f"trainer.profile={self.profile} must be a first step and a last one, which is not before it"
+            )
+
     def frees_blocks_after_forward(self, n_parameters: int) -> bool:
         """Whether blocks with so many parameters in all free their gathered weights between forward and backward."""
         if self.reshard_after_forward != "auto":
