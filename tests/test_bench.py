@@ -262,7 +262,7 @@ def test_the_plot_of_decoding_has_a_line_for_each_cache(tmp_path: Path) -> None:
     assert {(line["variant"], line["cache_bytes"]) for line in lines} == {
         *(("mla 128", 96), ("mla 512", 96), ("mha 128", 256), ("mha 512", 256))
     }
-    found = [Summary(name, 1 / (i + 1), {}, "mla 128", 1.0, None) for i, name in enumerate(names.split(","))]
+    found = [Summary(name, 1 / (i + 1), {}, "mla 128", 1.0, None, 1.0) for i, name in enumerate(names.split(","))]
     contexts = {name: int(name.split()[1]) for name in names.split(",")}
     first, second = (
         plot(found, contexts, {**dict.fromkeys(contexts, 96), "mha 128": 256, "mha 512": 256}).panels[0].lines

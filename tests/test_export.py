@@ -280,7 +280,7 @@ def test_the_model_card_says_what_was_trained_and_how_to_load_and_cite_it(quack_
     for text in (
         "stabilizer `quack`",
         "tau: 0.1",
-        "StdlibCorpus",
+        "LocalCorpus",
         "512 tokens",
         "2511.21377",
         "from_pretrained",

@@ -279,7 +279,7 @@ def damaged(run: Path, tmp_path: Path, edit: str) -> Path:
 REFUSED = {
     "no checkpoint": ([], r"the following arguments are required: checkpoint; see --help"),
     "unknown flag": (["RUN", "--tempe=1"], r"--help"),
-    "nowhere": (["TMP/nowhere"], r"TMP/nowhere: no such directory; give that of a run"),
+    "nowhere": (["TMP/nowhere"], r"TMP/nowhere is neither a checkpoint nor the directory of a run"),
     "no run": (["TMP"], r"TMP is neither a checkpoint nor the directory of a run"),
     "damaged": (["SHARD"], r"step_00000040 is not a valid checkpoint: shard-.* has another sha256"),
     "incomplete": (["MANIFEST"], r"step_00000040 is not a valid checkpoint: it has no manifest\.json"),

@@ -451,7 +451,7 @@ def test_report_of_a_half_finished_sweep_is_self_contained_and_lists_what_is_mis
     write_run(done, final=3.782)
     write_run(diverged, status="diverged", last_step=10)
     path = report.write(
-        save(*cells),
+        [save(*cells)],
         tmp_path / "out",
         command="quack-lm report somewhere",
         conclusions=[claims.recipe, claims.section],

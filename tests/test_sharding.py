@@ -130,7 +130,13 @@ def test_gradients_are_reduced_as_often_as_asked(every: bool, expected: int) -> 
             world=world,
             settings=SimpleNamespace(reduce_every_micro_batch=every),
             state=SimpleNamespace(step=0),
-            batches=SimpleNamespace(micro_batches=lambda step: batches, n_micro_batches=3),
+            batches=SimpleNamespace(
+                micro_batches=lambda step: batches,
+                sources=lambda step: [torch.zeros(2, dtype=torch.long)] * 3,
+                n_micro_batches=3,
+                names=[""],
+                is_mixed=False,
+            ),
             batch_tokens=12 * 8,
         )
         with CommDebugMode() as seen:

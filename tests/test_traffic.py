@@ -34,6 +34,8 @@ class SentBytes(TorchDispatchMode):
         match name:
             case "_allgather_base_":
                 return "all_gather", args[1].nbytes * (n - 1)
+            case "allgather_":
+                return "all_gather", args[1][0].nbytes * (n - 1)
             case "_reduce_scatter_base_":
                 return "reduce_scatter", args[0].nbytes * (n - 1)
             case "allreduce_":
