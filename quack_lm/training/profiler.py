@@ -4,6 +4,7 @@ The regions are those of the training loop, `data`, `forward`, `backward`, `clip
 in the last torch's own `Optimizer.step#...`. `attention` is marked in a trace alone, and where nothing is compiled.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class StepProfiler:
             self._hooks = [hook for attention in self.model.attentions for hook in _marking(attention, "attention")]
         if torch.cuda.is_available():
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+        else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it tells stderr that there is no GPU
         self._profile = profile(activities=activities())
         self._profile.start()
 
@@ -110,10 +113,12 @@ def _marking(module: nn.Module, name: str) -> list[Any]:
     open_regions: list[record_function] = []
 
     def enter(*_: Any) -> None:
-        open_regions.append(record_function(name))
-        open_regions[-1].__enter__()
+        if module.training:  # neither a probe nor a validation
+            open_regions.append(record_function(name))
+            open_regions[-1].__enter__()
 
     def leave(*_: Any) -> None:
-        open_regions.pop().__exit__(None, None, None)
+        if module.training:
+            open_regions.pop().__exit__(None, None, None)
 
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
