@@ -12,7 +12,7 @@ import logging
 from argparse import Namespace
 from importlib.util import find_spec
 
-from quack_lm.cli.flags import Parser
+from quack_lm.cli.flags import Parser, add_model, load_model, refuse_directory
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import finite, user_path, write_atomically
 from quack_lm.text import echo
@@ -21,22 +21,18 @@ from quack_lm.text import echo
 def read(arguments: list[str]) -> Namespace:
     """The flags; UserError for a mistake in them."""
     parser = Parser("eval", __doc__)
+    add_model(parser, dtype_of="weights")
     add = parser.add_argument
-    add("checkpoint", type=user_path, help="the directory of a run, or of one of its checkpoints")
     add("--tasks", required=True, metavar="A,B", help="names of tasks or of groups of them")
     add("--include-path", type=user_path, metavar="DIR", help="where more tasks are, each a yaml file of lm-eval")
     add("--num-fewshot", type=int, metavar="N", help="examples in front of each question (the task's own number)")
     add("--limit", type=int, metavar="N", help="only the first N documents of each task")
     add("--batch-size", type=int, default=8, metavar="N", help="sequences of a forward (8)")
-    add("--tokenizer", type=user_path, metavar="DIR", help="its directory, or a prepared data set (the run's data.dir)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights (float32)")
     add("-o", "--out", type=user_path, metavar="FILE", help="write the results as JSON")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size} must be at least 1")
-    if options.out and (options.out.is_dir() or not options.out.name):
-        raise UserError(f"-o {options.out} must name a file")
+    refuse_directory(options.out)
     return options
 
 
@@ -50,22 +46,16 @@ def main(arguments: list[str]) -> int:
 
     # Imported late: --help and a mistake in the flags need not wait for them.
     import lm_eval
-    import torch
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    from quack_lm.generate import load
     from quack_lm.harness import CheckpointLM
-    from quack_lm.parallel import check_world, resolve_device
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    device = resolve_device(options.device)
-    check_world(device=device)
     tasks, manager = options.tasks.split(","), TaskManager(include_path=options.include_path)
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
         raise UserError(f"--tasks {unknown[0]}: lm-eval has no such task; lm_eval ls tasks lists them")
-    dtype = getattr(torch, options.dtype)
-    language_model = load(options.checkpoint, tokenizer=options.tokenizer, device=device, dtype=dtype)
+    language_model = load_model(options)
     found = lm_eval.simple_evaluate(
         CheckpointLM(language_model, batch_size=options.batch_size),
         tasks=tasks,

@@ -1,9 +1,14 @@
 """The parser of verbs with ordinary flags."""
 
 import argparse
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from quack_lm.errors import UserError
+from quack_lm.files import user_path
+
+if TYPE_CHECKING:
+    from quack_lm.generate import LanguageModel
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,3 +25,31 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
         raise UserError(f"{message}; see --help")
+
+
+def add_model(parser: Parser, *, dtype_of: str) -> None:
+    """The flags of `load_model`; `dtype_of` is what the model has in --dtype."""
+    add = parser.add_argument
+    add("checkpoint", type=user_path, help="the directory of a run, or of one of its checkpoints")
+    add("--tokenizer", type=user_path, metavar="DIR", help="its directory, or a prepared data set (the run's data.dir)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help=f"of {dtype_of} (float32)")
+
+
+def load_model(options: argparse.Namespace) -> "LanguageModel":
+    """The model and tokenizer that the flags of `add_model` name."""
+    # Imported late: --help and a mistake in the flags need not wait for torch.
+    import torch
+
+    from quack_lm.generate import load
+    from quack_lm.parallel import check_world, resolve_device
+
+    device = resolve_device(options.device)
+    check_world(device=device)
+    return load(options.checkpoint, tokenizer=options.tokenizer, device=device, dtype=getattr(torch, options.dtype))
+
+
+def refuse_directory(out: Path | None) -> None:
+    """UserError where -o names no file."""
+    if out and (out.is_dir() or not out.name):
+        raise UserError(f"-o {out} must name a file")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quack_lm.cli.flags import Parser
+from quack_lm.cli.flags import Parser, add_model, load_model, refuse_directory
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import open_regular, parse_json, user_path, write_atomically
 from quack_lm.text import echo, echo_piece
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def read(arguments: list[str]) -> Namespace:
     """The flags; UserError for a mistake in them."""
     parser = Parser("generate", __doc__)
+    add_model(parser, dtype_of="weights and cache")
     add = parser.add_argument
-    add("checkpoint", type=user_path, help="the directory of a run, or of one of its checkpoints")
     add("--prompt", action="append", default=[], help="text to continue; several make several texts (none)")
     add("--prompts", type=user_path, metavar="FILE", help='a prompt per line, of a .jsonl file as {"prompt": ...}')
     add("--max-new-tokens", type=int, default=100, metavar="N", help="tokens of a text at most (100)")
@@ -38,16 +38,12 @@ def read(arguments: list[str]) -> Namespace:
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens with probability P (1)")
     add("--seed", type=int, default=0, help="of the draws (0)")
     add("--batch-size", type=int, default=16, metavar="N", help="texts made at once (16)")
-    add("--tokenizer", type=user_path, metavar="DIR", help="its directory, or a prepared data set (the run's data.dir)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and cache (float32)")
     add("-o", "--out", type=user_path, metavar="FILE", help="write prompts and texts as lines of JSON")
     options = parser.parse_args(arguments)
     for name, value in (("--max-new-tokens", options.max_new_tokens), ("--batch-size", options.batch_size)):
         if value < 1:
             raise UserError(f"{name} {value} must be at least 1")
-    if options.out and (options.out.is_dir() or not options.out.name):
-        raise UserError(f"-o {options.out} must name a file")
+    refuse_directory(options.out)
     return options
 
 
@@ -57,16 +53,10 @@ def main(arguments: list[str]) -> int:
     prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else [])] or [""]
 
     # Imported late: --help and a mistake in the flags need not wait for torch.
-    import torch
-
-    from quack_lm.generate import Sampling, load
-    from quack_lm.parallel import check_world, resolve_device
+    from quack_lm.generate import Sampling
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
-    device = resolve_device(options.device)
-    check_world(device=device)
-    dtype = getattr(torch, options.dtype)
-    language_model = load(options.checkpoint, tokenizer=options.tokenizer, device=device, dtype=dtype)
+    language_model = load_model(options)
     if note := length_note(language_model, prompts, options.max_new_tokens):
         echo(note, err=True)
     start = time.perf_counter()
