@@ -6,30 +6,39 @@ Axes: N tokens, D model width, V vocabulary.
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# 256 MiB of float32. On a CPU, fewer tokens at once are slower and more are not faster.
-LOGITS_OF_A_CHUNK = 2**26
+LossChunk = int | Literal["auto"] | None
+# 256 MiB of float32, and on a GPU 1 GiB. On a CPU, fewer tokens at once are slower and more are not faster; on a GPU
+# the gradient of the weight is added up once a chunk, which for 2^26 logits takes as long as one of its products.
+LOGITS_OF_A_CHUNK = {"cpu": 2**26, "cuda": 2**28}
 
 
 def cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int | None = None, *, is_compiled: bool = False
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: LossChunk = None, *, is_compiled: bool = False
 ) -> Tensor:
     """Nats of each token [N], float32; with a chunk, the logits of so many tokens exist at once.
 
     With a chunk the gradient is made beside the loss, while the logits are there: three matrix products a token as
     without, where recomputing them in the backward pass takes four.
     """
+    if chunk == "auto":
+        chunk = automatic_chunk(len(weight_VD), x_ND.device.type)
     if chunk is None or chunk >= len(x_ND):
         return (_compiled(_whole) if is_compiled else _whole)(x_ND, weight_VD, targets_N)
     chunk = math.ceil(len(x_ND) / math.ceil(len(x_ND) / chunk))  # of equal size, or the last may be a few tokens
     chunk_loss = _compiled(_loss_and_gradient) if is_compiled else _loss_and_gradient
     return _InChunks.apply(x_ND, weight_VD, targets_N, chunk, chunk_loss)
+
+
+def automatic_chunk(vocab_size: int, device: str) -> int:
+    """The tokens whose logits exist at once where a config leaves it open."""
+    return max(1, LOGITS_OF_A_CHUNK.get(device, LOGITS_OF_A_CHUNK["cpu"]) // vocab_size)
 
 
 def _whole(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

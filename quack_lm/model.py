@@ -21,7 +21,7 @@ from quack_lm.attention.base import Attention, linear
 from quack_lm.attention.cache import Cache, LayerCache, Span
 from quack_lm.attention.mask import Mask, count_documents, number_documents
 from quack_lm.attention.rope import rope_table
-from quack_lm.loss import cross_entropy
+from quack_lm.loss import LossChunk, cross_entropy
 from quack_lm.rms_norm import RMSNorm
 
 # Which activations of a block the backward recomputes: none, all, or all but the results of `KEPT_BY_SELECTIVE`.
@@ -86,7 +86,7 @@ class Transformer(nn.Module):
         *,
         eot_id: int | None = None,
         activation_checkpointing: ActivationCheckpointing = False,
-        loss_chunk: int | None = None,
+        loss_chunk: LossChunk = None,
     ) -> None:
         super().__init__()
         self.sizes = sizes

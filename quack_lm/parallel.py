@@ -334,7 +334,7 @@ def map_full_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor, 
 
     `shards_NrC` are this rank's rows of N matrices shaped and sharded like `like`; so is the result.
     """
-    if not isinstance(like, DTensor):
+    if not isinstance(like, DTensor) or like.device_mesh.size() == 1:
         return function(shards_NrC)
     group, replicas = _shard_group(like), _replica_group(like)
     count, rows, columns = len(shards_NrC), like.shape[0], like.shape[1]
@@ -358,7 +358,7 @@ def map_full_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor, 
 
 def measure_full_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor, like: Tensor) -> Tensor:
     """Apply a function of full matrices, [n, R, C] -> [n, M], to N row-sharded matrices: [N, M] on every rank."""
-    if not isinstance(like, DTensor):
+    if not isinstance(like, DTensor) or like.device_mesh.size() == 1:
         return function(shards_NrC)
     group, replicas = _shard_group(like), _replica_group(like)
     owned = _to_owners(shards_NrC, like)

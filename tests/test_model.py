@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 # Three heads of four, three layers, nothing equal to anything else.
 SMALL = (
     "experiment=tiny",
+    "data.dir=none",  # whatever a checkout holds
     "data.vocab_size=37",
     "model.d_model=12",
     "model.n_heads=3",

@@ -28,7 +28,6 @@ from quack_lm.data.settings import DataSettings
 from quack_lm.data.sources import DataSources
 from quack_lm.errors import UserError, explained
 from quack_lm.files import LOCK_WAIT_S
-from quack_lm.loss import LOGITS_OF_A_CHUNK
 from quack_lm.model import ModelSizes, Transformer, count_parameters
 from quack_lm.optim.recipe import Recipe
 from quack_lm.parallel import World, launched_world, materialize, shard, start_world
@@ -96,7 +95,6 @@ def make_model(config: dict[str, Any], stabilizer: Stabilizer | None = None) -> 
     """
     sizes: ModelSizes = instantiate(config["model"])
     settings: TrainerSettings = instantiate(config["trainer"])
-    chunk = settings.loss_chunk
     chosen: Stabilizer = stabilizer or instantiate(config["stabilizer"])
 
     def make_attention() -> Attention:
@@ -110,7 +108,7 @@ def make_model(config: dict[str, Any], stabilizer: Stabilizer | None = None) -> 
                 sizes,
                 make_attention,
                 activation_checkpointing=settings.activation_checkpointing,
-                loss_chunk=max(1, LOGITS_OF_A_CHUNK // sizes.vocab_size) if chunk == "auto" else chunk,
+                loss_chunk=settings.loss_chunk,
             )
     except (TypeError, RuntimeError, OverflowError) as error:
         # Without memory behind them, matrices can only fail by sizes that no machine can count.

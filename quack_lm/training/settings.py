@@ -52,8 +52,8 @@ class TrainerSettings(StabilityRules):
         max_logits: how max logits are computed that stabilizer=qk_clip asks for and the backend does not report: matmul
             forms the scores block by block, flex is a forward of FlexAttention, which never writes them (CUDA); auto:
             flex on CUDA where Triton is installed.
-        loss_chunk: tokens whose vocabulary logits exist at once; auto: as many as have 2^26 logits, 256 MiB in float32;
-            null: all.
+        loss_chunk: tokens whose vocabulary logits exist at once; auto: as many as have 2^26 logits, 256 MiB in float32,
+            and on a GPU 2^28; null: all.
         reduce_every_micro_batch: reduce the gradients over the ranks after every micro-batch; false: once per step, for
             which each rank holds all of them in reduce_dtype.
         reduce_dtype: precision in which gradients are summed over the ranks, and over micro-batches where

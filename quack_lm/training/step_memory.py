@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from quack_lm.config import instantiate
+from quack_lm.loss import automatic_chunk
 from quack_lm.model import ActivationCheckpointing, Transformer
 from quack_lm.optim.recipe import Recipe
 from quack_lm.parallel import World, clip_gradients, fake_world, local, set_gradient_reduction
@@ -70,6 +71,8 @@ class FakeStep:
         self.model = _model(config, self.stabilizer)
         if device == "cuda":
             _fuse_norms(self.model)
+        if self.model.loss_chunk == "auto":  # which goes by the device of the tensors, and fake ones are on a CPU
+            self.model.loss_chunk = automatic_chunk(self.model.sizes.vocab_size, device)
         with self.fake_mode, self.storages:
             # A compiled block keeps fewer activations; which ones is not known before it is compiled.
             place_model(self.model, self.settings, world, seed=None, is_compiled=False)
