@@ -42,6 +42,8 @@ def test_every_command_of_ours_is_one_that_could_be_given(part: Part) -> None:
         configs = read_bench(arguments).configs
         assert {config["model"]["d_model"] for config in configs.values()} == {2048}
         assert {config["trainer"]["precision"] for config in configs.values()} == {"bfloat16"}
+        # Of the small experiments it is float32, in which Newton-Schulz takes as long as forward and backward at 1B.
+        assert {config["optimizer"].get("ns_dtype", "bfloat16") for config in configs.values()} == {"bfloat16"}
     elif verb == "train":
         config = compose(arguments)
         instantiate(config["trainer"]).check_ranks(1)

@@ -1,6 +1,6 @@
 """Check quack_lm on this machine's GPU: tests, benchmarks, a run of 20 steps at 1B and a trace, and a page about them.
 
-    quack-lm gpu-check                  # needs: GPU. Meant to take 10 min
+    quack-lm gpu-check                  # needs: GPU. About 12 min on an H100
     quack-lm gpu-check --dry-run        # print the commands, run nothing
     quack-lm gpu-check only=run,trace
 
@@ -35,15 +35,17 @@ REPOSITORY = Path(__file__).parents[2]
 LIMIT_S = 300.0
 LINES_SHOWN = 40
 
-# The 1B model: at a depth at which five variants with their optimizers fit into 80 GB, and whole in a run like the
-# paper's but for the number of sequences. The vocabulary is that of the paper's data.
+# The 1B model: at depths at which all variants of a suite with their optimizers fit into 80 GB, and whole in a run like
+# the paper's but for the number of sequences. A step of 24 is that of a rank in the paper's runs on 4 GPUs. The
+# vocabulary is that of the paper's data.
 VOCABULARY = "model.vocab_size=49152"
 BENCH = f"""
-model=1b {VOCABULARY} model.n_layers=8 trainer.seq_len=2048 trainer.micro_batch_size=4 trainer.global_batch_size=4
-trainer.precision=bfloat16 rounds=6
+model=1b {VOCABULARY} model.n_layers=8 trainer.seq_len=2048 trainer.micro_batch_size=8 trainer.global_batch_size=24
+trainer.precision=bfloat16 trainer.compile=true optimizer=muon rounds=6 steps=2 warmup=2
 """.split()
+ONE_MICRO_BATCH = ["model.n_layers=4", "trainer.micro_batch_size=6", "trainer.global_batch_size=6"]
 RUN = f"""
-model=1b {VOCABULARY} trainer.steps=20 trainer.micro_batch_size=8 trainer.global_batch_size=32 trainer.compile=true
+model=1b {VOCABULARY} trainer.steps=20 trainer.micro_batch_size=auto trainer.global_batch_size=32 trainer.compile=true
 trainer.val_sequences=8 logger.log_every=5
 """.split()
 # For the tests of this command, on a CPU.
@@ -59,6 +61,7 @@ SMALL = [
     "trainer.global_batch_size=4",
     "trainer.val_sequences=2",
 ]
+PEERS = "ours as llama,llama,ours as deepseek_v3,deepseek_v3"
 HEAD_WIDTH = 64  # of the 1B model with MHA
 
 
@@ -141,6 +144,7 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
 
     cli = (sys.executable, "-m", "quack_lm")
     bench = (*cli, "bench", *(["rounds=1", "steps=1", "warmup=1", *SMALL] if is_small else BENCH))
+    short = () if is_small else ONE_MICRO_BATCH
     has_flash = torch.cuda.is_available() and flash.is_available(HEAD_WIDTH)
     kernels = "sdpa,flex" + (",flash" if has_flash else "")
     suites = {
@@ -149,13 +153,15 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
         "max_logits": ("Max logits of QK clip, MLA", ("suite=max_logits", "attention=mla")),
         "backends": ("Attention kernels, MHA", ("suite=backends", "attention=mha", f"only={kernels}")),
         "compile": ("Compiled blocks, MHA", ("suite=compile", "attention=mha")),
+        "peers": ("transformers in a plain loop, compiled", ("suite=peers", f"only={PEERS}", *short)),
     }
     data = ("data=stdlib", f"data.dir={directory / 'data'}")
     sizes = ("experiment=tiny", *SMALL, "trainer.steps=8", "logger.log_every=2") if is_small else RUN
     train = (*cli, "train", *data, *sizes)
     quiet = ("trainer.val_every=0", "trainer.probe_every=0", "trainer.checkpoint_every=0", "logger.progress=false")
     # Each test is mostly start-up and compilation, so several share the GPU.
-    tests = ("-m", "gpu", "-n", "4", "-rfs", "-p", "no:cacheprovider", f"--junitxml={directory / 'tests.xml'}")
+    workers = str(min(12, os.cpu_count() or 1))
+    tests = ("-m", "gpu", "-n", workers, "-rfs", "-p", "no:cacheprovider", f"--junitxml={directory / 'tests.xml'}")
     trace = ("suite=stabilizers", "only=none", "rounds=1", f"trace={directory / 'trace.json.gz'}")
     return [
         Part("tests", "Tests that need a GPU", (sys.executable, "-m", "pytest", str(REPOSITORY / "tests"), *tests)),
