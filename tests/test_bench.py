@@ -133,10 +133,11 @@ def test_the_parts_around_the_step_are_those_of_a_run(tmp_path: Path, tiny_data:
     )
     theirs = [line for line in theirs if line["step"]]
     clock = {"throughput/tokens_per_s", "throughput/mfu"}
-    of_ends = {"val/loss", *(key for key in theirs[0] if key.startswith(("logits/", "quack/", "norms/")))}
+    validation = {"val/loss", "val/bits_per_byte"}
+    of_ends = {*validation, *(key for key in theirs[0] if key.startswith(("logits/", "quack/", "norms/")))}
     for one, other in zip(theirs, ours, strict=True):
         # A run probes its first step too, and validates.
-        assert one.keys() - other.keys() <= (of_ends if one["step"] == 1 else {"val/loss"})
+        assert one.keys() - other.keys() <= (of_ends if one["step"] == 1 else validation)
         assert other == {key: other[key] if key in clock else one[key] for key in other}
     assert "logits/max" in ours[2]
     for place in (run.run_dir, step.run.run_dir):

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from quack_lm.config import CONFIG_DIR, choices, compose, instantiate
 from quack_lm.config.groups import read_choice
 from quack_lm.data.corpus import HUB_CHOICES, Corpus, HubCorpus, LocalCorpus, StdlibCorpus
-from quack_lm.data.manifest import SPLITS, SplitName, TokenData
+from quack_lm.data.manifest import SPLITS, SplitName, Splits, TokenData
 from quack_lm.data.prepare import is_prepared, prepare
 from quack_lm.errors import UserError
 
@@ -67,6 +67,11 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
+def splits(directory: Path) -> Splits:
+    """What the manifest of a valid data set counts."""
+    return TokenData.open(directory).manifest.splits
+
+
 def documents(directory: Path, split: SplitName) -> list[str]:
     """The texts of a split, decoded from its shards."""
     data = TokenData.open(directory)
@@ -103,6 +108,7 @@ def test_the_shards_decode_to_the_texts_in_order(prepared: Path, jsonl: Path, te
         expected = [text for text in texts if corpus.split_of(text) == split]
         assert documents(prepared, split) == expected
         assert manifest.split(split).documents == len(expected)
+        assert manifest.split(split).text_bytes == sum(len(text.encode()) for text in expected)
     sizes = [shard.tokens for shard in manifest.splits.train.shards]
     assert len(sizes) > 3
     assert set(sizes[:-1]) == {700}
@@ -146,6 +152,7 @@ def test_every_source_and_any_number_of_workers_gives_the_same_shards(
         made = contents(prepare(corpus, progress=False))
         made.pop("manifest.json")
         assert made == expected
+        assert splits(Path(corpus.dir)) == splits(prepared)
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet", "text"])
@@ -306,7 +313,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(
     expected, made = contents(prepared), contents(tmp_path / "set")
     del expected["manifest.json"], made["manifest.json"]
     assert made == expected
-    TokenData.open(tmp_path / "set")
+    assert splits(tmp_path / "set") == splits(prepared)
 
 
 def test_a_preparation_killed_before_its_rename_only_renames(tmp_path: Path, jsonl: Path) -> None:
@@ -400,8 +407,9 @@ def test_what_breaks_before_its_first_commit_leaves_nothing_unless_a_user_stoppe
     assert (tmp_path / "new").exists() == is_kept
 
 
-def test_what_breaks_after_a_commit_goes_on(
-    tmp_path: Path, jsonl: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_older", [False, True])
+def test_what_breaks_after_a_commit_goes_on_also_after_one_that_did_not_count_the_bytes_of_text(
+    tmp_path: Path, jsonl: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, is_older: bool
 ) -> None:
     readings.clear()
     monkeypatch.setattr("quack_lm.data.prepare.BATCH_DOCUMENTS", 5)
@@ -409,10 +417,19 @@ def test_what_breaks_after_a_commit_goes_on(
     with pytest.raises(UserError, match="broken"):
         prepare(corpus, progress=False, commit_every_s=0)
     assert committed_documents(tmp_path / "set.partial") == 100
+    if is_older:
+        path = tmp_path / "set.partial/progress.json"
+        progress = json.loads(path.read_text())
+        assert all(counts.pop("text_bytes") for counts in progress["written"].values())
+        path.write_text(json.dumps(progress))
     prepare(corpus, progress=False)
     made, expected = contents(tmp_path / "set"), contents(prepared)
     del made["manifest.json"], expected["manifest.json"]
     assert made == expected
+    counts = splits(prepared).model_dump()
+    if is_older:
+        counts = {split: own | {"text_bytes": None} for split, own in counts.items()}
+    assert splits(tmp_path / "set").model_dump() == counts
 
 
 def test_a_second_preparation_of_a_directory_is_refused(tmp_path: Path, jsonl: Path, texts: list[str]) -> None:
@@ -880,7 +897,8 @@ def test_characters_that_a_tokenizer_loses_are_counted(
     normalizer = tokenizers.normalizers.Lowercase() if kind == "changed" else None
     name = other_tokenizer(tmp_path / "t", model, normalizer=normalizer)
     odd = "Ducks swim" if kind == "changed" else "日日"
-    source = write_jsonl(tmp_path / "a.jsonl", [*(f"ducks swim {'swim ' * i}" for i in range(60)), odd])
+    texts = [*(f"ducks swim {'swim ' * i}" for i in range(60)), odd]
+    source = write_jsonl(tmp_path / "a.jsonl", list(texts))
     size = len(AutoTokenizer.from_pretrained(name))
     corpus = local(tmp_path / "set", [str(source)], tokenizer=name, vocab_size=size, eot_token="</s>", workers=2)
     manifest = TokenData.open(prepare(corpus, progress=False)).manifest
@@ -890,6 +908,10 @@ def test_characters_that_a_tokenizer_loses_are_counted(
     is_empty = kind == "dropped"
     assert ("left out 1 documents of which data.tokenizer makes no tokens" in said) == is_empty
     assert sum(manifest.split(split).documents for split in SPLITS) == 61 - is_empty
+    # What is lost of a document is part of its text.
+    assert sum(manifest.split(split).text_bytes or 0 for split in SPLITS) == sum(
+        len(text.encode()) for text in texts[: 61 - is_empty]
+    )
 
 
 def test_one_long_run_of_a_character_is_no_word_of_a_tokenizer(tmp_path: Path, texts: list[str]) -> None:

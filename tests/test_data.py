@@ -176,6 +176,7 @@ def test_a_data_set_opens_and_reads_back(data_set: Path) -> None:
     sequences = data.sequences("train", 4)
     assert data.manifest.unigram_entropy == 2.5
     assert data.manifest_sha256 == sha256(data_set / "manifest.json")
+    assert data.manifest.splits.val.tokens_per_byte is None  # the manifest is as earlier versions wrote it
     assert sequences.read(np.array([2, 0])).tolist() == [[8, 9, 10, 11, 12], [0, 1, 2, 3, 4]]
     assert len(data.sequences("val", 5)) == 1
 
@@ -264,6 +265,7 @@ def test_a_file_added_to_the_tokenizer_is_refused(data_set: Path) -> None:
         (("surprise",), 1),
         (("splits", "extra"), {}),
         (("splits", "val", "tokens"), 7),
+        (("splits", "val", "text_bytes"), 0),
         (("splits", "val", "shards"), []),
         (("splits", "train", "shards", 0, "file"), "../train_00000.bin"),
         (("splits", "train", "shards", 0, "file"), "/etc/passwd"),

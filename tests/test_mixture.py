@@ -1,6 +1,7 @@
 """What a run is trained on: the manifest says it, and several data sets are mixed in one exact order."""
 
 import json
+import math
 import random
 import shutil
 from fractions import Fraction
@@ -14,7 +15,7 @@ from calls import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import counting_sequences, sizes
-from test_train import SMALL, assert_close_records, assert_same_tensors, records, run_here, run_process
+from test_train import SMALL, assert_close_records, assert_same_tensors, records, run_here, run_process, tokens_per_byte
 
 from quack_lm.config import compose, fingerprint
 from quack_lm.data.batches import EvalBatches, MixtureOrder, SequenceMixture, Sequences, TrainBatches, permutation
@@ -215,6 +216,15 @@ def test_a_run_on_a_mixture_logs_each_data_set_and_their_losses_make_the_loss(
     assert [(5 * x["val/loss/tokens"] + 2 * x["val/loss/words"]) / 7 for x in held_out] == pytest.approx(
         [x["val/loss"] for x in held_out]
     )
+    # The same in bits per byte of text: each data set by its own, and all by the text of these sequences.
+    ratios = [tokens_per_byte(tokens), tokens_per_byte(words)]
+    for line in held_out:
+        nats = line["val/loss/tokens"], line["val/loss/words"]
+        own = [line["val/bits_per_byte/tokens"], line["val/bits_per_byte/words"]]
+        assert own == pytest.approx([x * ratio / math.log(2) for x, ratio in zip(nats, ratios, strict=True)])
+        bits, n_bytes = (5 * nats[0] + 2 * nats[1]) / math.log(2), 5 / ratios[0] + 2 / ratios[1]
+        assert line["val/bits_per_byte"] == pytest.approx(bits / n_bytes)
+    assert summary["val_bits_per_byte"] == held_out[-1]["val/bits_per_byte"]
     described = json.loads((tmp_path / "run/environment.json").read_text())["data"]
     assert [one["manifest_sha256"] for one in described.values()] == [
         file_sha256(path / "manifest.json") for path in (tokens, words)

@@ -70,6 +70,7 @@ def write_run(
     last_step: int = STEPS,
     unstable: tuple[str, ...] = (),
     timed_tokens: int = 512,
+    tokens_per_byte: float | None = None,
 ) -> None:
     """A run whose loss falls from 6.2 to `final` and whose logits grow to `max_logit`; null where it diverged."""
     cell.run_dir.path.mkdir(parents=True)
@@ -83,6 +84,7 @@ def write_run(
         "step": last_step,
         "tokens": last_step * 512,
         "val_loss": None if status == "diverged" else final,
+        "val_tokens_per_byte": tokens_per_byte,
         "best_val_loss": final - 0.01,
         "initial_val_loss": 6.2,
         "tokens_per_s": 41234.5,
@@ -172,7 +174,32 @@ def test_table_shows_sensible_digits(tmp_path, save):
     cell = make_cell(tmp_path, "mha", "quack")
     write_run(cell, final=3.78213, max_logit=10234.0)
     row = runs.row(results.from_runs(save(cell)).results[0])
-    assert row == ("mha", "quack", "0.3", "0", "3.782", "3.772", "1.02e4", "102", "41.2k", "completed")
+    assert row == ("mha", "quack", "0.3", "0", "3.782", "3.772", "–", "1.02e4", "102", "41.2k", "completed")
+
+
+def test_losses_are_shown_in_bits_per_byte_too_where_the_bytes_are_known(tmp_path, save, monkeypatch):
+    monkeypatch.setattr(sections, "LONG", 1)  # so that there is a table by setting, too
+    cells = [make_cell(tmp_path, "mha", "none", seed=seed) for seed in range(5)]
+    # A data set with one run that diverged, one with another tokenizer, and one that does not know its bytes.
+    made = [("most", 0.25, 3.7), ("most", 0.25, 3.9), ("most", 0.25, None), ("other", 0.4, 2.5), ("older", None, 2.5)]
+    for cell, (data, ratio, final) in zip(cells, made, strict=True):
+        cell.config["data"] = {"dir": data}
+        status = "completed" if final else "diverged"
+        write_run(cell, final=final or 3.7, status=status, tokens_per_byte=ratio)
+    collected.write(save(*cells), tmp_path / "collected")
+    for directory in (tmp_path, tmp_path / "collected"):
+        made_of = sections.after_figures(collected.load(directory))
+        tables = {section.title: section.table for section in made_of if section.table}
+        # 0.25 tokens per byte are 0.25 / ln 2 bits for each nat per token; the one that diverged has the initial loss.
+        assert column(tables["All runs"], "bits/byte") == ["1.334", "1.407", "–", "1.443", "–"]
+        assert column(tables["Runs by setting"], "bits/byte") == ["1.659", "1.443", "–"]
+        assert column(tables["Best learning rate and LR sensitivity"], "bits/byte") == ["1.659", "1.443", "–"]
+        assert column(tables["Comparison under other settings"], "lowest in bits/byte") == ["1.659", "1.443", "–"]
+    assert "bits/byte" not in as_markdown(save(cells[-1]))
+
+
+def column(of: table.Table, name: str) -> list[str]:
+    return [row[of.header.index(name)] for row in of.rows]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import pytest
 import torch
 from calls import call, snapshot
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from quack_lm.config import choices, compose
 from quack_lm.errors import UserError
@@ -82,6 +83,13 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
     return [{k: v for k, v in line.items() if not k.startswith("throughput/")} for line in lines]
+
+
+def tokens_per_byte(data_dir: Path) -> float:
+    """Tokens of the validation split for each byte of its text, decoded from its shards."""
+    tokens = np.concatenate([np.fromfile(path, "<u2") for path in sorted(data_dir.glob("val_*.bin"))])
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizer")
+    return len(tokens) / len(tokenizer.decode(tokens, skip_special_tokens=True).encode())
 
 
 def final_tensors(run_dir: Path) -> dict[tuple[str, str], torch.Tensor]:
@@ -435,6 +443,27 @@ def test_a_run_is_not_continued_on_another_data_set(tmp_path: Path, tiny_data: l
     check_run(compose([*overrides, f"run_dir={tmp_path / 'fresh'}"]))
     with pytest.raises(UserError, match=r"data\.dir=.*not the data set that run_dir"):
         check_run(compose([*overrides, f"run_dir={tmp_path / 'run'}"]))
+
+
+def test_a_validation_has_its_loss_in_bits_per_byte_where_the_manifest_knows_the_bytes(
+    tmp_path: Path, tiny_data: list[str]
+) -> None:
+    data = Path(tiny_data[1].removeprefix("data.dir="))
+    shutil.copytree(data, tmp_path / "older")
+    manifest = json.loads((data / "manifest.json").read_text())
+    assert all(split.pop("text_bytes") for split in manifest["splits"].values())
+    (tmp_path / "older/manifest.json").write_text(json.dumps(manifest))
+    known = run_here([*tiny_data, "trainer.steps=2"], tmp_path / "known")
+    for steps in (1, 2):
+        unknown = run_here([f"data.dir={tmp_path / 'older'}", f"trainer.steps={steps}"], tmp_path / "unknown")
+    lines, older = records(tmp_path / "known"), {line["step"]: line for line in records(tmp_path / "unknown")}
+    for line in (line for line in lines if "val/loss" in line):
+        expected = line["val/loss"] / math.log(2) * tokens_per_byte(data)
+        assert line.pop("val/bits_per_byte") == pytest.approx(expected, rel=1e-9)
+        assert line == older[line["step"]]
+    assert known["val_bits_per_byte"] == pytest.approx(known["val_loss"] / math.log(2) * tokens_per_byte(data))
+    assert unknown["val_loss"] == known["val_loss"]
+    assert unknown["val_bits_per_byte"] is None
 
 
 def test_a_damaged_checkpoint_is_skipped_and_the_run_still_ends_in_the_same_bits(

@@ -94,6 +94,7 @@ class RunStep(TrainingStep):
             saver=saver,
             state=TrainState(),
             unigram_entropy=float(np.log(config["model"]["vocab_size"])),
+            val_tokens_per_byte={},  # random tokens have no text
             flops_per_token=0.0,  # nobody reads the MFU of this log
             peak_flops=1.0,
             facts={},

@@ -275,6 +275,7 @@ class EvalBatches:
         self._micro_batch_size = micro_batch_size
         wanted = apportion(n_sequences, self._sequences.shares)
         taken = [(min(n, len(part)), len(part)) for n, part in zip(wanted, self._sequences.parts, strict=True)]
+        self.sequences_of = [n for n, _ in taken]  # each data set
         starts = self._sequences.starts[:-1]
         chosen = np.concatenate(
             [start + np.arange(n) * total // max(n, 1) for start, (n, total) in zip(starts, taken, strict=True)]

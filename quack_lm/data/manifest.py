@@ -47,10 +47,11 @@ class Shard(_Strict):
 
 
 class Split(_Strict):
-    """The shards of one split, in order."""
+    """The shards of one split, in order; `text_bytes` are those of its documents in UTF-8, None where unknown."""
 
     tokens: Count
     documents: Count
+    text_bytes: Count | None = None  # unknown in manifests of earlier versions, and of tokens made elsewhere
     shards: list[Shard]
 
     @model_validator(mode="after")
@@ -58,6 +59,11 @@ class Split(_Strict):
         if self.tokens != sum(shard.tokens for shard in self.shards):
             raise ValueError("tokens is not the sum of its shards' tokens")
         return self
+
+    @property
+    def tokens_per_byte(self) -> float | None:
+        """Tokens, end-of-text tokens included, per byte of text; None where the bytes are unknown."""
+        return self.tokens / self.text_bytes if self.text_bytes else None
 
 
 class Splits(_Strict):

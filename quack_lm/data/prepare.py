@@ -77,13 +77,25 @@ HASHING_BYTES = 1 << 26
 
 
 class SplitWriter:
-    """Appends tokens to the shards of one split; every shard but the last has exactly `shard_tokens`."""
+    """Appends tokens to the shards of one split; every shard but the last has exactly `shard_tokens`.
+
+    `text_bytes` are those of the documents' text in UTF-8; None once those of any are unknown.
+    """
 
     def __init__(
-        self, directory: Path, split: SplitName, dtype: np.dtype[Any], shard_tokens: int, *, tokens: int, documents: int
+        self,
+        directory: Path,
+        split: SplitName,
+        dtype: np.dtype[Any],
+        shard_tokens: int,
+        *,
+        tokens: int,
+        documents: int,
+        text_bytes: int | None = None,  # the commit of an earlier version has none
     ) -> None:
         self.tokens = tokens
         self.documents = documents
+        self.text_bytes = text_bytes
         self.dtype = dtype
         self._directory = directory
         self._split = split
@@ -91,9 +103,11 @@ class SplitWriter:
         self._file: IO[bytes] | None = None
         self._cut_back()
 
-    def write(self, tokens: npt.NDArray[Any], documents: int) -> None:
-        """Append tokens, those of so many documents."""
+    def write(self, tokens: npt.NDArray[Any], documents: int, text_bytes: int | None) -> None:
+        """Append tokens, those of so many documents and bytes of text."""
         self.documents += documents
+        if self.text_bytes is not None:
+            self.text_bytes = None if text_bytes is None else self.text_bytes + text_bytes
         while len(tokens):
             index, filled = divmod(self.tokens, self._shard_tokens)
             if self._file is None:
@@ -187,19 +201,19 @@ class PrepareState:
     """The last commit of a preparation: what was read, and what of it is on the disk.
 
     `identity` says what has to be unchanged for an interrupted preparation to continue; `stream` is the position in the
-    documents; `written` has the tokens and documents of each split, and `left_out` is a `LeftOut`.
+    documents; `written` has the tokens, documents and bytes of text of each split, and `left_out` is a `LeftOut`.
     """
 
     identity: dict[str, Any]
     documents: int
     stream: dict[str, Any] | None
-    written: dict[str, dict[str, int]]
+    written: dict[str, dict[str, Any]]
     left_out: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def start(cls, identity: dict[str, Any]) -> "PrepareState":
         """The state before the first document."""
-        return cls(identity, 0, None, {split: {"tokens": 0, "documents": 0} for split in SPLITS})
+        return cls(identity, 0, None, {split: {"tokens": 0, "documents": 0, "text_bytes": 0} for split in SPLITS})
 
     @classmethod
     def read(cls, path: Path) -> "PrepareState | None":
@@ -470,7 +484,7 @@ def _read_tokens(
                 # The split of a document is the same whatever the type of its tokens.
                 tokens[corpus.split_of(piece.astype("<u4").tobytes())] += [piece.astype(end.dtype), end]
                 documents += 1
-            arrays = {split: (np.concatenate(own), len(own) // 2) for split, own in tokens.items()}
+            arrays = {split: (np.concatenate(own), len(own) // 2, None) for split, own in tokens.items()}
             yield (documents, {"file": number, "token": behind}, []), Encoded(arrays, 0, 0, Counter())
 
 
@@ -498,8 +512,11 @@ def _commit(partial: Path, progress: PrepareState, writers: dict[SplitName, Spli
     write_atomically(partial / PROGRESS, json.dumps(dataclasses.asdict(progress)))
 
 
-def _written(writers: dict[SplitName, SplitWriter]) -> dict[str, dict[str, int]]:
-    return {split: {"tokens": writer.tokens, "documents": writer.documents} for split, writer in writers.items()}
+def _written(writers: dict[SplitName, SplitWriter]) -> dict[str, dict[str, Any]]:
+    return {
+        split: {"tokens": writer.tokens, "documents": writer.documents, "text_bytes": writer.text_bytes}
+        for split, writer in writers.items()
+    }
 
 
 def _refuse_empty_splits(corpus: Corpus, writers: dict[SplitName, SplitWriter], left_out: LeftOut) -> None:
@@ -547,7 +564,7 @@ def _make_split(writer: SplitWriter) -> Split:
     paths, sizes = zip(*writer.shards(), strict=True)
     digests = file_sha256s(paths)
     shards = [Shard(file=p.name, tokens=n, sha256=digest) for p, n, digest in zip(paths, sizes, digests, strict=True)]
-    return Split(tokens=writer.tokens, documents=writer.documents, shards=shards)
+    return Split(tokens=writer.tokens, documents=writer.documents, text_bytes=writer.text_bytes, shards=shards)
 
 
 def _count_tokens(path: Path, dtype: np.dtype[Any], vocab_size: int) -> npt.NDArray[np.int64]:

@@ -78,6 +78,17 @@ class DataSources:
         """The tokens of all train splits together."""
         return sum(data.manifest.splits.train.tokens for data in self.sets)
 
+    def val_tokens_per_byte(self, sequences_of: Sequence[int]) -> dict[str, float]:
+        """Tokens per byte of text, by the ends of the names of metrics: "" for a validation on so many sequences of
+        each data set, "/NAME" for one of them; those that are unknown are left out."""
+        ratios = [data.manifest.splits.val.tokens_per_byte for data in self.sets]
+        found = {f"/{name}": ratio for name, ratio in zip(self.names, ratios, strict=True) if ratio is not None}
+        if len(found) == len(self.sets):
+            # The sequences are a part of the splits, whose bytes are taken to be in proportion to their tokens.
+            n_bytes = sum(n / ratio for n, ratio in zip(sequences_of, found.values(), strict=True))
+            found[""] = sum(sequences_of) / n_bytes
+        return found
+
     @property
     def n_bytes(self) -> int:
         """The size of all shards together."""

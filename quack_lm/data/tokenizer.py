@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -178,9 +178,12 @@ def _train_texts(corpus: TextCorpus, bar: "tqdm[Any]") -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens and the number of documents of each split, and what of the texts the tokens do not have."""
+    """Of each split the tokens, the number of documents and the bytes of their text in UTF-8, which may be unknown.
 
-    tokens: dict[SplitName, tuple[npt.NDArray[Any], int]]
+    And what of the texts the tokens do not have.
+    """
+
+    tokens: Mapping[SplitName, tuple[npt.NDArray[Any], int, int | None]]
     empty_documents: int  # texts without a token, which are left out
     characters: int  # of all texts, without white space; counted for tokenizers that may lose some
     lost: Counter[str]  # characters that decoding does not give back, and how often each
@@ -200,6 +203,7 @@ class Encoder:
         """The tokens of a batch of texts."""
         ids: dict[SplitName, list[int]] = {split: [] for split in SPLITS}
         documents = dict.fromkeys(SPLITS, 0)
+        text_bytes = dict.fromkeys(SPLITS, 0)
         lost: Counter[str] = Counter()
         characters = empty = 0
         for text, tokens in zip(texts, self._encode(texts), strict=True):
@@ -214,7 +218,8 @@ class Encoder:
             ids[split] += tokens
             ids[split].append(self.eot_id)
             documents[split] += 1
-        arrays = {split: (np.array(ids[split], dtype=self.dtype), documents[split]) for split in SPLITS}
+            text_bytes[split] += len(text.encode())
+        arrays = {s: (np.array(ids[s], dtype=self.dtype), documents[s], text_bytes[s]) for s in SPLITS}
         return Encoded(arrays, empty, characters, lost)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:

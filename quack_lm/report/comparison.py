@@ -31,6 +31,7 @@ from quack_lm.report.statistics import (
     t_quantile,
 )
 from quack_lm.sweep.plan import SweepPlan
+from quack_lm.training.state import bits_per_byte
 
 # A smaller difference of losses, in nats per token, is rounding.
 ROUNDING = 1e-3
@@ -53,6 +54,12 @@ def settled_loss(result: Result) -> float | None:
 def losses(results: Sequence[Result]) -> dict[int, float]:
     """The settled loss by seed, of the runs that have one."""
     return {r.seed: loss for r in results if (loss := settled_loss(r)) is not None}
+
+
+def in_bits_per_byte(loss: float | None, runs: Sequence[Result]) -> float | None:
+    """A validation loss of runs on the same data, in bits per byte of text; None where no run knows the bytes."""
+    ratios = [ratio for run in runs if (ratio := run.number("val_tokens_per_byte")) is not None]
+    return None if loss is None or not ratios else bits_per_byte(loss, ratios[0])
 
 
 def by_label(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -292,6 +299,7 @@ class OverRates:
     seeds: list[int]  # those with a finished run at every rate; all numbers but the stable rate are theirs
     best_rate: float
     best_loss: float
+    best_bits_per_byte: float | None  # the same, where the bytes of the text are known
     best_interval: tuple[float, float] | None  # corrected for the settings and rates from which the best was selected
     is_at_edge: bool  # the best rate is the lowest or the highest that was run: a wider grid may have a better one
     plateau: tuple[float, float]  # the rates around the best one whose loss is within PLATEAU of its
@@ -349,6 +357,7 @@ def _over_rates(best: dict[float, Best], attention: str, stabilizer: str) -> Ove
         seeds=seeds,
         best_rate=best_rate,
         best_loss=means[best_rate],
+        best_bits_per_byte=in_bits_per_byte(means[best_rate], runs[best_rate]),
         best_interval=interval_of_selected(list(by_rate[best_rate].values()), sum(best[lr].tries for lr in by_rate)),
         is_at_edge=len(rates) > 1 and best_rate in (rates[0], rates[-1]),
         plateau=(rates[low], rates[high]),

@@ -2,11 +2,24 @@
 
 from collections import Counter
 
+from quack_lm.report.comparison import in_bits_per_byte
 from quack_lm.report.results import Result, Results
-from quack_lm.report.table import Table, count, duration, loss, significant
+from quack_lm.report.table import BITS, Table, count, duration, loss, significant
 from quack_lm.text import escape
 
-HEADER = ("attention", "stabilizer", "lr", "seed", "val loss", "best", "max logit", "mean |Δlogit|", "tok/s", "status")
+HEADER = (
+    "attention",
+    "stabilizer",
+    "lr",
+    "seed",
+    "val loss",
+    "best",
+    BITS,
+    "max logit",
+    "mean |Δlogit|",
+    "tok/s",
+    "status",
+)
 
 
 def table(results: Results) -> Table:
@@ -14,9 +27,9 @@ def table(results: Results) -> Table:
     return Table(
         header=HEADER,
         rows=[row(result) for result in results.results],
-        numeric=range(2, 9),
+        numeric=range(2, 10),
         classes=[_health(result) for result in results.results],
-    )
+    ).without_empty(BITS)
 
 
 def as_text(results: Results) -> str:
@@ -34,6 +47,7 @@ def row(result: Result) -> tuple[str, ...]:
         str(result.seed),
         loss(result.number("val_loss")),
         loss(result.number("best_val_loss")),
+        loss(in_bits_per_byte(result.number("val_loss"), [result])),
         significant(result.number("max_logit")),
         significant(result.number("delta_mean")),
         count(result.number("tokens_per_s")),

@@ -17,6 +17,7 @@ from quack_lm.report.comparison import (
     by_label,
     comparisons,
     difference,
+    in_bits_per_byte,
     losses,
     noise,
     over_rates,
@@ -24,14 +25,18 @@ from quack_lm.report.comparison import (
 )
 from quack_lm.report.results import Result, Results
 from quack_lm.report.statistics import ALPHA, holm, seeds_needed, t_interval
-from quack_lm.report.table import NO_NUMBER, Table, count, interval, loss, significant
+from quack_lm.report.table import BITS, NO_NUMBER, Table, count, interval, loss, significant
 
 LEGEND = (
     "Losses in nats per token, of the last and of the best validation; max logit and mean |Δlogit| (the mean absolute "
     "change of the logits in one step) at the last probe; – means not measured or not finite. "
     "Unstable: the run did not diverge, but a stability rule flagged it; the reasons are in the notes on single runs."
 )
+LEGEND_OF_BITS = (
+    f" {BITS}: the last validation loss in bits per byte of text, in which data sets with different tokenizers compare."
+)
 SIZES_ASKED_FOR = (0.01, 0.02, 0.05, 0.1)
+LOWEST_BITS = f"lowest in {BITS}"
 # Longer tables and lists are folded, and so many runs are shown by setting, too.
 LONG = 300
 
@@ -86,7 +91,7 @@ def after_figures(results: Results, conclusions: Sequence[Section] = ()) -> list
             lines=results.not_in_plan(),
         ),
         _settings(results),
-        Section(title="All runs", intro=LEGEND, table=runs.table(results)),
+        _all_runs(results),
         Section(
             title="Commands",
             intro="To repeat a run; run_dir=... sets its directory.",
@@ -94,6 +99,11 @@ def after_figures(results: Results, conclusions: Sequence[Section] = ()) -> list
             are_commands=True,
         ),
     )
+
+
+def _all_runs(results: Results) -> Section:
+    table = runs.table(results)
+    return Section(title="All runs", intro=LEGEND + LEGEND_OF_BITS * (BITS in table.header), table=table)
 
 
 def _with_content(*sections: Section) -> list[Section]:
@@ -144,6 +154,7 @@ def _over_rates(results: Results) -> Section:
             seed_range(entry.seeds),
             f"{entry.best_rate:g}" + (" (edge)" if entry.is_at_edge else ""),
             f"{loss(entry.best_loss)}{_bounds(entry.best_interval)}",
+            loss(entry.best_bits_per_byte),
             entry.plateau_text or NO_NUMBER,
             loss(entry.sensitivity) + _bounds(entry.sensitivity_interval),
             NO_NUMBER if entry.largest_stable is None else f"{entry.largest_stable:g}",
@@ -175,6 +186,7 @@ def _over_rates(results: Results) -> Section:
                 "seeds",
                 "best lr",
                 "loss at best lr",
+                BITS,
                 "plateau",
                 "LR sensitivity",
                 "largest stable lr",
@@ -182,8 +194,8 @@ def _over_rates(results: Results) -> Section:
                 "at decode: bytes per token and layer",
             ),
             rows=rows,
-            numeric=range(2, 10),
-        ),
+            numeric=range(2, 11),
+        ).without_empty(BITS),
     )
 
 
@@ -267,7 +279,10 @@ def _conditions(results: Results) -> Section:
             for rank, name in enumerate(orders[place])
         )
         texts = [_mean(list(found[place].get(name, {}).values())) for name in stabilizers]
-        rows.append((f"{place.attention}, lr {place.lr:g}", place.condition or "most common settings", *texts, order))
+        lowest = orders[place][0] if orders[place] else None
+        bits = in_bits_per_byte(means[place][lowest], best[place][lowest].runs) if lowest else None
+        settings = place.condition or "most common settings"
+        rows.append((f"{place.attention}, lr {place.lr:g}", settings, *texts, loss(bits), order))
     return Section(
         title="Comparison under other settings",
         intro="Final validation loss of each stabilizer at its best setting, mean over seeds with its 95% t interval. "
@@ -275,10 +290,10 @@ def _conditions(results: Results) -> Section:
         f"decided after Holm's correction for the {len(pairs)} neighbors of this table, and ~ where it is not: "
         f"{alone} of them differ at 5% by themselves, {decided} after the correction.",
         table=Table(
-            header=("place", "settings", *stabilizers, "order"),
+            header=("place", "settings", *stabilizers, LOWEST_BITS, "order"),
             rows=rows,
-            numeric=range(2, 2 + len(stabilizers)),
-        ),
+            numeric=range(2, 3 + len(stabilizers)),
+        ).without_empty(LOWEST_BITS),
     )
 
 
@@ -400,8 +415,9 @@ def _settings(results: Results) -> Section:
             )
             numbers = (sum(r.is_diverged for r in finished), sum(bool(r.unstable) for r in finished))
             seeds = f"{len(finished)} of {len(members)}"
-            loss_text = _mean(list(losses(members).values()))
-            rows.append((str(place), label, seeds, loss_text, *map(significant, found), *map(str, numbers)))
+            values = list(losses(members).values())
+            bits = loss(in_bits_per_byte(fmean(values), members)) if values else NO_NUMBER
+            rows.append((str(place), label, seeds, _mean(values), bits, *map(significant, found), *map(str, numbers)))
     return Section(
         title="Runs by setting",
         intro="Final validation loss, at most the initial one, which a diverged run has: mean over seeds with its 95% "
@@ -412,14 +428,15 @@ def _settings(results: Results) -> Section:
                 "stabilizer",
                 "finished",
                 "val loss",
+                BITS,
                 "max logit",
                 "mean |Δlogit|",
                 "diverged",
                 "unstable",
             ),
             rows=rows,
-            numeric=range(2, 8),
-        ),
+            numeric=range(2, 9),
+        ).without_empty(BITS),
     )
 
 

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quack_lm.text import escape
 from quack_lm.training.counts import format_count
 
 NO_NUMBER = "–"
+BITS = "bits/byte"  # the column of a loss in bits per byte of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,14 @@ class Table:
     rows: Sequence[Sequence[str]]
     numeric: Sequence[int] = ()
     classes: Sequence[str] = field(default_factory=list)
+
+    def without_empty(self, name: str) -> "Table":
+        """The same without the column of this name, where none of its cells has a number."""
+        at = self.header.index(name)
+        if any(row[at] != NO_NUMBER for row in self.rows):
+            return self
+        header, *rows = ([*cells[:at], *cells[at + 1 :]] for cells in (self.header, *self.rows))
+        return replace(self, header=header, rows=rows, numeric=[i - (i > at) for i in self.numeric if i != at])
 
     def as_text(self) -> str:
         """The table for a terminal, with padded columns."""

@@ -260,6 +260,7 @@ def build_run(plan: RunPlan) -> Run:
             saver=measurement.saver,
             state=state,
             unigram_entropy=plan.data.unigram_entropy,
+            val_tokens_per_byte=plan.data.val_tokens_per_byte(data.validation.sequences_of),
             flops_per_token=plan.flops_per_token,
             peak_flops=1e12 * plan.logger.peak_tflops
             if plan.logger.peak_tflops

@@ -25,7 +25,7 @@ from quack_lm.training.profiler import StepProfiler
 from quack_lm.training.run_dir import RunDir
 from quack_lm.training.saver import Saver
 from quack_lm.training.settings import TrainerSettings
-from quack_lm.training.state import RunStatus, TrainState
+from quack_lm.training.state import RunStatus, TrainState, bits_per_byte
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Run:
     saver: Saver
     state: TrainState
     unigram_entropy: float
+    val_tokens_per_byte: dict[str, float]  # of the validation text, as `DataSources.val_tokens_per_byte` has it
     flops_per_token: float
     peak_flops: float | None
     facts: dict[str, Any]  # what summary and checkpoints say besides the state
@@ -159,7 +160,7 @@ def sum_by_source(values_B: Tensor, sources_B: Tensor, run: Run) -> Tensor:
 
 
 def validate(run: Run) -> None:
-    """Mean loss per token over the fixed validation sequences, the same for every world size."""
+    """Mean loss per token over the fixed validation sequences, the same for every world size; and in bits per byte."""
     names = run.batches.names if run.batches.is_mixed else []
     total = torch.zeros(2, device=run.world.device, dtype=torch.float64)
     by_source = torch.zeros(2, len(names), device=run.world.device, dtype=torch.float64)
@@ -178,8 +179,11 @@ def validate(run: Run) -> None:
     # Before: each rank has the sums over its sequences. After: the sums over all.
     (nats, *nats_of), (tokens_seen, *tokens_of) = run.world.sum(torch.cat([total[:, None], by_source], 1)).tolist()
     run.state.take_val_loss(nats / tokens_seen)
-    parts = {f"val/loss/{name}": x / n for name, x, n in zip(names, nats_of, tokens_of, strict=True) if n}
-    run.log.add(run.state.step, {"val/loss": nats / tokens_seen, **parts})
+    parts = {f"/{name}": x / n for name, x, n in zip(names, nats_of, tokens_of, strict=True) if n}
+    losses, ratios = {"": nats / tokens_seen, **parts}, run.val_tokens_per_byte
+    run.log.add(run.state.step, {f"val/loss{end}": loss for end, loss in losses.items()})
+    bits = {end: bits_per_byte(loss, ratios[end]) for end, loss in losses.items() if end in ratios}
+    run.log.add(run.state.step, {f"val/bits_per_byte{end}": value for end, value in bits.items()})
 
 
 def record_probe(run: Run) -> None:
@@ -258,7 +262,7 @@ def finish(run: Run) -> None:
 
 def summarize(run: Run, *, tokens_per_s: float | None = None) -> dict[str, Any]:
     """Replace summary.json, and return what it says."""
-    state = run.state
+    state, ratio = run.state, run.val_tokens_per_byte.get("")
     if state.timed_s > 0:
         tokens_per_s = state.timed_tokens / state.timed_s
     elif state.elapsed_s > 0:  # with the warm-up of each process: `timed_tokens` says that this compares with nothing
@@ -270,6 +274,8 @@ def summarize(run: Run, *, tokens_per_s: float | None = None) -> dict[str, Any]:
         "step": state.step,
         "tokens": state.step * run.batch_tokens,
         "val_loss": state.val_loss,
+        "val_bits_per_byte": None if state.val_loss is None or ratio is None else bits_per_byte(state.val_loss, ratio),
+        "val_tokens_per_byte": ratio,
         "val_step": state.val_step,
         "best_val_loss": state.best_val_loss,
         "initial_val_loss": state.initial_val_loss,

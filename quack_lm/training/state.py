@@ -76,6 +76,11 @@ def kind_of_end(status: str, reason: str | None) -> str:
     return status
 
 
+def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
+    """A loss in nats per token as bits per byte of text, which compares models with different tokenizers."""
+    return loss / math.log(2) * tokens_per_byte
+
+
 @dataclass
 class TrainState:
     """What a run knows of itself; a checkpoint carries it."""
