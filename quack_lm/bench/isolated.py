@@ -9,9 +9,9 @@ from typing import Any
 from quack_lm.bench.step import TimedStep, Timing
 from quack_lm.config import instantiate
 from quack_lm.errors import UserError
-from quack_lm.parallel import World, start_world
-from quack_lm.training.memory import PeakMemory, keep_freed_memory
-from quack_lm.training.numerics import set_numerics
+from quack_lm.parallel import World
+from quack_lm.training.memory import PeakMemory
+from quack_lm.training.process import start_process
 
 
 class IsolatedStep:
@@ -60,10 +60,7 @@ def _serve(
 ) -> None:
     """Make the step, then as many as each message asks for."""
     try:
-        if keeps_freed_memory:
-            keep_freed_memory()
-        set_numerics(is_deterministic=trainer["deterministic"])
-        world = start_world(device=device, is_wrapped=instantiate(trainer).is_wrapped(1))
+        world = start_process([instantiate(trainer)], device=device, keeps_freed_memory=keeps_freed_memory)
         steps = pipe.recv()
         with PeakMemory(world.device) as peak:
             step = make(world)

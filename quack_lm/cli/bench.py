@@ -112,9 +112,8 @@ def main(arguments: list[str]) -> int:
     command = read(arguments)
 
     # Imported late: a mistake in the settings need not wait for it.
-    from quack_lm.parallel import check_world, launched_world, resolve_device, start_world
-    from quack_lm.training.memory import keep_freed_memory
-    from quack_lm.training.numerics import set_numerics
+    from quack_lm.parallel import check_world, launched_world, resolve_device
+    from quack_lm.training.process import start_process
     from quack_lm.training.stop_signals import leaving
 
     trainers = [instantiate(config["trainer"]) for config in command.configs.values()]
@@ -125,11 +124,7 @@ def main(arguments: list[str]) -> int:
     command.leave_out(device)
     for note in command.notes:
         echo(note, err=True)
-    if device == "cpu":
-        keep_freed_memory()
-    set_numerics(is_deterministic=trainers[0].deterministic)
-    is_wrapped = any(trainer.is_wrapped(ranks) for trainer in trainers)
-    world = start_world(device=device, is_wrapped=is_wrapped, replicas=trainers[0].replicas)
+    world = start_process(trainers, device=device)
     with _writing(command):
         command.out.parent.mkdir(parents=True, exist_ok=True)
         # Beside the result, so that checkpoints are written to the disk that they are meant for.

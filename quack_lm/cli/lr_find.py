@@ -100,19 +100,13 @@ def ramp(config: dict[str, Any], start: float, end: float, steps: int) -> tuple[
     # Imported late: a mistake in the settings need not wait for it.
     from quack_lm.bench.step import Phases, TrainingStep
     from quack_lm.optim.recipe import set_lr
-    from quack_lm.parallel import launched_world, start_world
     from quack_lm.probe import Probe
     from quack_lm.training.build import build_data
     from quack_lm.training.check import check_run
-    from quack_lm.training.memory import keep_freed_memory
-    from quack_lm.training.numerics import set_numerics
+    from quack_lm.training.process import start_process
 
     plan = check_run(config)
-    if plan.device == "cpu":
-        keep_freed_memory()
-    set_numerics(is_deterministic=plan.settings.deterministic)
-    is_wrapped = plan.settings.is_wrapped(launched_world()[1])
-    world = start_world(device=plan.device, is_wrapped=is_wrapped, replicas=plan.settings.replicas)
+    world = start_process([plan.settings], device=plan.device)
     trainer = {**config["trainer"], "micro_batch_size": plan.settings.micro_batch_size, "compile": plan.is_compiled}
     step = TrainingStep({**config, "trainer": trainer}, world)
     data = build_data(plan, world)

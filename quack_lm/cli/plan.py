@@ -314,21 +314,19 @@ def _kind(config: dict[str, Any]) -> str:
 def measure(configs: list[dict[str, Any]]) -> int:
     """Make two steps of each config here, and print their memory beside the planned; returns the exit code."""
     from quack_lm.bench.step import Phases, TrainingStep
-    from quack_lm.parallel import launched_world, resolve_device, start_world
+    from quack_lm.parallel import launched_world, resolve_device
     from quack_lm.training.memory import PeakMemory
-    from quack_lm.training.numerics import set_numerics
+    from quack_lm.training.process import start_process
     from quack_lm.training.step_memory import in_own_process, plan_memory
 
-    trainer = configs[0]["trainer"]
-    device = resolve_device(trainer["device"])
-    ranks = launched_world()[1]
-    for config in configs:
-        instantiate(config["trainer"]).check_ranks(ranks)
-    is_wrapped = any(instantiate(config["trainer"]).is_wrapped(ranks) for config in configs)
+    settings: list[TrainerSettings] = [instantiate(config["trainer"]) for config in configs]
+    device, ranks = resolve_device(settings[0].device), launched_world()[1]
+    for one in settings:
+        one.check_ranks(ranks)
+    is_wrapped = any(one.is_wrapped(ranks) for one in settings)
     plan_here = partial(plan_memory, configs, world_size=ranks, device=device)
     planned = in_own_process(plan_here) if is_wrapped else plan_here()
-    set_numerics(is_deterministic=trainer["deterministic"])
-    world = start_world(device=device, is_wrapped=is_wrapped, replicas=trainer["replicas"])
+    world = start_process(settings, device=device, keeps_freed_memory=False)
     rows = []
     for config, plan in zip(configs, planned, strict=True):
         step = TrainingStep(config, world)

@@ -30,7 +30,7 @@ from quack_lm.errors import UserError, explained
 from quack_lm.files import LOCK_WAIT_S
 from quack_lm.model import ModelSizes, Transformer, count_parameters
 from quack_lm.optim.recipe import Recipe
-from quack_lm.parallel import World, launched_world, materialize, shard, start_world
+from quack_lm.parallel import World, materialize, shard
 from quack_lm.probe import Probe
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights
@@ -42,9 +42,8 @@ from quack_lm.training.evaluation import Evaluation, Task
 from quack_lm.training.flops import attention_flops_per_token, flops_per_token, peak_flops
 from quack_lm.training.init_from import InitialWeights, open_initial_weights
 from quack_lm.training.loop import Run
-from quack_lm.training.memory import keep_freed_memory
 from quack_lm.training.metrics import LoggerSettings, RunLog
-from quack_lm.training.numerics import set_numerics
+from quack_lm.training.process import start_process
 from quack_lm.training.profiler import StepProfiler
 from quack_lm.training.run_dir import READER_S, RunDir
 from quack_lm.training.saver import Saver
@@ -204,8 +203,10 @@ def initialize_stabilizer(stabilizer: Stabilizer, weights: LogitWeights) -> None
 
 def build_run(plan: RunPlan) -> Run:
     """Start the process group, claim the run directory, and build every object of the run."""
-    set_numerics(is_deterministic=plan.settings.deterministic)
-    world = _start_world(plan)
+    # What some rank reads before it joins the others: all data, and the checkpoints until a valid one.
+    reading_s = (plan.data.n_bytes + plan.run_dir.checkpoint_bytes()) / READ_BYTES_PER_S
+    timeout_s = plan.settings.timeout_s + GRACE_S + reading_s
+    world = start_process([plan.settings], device=plan.device, timeout_s=timeout_s)
     # From here on the ranks wait for each other, and none may hang; of a restart, one may wait for the lock.
     waits_s = plan.settings.timeout_s + (LOCK_WAIT_S if slurm.is_restart() else 0.0)
     startup = Watchdog(waits_s, rank=world.rank)
@@ -398,19 +399,6 @@ def build_measurement(
             first_step=first_step,
             about={"config": identity(plan.config)},
         ),
-    )
-
-
-def _start_world(plan: RunPlan) -> World:
-    if plan.device == "cpu":
-        keep_freed_memory()
-    # What some rank reads before it joins the others: all data, and the checkpoints until a valid one.
-    n_bytes = plan.data.n_bytes + plan.run_dir.checkpoint_bytes()
-    return start_world(
-        device=plan.device,
-        is_wrapped=plan.settings.is_wrapped(launched_world()[1]),
-        replicas=plan.settings.replicas,
-        timeout_s=plan.settings.timeout_s + GRACE_S + n_bytes / READ_BYTES_PER_S,
     )
 
 
