@@ -44,9 +44,12 @@ def test_every_variant_of_a_suite_is_a_run_that_could_be_made(suite: str) -> Non
     assert set(suites.baselines(command.variants).values()) <= set(command.variants)
 
 
-def test_a_chosen_model_has_its_own_sizes() -> None:
-    chosen = read(["suite=compile", "model=1b", "model.n_layers=8"]).configs["eager"]["model"]
-    assert (chosen["d_model"], chosen["n_heads"], chosen["d_ff"], chosen["n_layers"]) == (2048, 32, 8192, 8)
+def test_a_chosen_model_or_experiment_has_its_own_sizes() -> None:
+    for chosen, seq_len in (("model=1b", 512), ("experiment=paper", 2048)):
+        config = read(["suite=compile", chosen, "model.n_layers=8"]).configs["eager"]
+        sizes = [config["model"][key] for key in ("d_model", "n_heads", "d_ff", "n_layers")]
+        assert (sizes, config["trainer"]["seq_len"]) == ([2048, 32, 8192, 8], seq_len)
+        assert not config["trainer"]["compile"]
 
 
 def test_ratios_are_taken_within_a_round_so_that_a_slow_machine_changes_none() -> None:
@@ -225,9 +228,10 @@ def test_the_optimizers_of_the_suite_muon_make_the_same_step() -> None:
 
 
 def test_a_decode_step_adds_a_token_behind_the_context_of_the_cache() -> None:
-    command = read(["suite=decode", *SMALL])
+    names = ("mla 128", "mla qk_norm absorbed 128", "mla qk_norm materialized 128", "mha 128", "gqa 128")
+    command = read(["suite=decode", f"only={','.join(names)}", *SMALL])
     sizes = {}
-    for name in ("mla 128", "mla qk_norm absorbed 128", "mla qk_norm materialized 128", "mha 128", "gqa 128"):
+    for name in names:
         config = command.configs[name]
         config["attention"] |= {"n_kv_heads": 2} if name.startswith("gqa") else {}
         step = make_step(command.variants[name], config, command.settings[name], HERE, Path("nowhere"))
@@ -314,6 +318,7 @@ def small_model() -> Transformer:
         (["suite=probe", "steps=60"], "steps=60 must be a multiple of trainer.probe_every=50"),
         (["suite=ranks", "trainer.global_batch_size=12"], "trainer.global_batch_size=12 must be a multiple of"),
         (["suite=compile", "model.width=3"], "model.width"),
+        (["suite=compile", "trainer.compile=true"], "with these settings compiled equals eager; leave out the key that"),
         (["suite=compile", "--fast"], "--fast"),
         (["suite=compile", "plot=a.png"], "plot=a.png is for suite=decode and must name a file that ends in .png"),
         (["suite=decode", "plot=a.svg"], "plot=a.svg is for suite=decode"),

@@ -2,7 +2,7 @@
 
     quack-lm bench suite=stabilizers                                    # on this machine, with a small model
     quack-lm bench suite=stabilizers attention=mla trainer.precision=bfloat16
-    quack-lm bench suite=compile model=1b attention=mha trainer.micro_batch_size=4 trainer.seq_len=2048   # needs: GPU
+    quack-lm bench suite=stabilizers experiment=paper trainer.compile=true     # needs: GPU. The paper's model and step
 
 Suites:
 {suites}
@@ -18,7 +18,8 @@ trace=FILE     after that, a trace of the first variant's steps for Perfetto or 
                the operations that took longest
 plot=FILE      of suite=decode: decode steps per second against the length of the context (FILE.png or FILE.pdf)
 
-Every other key=value is a setting of all variants, as of quack-lm train. Tokens are random, so no data set is needed.
+Every other key=value is a setting of all variants, as of quack-lm train; an experiment= or a model= that is given has
+its own sizes. Tokens are random, so no data set is needed.
 Rounds in which a fixed matrix product between the turns took 1.25 times its median are left out and counted: then
 something else ran.
 """
@@ -30,7 +31,7 @@ import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -327,9 +328,7 @@ def read(arguments: list[str]) -> Command:
     suite = suites.suite(own["suite"])
     counts = {name: _count(own, name, getattr(suite, name)) for name in COUNTS}
     variants, notes = _chosen(suite, own.get("only"))
-    # A model that is chosen has its own sizes: those of BASE, as single keys, would win over it.
-    is_chosen = any(override.lstrip("+").startswith("model=") for override in overrides)
-    base = [setting for setting in suite.base if not (is_chosen and setting.startswith("model."))]
+    base = _base(suite, overrides)
     settings, configs = {}, {}
     for name, variant in variants.items():
         settings[name] = [*variant.settings, *overrides]
@@ -341,6 +340,7 @@ def read(arguments: list[str]) -> Command:
             raise UserError("trainer.compile=auto is decided by the length of a run; give true or false here")
         variant.check_attention(name, configs[name])
         variant.check_turn(configs[name], counts["steps"])
+    _refuse_equal(own["suite"], variants, configs)
     out = user_path(own.get("out", f"runs/bench/{own['suite']}.jsonl"))
     trace = user_path(own["trace"]) if "trace" in own else None
     if trace and next(iter(variants.values())).is_isolated:
@@ -357,6 +357,27 @@ def read(arguments: list[str]) -> Command:
         if path and (path.is_dir() or not path.name):
             raise UserError(f"{key}={own.get(key)} must name a file")
     return Command(own["suite"], counts, out, trace, plot, variants, settings, configs, notes)
+
+
+def _refuse_equal(suite: str, variants: Mapping[str, Variant], configs: Mapping[str, dict[str, Any]]) -> None:
+    """UserError where a setting of all variants is the one by which they differ."""
+    seen: list[tuple[Variant, dict[str, Any], str]] = []
+    for name, variant in variants.items():
+        kind = replace(variant, settings=(), baseline=None)
+        for other_kind, other, other_name in seen:
+            if (kind, configs[name]) == (other_kind, other):
+                raise UserError(
+                    f"with these settings {name} equals {other_name}; leave out the key that suite={suite} varies"
+                )
+        seen.append((kind, configs[name], name))
+
+
+def _base(suite: Suite, overrides: Sequence[str]) -> list[str]:
+    """The suite's own settings, but for the sizes of a model or an experiment that is chosen: single keys would win."""
+    chosen = {override.lstrip("+").partition("=")[0] for override in overrides}
+    if "experiment" in chosen:
+        return [setting for setting in suite.base if setting.startswith("trainer.compile=")]
+    return [setting for setting in suite.base if not ("model" in chosen and setting.startswith("model."))]
 
 
 def _chosen(suite: Suite, only: str | None) -> tuple[dict[str, Variant], list[str]]:

@@ -38,16 +38,27 @@ LINES_SHOWN = 40
 # The 1B model: at depths at which all variants of a suite with their optimizers fit into 80 GB, and whole in a run like
 # the paper's but for the number of sequences. A step of 24 is that of a rank in the paper's runs on 4 GPUs. The
 # vocabulary is that of the paper's data.
-VOCABULARY = "model.vocab_size=49152"
-BENCH = f"""
-model=1b {VOCABULARY} model.n_layers=8 trainer.seq_len=2048 trainer.micro_batch_size=8 trainer.global_batch_size=24
-trainer.precision=bfloat16 trainer.compile=true optimizer=muon rounds=6 steps=2 warmup=2
-""".split()
+BENCH = [
+    "experiment=paper",
+    "model.n_layers=8",
+    "trainer.micro_batch_size=8",
+    "trainer.global_batch_size=24",
+    "rounds=6",
+    "steps=2",
+    "warmup=2",
+]
+COMPILED = "trainer.compile=true"
 ONE_MICRO_BATCH = ["model.n_layers=4", "trainer.micro_batch_size=6", "trainer.global_batch_size=6"]
-RUN = f"""
-model=1b {VOCABULARY} trainer.steps=20 trainer.micro_batch_size=auto trainer.global_batch_size=32 trainer.compile=true
-trainer.val_sequences=8 logger.log_every=5
-""".split()
+RUN = [
+    "model=1b",
+    "model.vocab_size=49152",
+    "trainer.steps=20",
+    "trainer.micro_batch_size=auto",
+    "trainer.global_batch_size=32",
+    "trainer.val_sequences=8",
+    "logger.log_every=5",
+    COMPILED,
+]
 # For the tests of this command, on a CPU.
 SMALL = [
     "model.d_model=32",
@@ -144,16 +155,16 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
 
     cli = (sys.executable, "-m", "quack_lm")
     bench = (*cli, "bench", *(["rounds=1", "steps=1", "warmup=1", *SMALL] if is_small else BENCH))
-    short = () if is_small else ONE_MICRO_BATCH
+    short, compiled = ((), ()) if is_small else (ONE_MICRO_BATCH, (COMPILED,))
     has_flash = torch.cuda.is_available() and flash.is_available(HEAD_WIDTH)
     kernels = "sdpa,flex" + (",flash" if has_flash else "")
     suites = {
-        "stabilizers": ("Stabilizers, MHA", ("suite=stabilizers", "attention=mha")),
-        "stabilizers_mla": ("Stabilizers, MLA", ("suite=stabilizers", "attention=mla")),
-        "max_logits": ("Max logits of QK clip, MLA", ("suite=max_logits", "attention=mla")),
-        "backends": ("Attention kernels, MHA", ("suite=backends", "attention=mha", f"only={kernels}")),
+        "stabilizers": ("Stabilizers, MHA", ("suite=stabilizers", "attention=mha", *compiled)),
+        "stabilizers_mla": ("Stabilizers, MLA", ("suite=stabilizers", "attention=mla", *compiled)),
+        "max_logits": ("Max logits of QK clip, MLA", ("suite=max_logits", "attention=mla", *compiled)),
+        "backends": ("Attention kernels, MHA", ("suite=backends", "attention=mha", f"only={kernels}", *compiled)),
         "compile": ("Compiled blocks, MHA", ("suite=compile", "attention=mha")),
-        "peers": ("transformers in a plain loop, compiled", ("suite=peers", f"only={PEERS}", *short)),
+        "peers": ("transformers in a plain loop, compiled", ("suite=peers", f"only={PEERS}", *short, *compiled)),
     }
     data = ("data=stdlib", f"data.dir={directory / 'data'}")
     sizes = ("experiment=tiny", *SMALL, "trainer.steps=8", "logger.log_every=2") if is_small else RUN
@@ -162,7 +173,7 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
     # Each test is mostly start-up and compilation, so several share the GPU.
     workers = str(min(12, os.cpu_count() or 1))
     tests = ("-m", "gpu", "-n", workers, "-rfs", "-p", "no:cacheprovider", f"--junitxml={directory / 'tests.xml'}")
-    trace = ("suite=stabilizers", "only=none", "rounds=1", f"trace={directory / 'trace.json.gz'}")
+    trace = ("suite=stabilizers", "only=none", *compiled, "rounds=1", f"trace={directory / 'trace.json.gz'}")
     return [
         Part("tests", "Tests that need a GPU", (sys.executable, "-m", "pytest", str(REPOSITORY / "tests"), *tests)),
         Part("data", "Data of the run", (*cli, "prepare", *data)),
