@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quack_lm.cli.flags import Parser, add_model, load_model, refuse_directory
+from quack_lm.cli.flags import Parser, add_model, check_file, load_model
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import open_regular, parse_json, user_path, write_atomically
 from quack_lm.text import echo, echo_piece
@@ -43,7 +43,7 @@ def read(arguments: list[str]) -> Namespace:
     for name, value in (("--max-new-tokens", options.max_new_tokens), ("--batch-size", options.batch_size)):
         if value < 1:
             raise UserError(f"{name} {value} must be at least 1")
-    refuse_directory(options.out)
+    check_file(options.out)
     return options
 
 
