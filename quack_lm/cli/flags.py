@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import nearest_existing_parent, user_path
+from quack_lm.text import echo
 
 if TYPE_CHECKING:
     from quack_lm.generate import LanguageModel
@@ -49,7 +50,10 @@ def load_model(options: argparse.Namespace) -> "LanguageModel":
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu or install a CUDA build of torch")
     device = resolve_device(options.device)
     check_world(device=device)
-    return load(options.checkpoint, tokenizer=options.tokenizer, device=device, dtype=getattr(torch, options.dtype))
+    loaded = load(options.checkpoint, tokenizer=options.tokenizer, device=device, dtype=getattr(torch, options.dtype))
+    if loaded.note:
+        echo(loaded.note, err=True)
+    return loaded
 
 
 def check_file(out: Path | None) -> None:
