@@ -10,20 +10,25 @@ Axes: B sequences, T tokens, V vocabulary.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quack_lm.data.manifest import MANIFEST, TOKENIZER, check_tokenizer, read_manifest
-from quack_lm.data.sources import sha256_of_all
+from quack_lm.attention.cache import bytes_per_token
+from quack_lm.data.manifest import MANIFEST, TOKENIZER, Manifest, check_tokenizer, read_manifest
 from quack_lm.data.tokenizer import TextTokenizer
 from quack_lm.errors import UserError
-from quack_lm.files import relative_note, user_path
+from quack_lm.files import relative_note
 from quack_lm.model import Transformer
-from quack_lm.parallel import default_device
-from quack_lm.training.trained import Trained, load_trained
+from quack_lm.parallel import default_device, memory_of_a_rank
+from quack_lm.training.trained import Trained, find_run_data, load_trained
+
+# Logits divided by less could be infinite in float32.
+LEAST_TEMPERATURE = 1e-6
+GIVE_TOKENIZER = "give the tokenizer of the run's data, or a data set with it, as tokenizer=DIR (--tokenizer DIR)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +48,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature={self.temperature} must be 0 or a positive number")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise UserError(f"temperature={self.temperature} must be 0 or a number from {LEAST_TEMPERATURE} on")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k={self.top_k} must be at least 1; leave it out to draw from all tokens")
         if not 0 < self.top_p <= 1:
@@ -59,8 +64,9 @@ class Sampling:
         if self.top_p < 1:
             ordered, order = scores.sort(descending=True)
             probabilities = ordered.softmax(-1)
-            before = probabilities.cumsum(-1) - probabilities
-            scores = scores.masked_fill((before >= self.top_p).gather(-1, order.argsort(-1)), -torch.inf)
+            is_left_out = probabilities.cumsum(-1) - probabilities >= self.top_p
+            is_left_out[..., 0] = False  # also where top_p is 0 in float32
+            scores = scores.masked_fill(is_left_out.gather(-1, order.argsort(-1)), -torch.inf)
         return scores.softmax(-1)
 
     def generator(self, number: int) -> torch.Generator:
@@ -100,7 +106,14 @@ def generate_tokens(
     longest, device = max(map(len, prompts)), model.embedding.weight.device
     pads = torch.tensor([longest - len(prompt) for prompt in prompts])
     rows = [[*[0] * int(n), *prompt] for n, prompt in zip(pads, prompts, strict=True)]
-    cache = model.make_cache(len(prompts), longest + max_new_tokens, pads_B=pads)
+    capacity = longest + max_new_tokens
+    token_bytes = sum(bytes_per_token(a.cache_entries(), model.embedding.weight.dtype) for a in model.attentions)
+    if (n_bytes := len(prompts) * capacity * token_bytes) > memory_of_a_rank(device.type):
+        raise UserError(
+            f"max_new_tokens={max_new_tokens}: the cache of {len(prompts)} texts of {capacity:,} tokens would take "
+            f"{n_bytes / 2**30:,.0f} GiB, more than all memory here; lower it, or the batch size"
+        )
+    cache = model.make_cache(len(prompts), capacity, pads_B=pads)
     generators = [sampling.generator(first_number + number) for number in range(len(prompts))]
     new_BT, has_ended = torch.tensor(rows), [False] * len(prompts)
     for _ in range(max_new_tokens):
@@ -144,6 +157,7 @@ class LanguageModel:
 
     trained: Trained
     tokenizer: TextTokenizer
+    note: str | None = None  # what is not known about the tokenizer
 
     @property
     def model(self) -> Transformer:
@@ -200,7 +214,9 @@ class LanguageModel:
 def load(
     path: Path, *, tokenizer: Path | None = None, device: str = "auto", dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
-    """The model of a run or a checkpoint with the tokenizer of its data; UserError where one is missing or damaged.
+    """The model of a run or a checkpoint with the tokenizer of its data.
+
+    UserError where one is missing or damaged, or the tokenizer is known to be another.
 
     Args:
         path: the directory of a run, whose last valid checkpoint is taken, or of a checkpoint.
@@ -209,7 +225,7 @@ def load(
         dtype: of weights and cache.
     """
     trained = load_trained(path, device=torch.device(default_device() if device == "auto" else device), dtype=dtype)
-    opened = _open_tokenizer(trained, tokenizer)
+    opened, note = _open_tokenizer(trained, tokenizer)
     n_rows = trained.model.sizes.vocab_size
     if opened.size > n_rows:
         raise UserError(
@@ -218,27 +234,39 @@ def load(
         )
     if trained.config["data"]["mask_documents"]:
         trained.model.eot_id = opened.eot_id
-    return LanguageModel(trained, opened)
+    return LanguageModel(trained, opened, note)
 
 
-def _open_tokenizer(trained: Trained, directory: Path | None) -> TextTokenizer:
-    data = trained.config["data"]
-    directories = [user_path(name) for name in data.get("dirs", [data.get("dir")])]
-    place = directories[0] if directory is None else directory
-    what = f"data.dir={place} of {trained.checkpoint}" if directory is None else f"tokenizer={place}"
-    if not place.is_dir():
-        raise UserError(
-            f"{what}: no such directory{relative_note(place)}; give the tokenizer of the run's data, or the data set, "
-            "as tokenizer=DIR (--tokenizer DIR)"
-        )
-    if not (place / MANIFEST).is_file():
-        return TextTokenizer.open(place, what, eot_token=data.get("eot_token"))
-    manifest, _ = read_manifest(place)
-    digests = [read_manifest(one)[1] for one in directories] if directory is None else []
-    if digests and sha256_of_all(digests) != trained.manifest_sha256:
-        raise UserError(
-            f"{what} is another data set than the one that it was trained on: give the tokenizer of that one as "
-            "tokenizer=DIR (--tokenizer DIR)"
-        )
-    check_tokenizer(place, manifest)
-    return TextTokenizer.open(place / TOKENIZER, what, eot_id=manifest.eot_id)
+def _open_tokenizer(trained: Trained, directory: Path | None) -> tuple[TextTokenizer, str | None]:
+    """The tokenizer, and a note where it could not be compared with that of the run's data."""
+    if directory is None:
+        return _run_tokenizer(trained), None
+    with suppress(UserError):  # a copy of the run's data set
+        return _run_tokenizer(trained, directory), None
+    what, data = f"tokenizer={directory}", trained.config["data"]
+    if not directory.is_dir():
+        raise UserError(f"{what}: no such directory{relative_note(directory)}; {GIVE_TOKENIZER}")
+    if (directory / MANIFEST).is_file():
+        manifest, _ = read_manifest(directory)
+        check_tokenizer(directory, manifest)
+        opened = _open_data_set(directory, manifest, what)
+    else:
+        opened = TextTokenizer.open(directory, what, eot_token=data.get("eot_token"), eot_id=data.get("eot_id"))
+    try:
+        own = _run_tokenizer(trained)
+    except UserError:
+        return opened, f"note: {what} was not compared with the tokenizer of the run's data, which is not here"
+    if opened.tokenizer.get_vocab() != own.tokenizer.get_vocab():
+        raise UserError(f"{what} is another tokenizer than that of the run's data; leave it out to use that one")
+    return opened, None
+
+
+def _run_tokenizer(trained: Trained, directory: Path | None = None) -> TextTokenizer:
+    place, manifest = find_run_data(trained.checkpoint, trained.config, directory, fix=GIVE_TOKENIZER)
+    return _open_data_set(place, manifest, f"data.dir={place} of {trained.checkpoint}")
+
+
+def _open_data_set(directory: Path, manifest: Manifest, what: str) -> TextTokenizer:
+    if not manifest.tokenizer.files:
+        raise UserError(f"{what} has no tokenizer, for its tokens were made elsewhere; {GIVE_TOKENIZER}")
+    return TextTokenizer.open(directory / TOKENIZER, what, eot_id=manifest.eot_id)

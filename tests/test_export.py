@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import call, snapshot
+from calls import call, snapshot, write_files
 from models import ATTENTIONS, LONE, STABILIZERS, small_config, small_model, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +28,7 @@ from quack_lm.data.batches import EvalBatches
 from quack_lm.data.manifest import TokenData
 from quack_lm.errors import UserError
 from quack_lm.hf.counterpart import as_it_is, counterpart
-from quack_lm.hf.directory import template, write_config, write_weights
+from quack_lm.hf.directory import WeightFiles, template, write_config, write_weights
 from quack_lm.logit_paths import largest_partner_product
 from quack_lm.model import Transformer, count_parameters
 from quack_lm.step import LogitWeights
@@ -287,6 +288,7 @@ def test_the_model_card_says_what_was_trained_and_how_to_load_and_cite_it(quack_
         LLAMA,
     ):
         assert text in card
+    assert "profile:" not in card, "the checkpoint does not know whether the run has written a trace"
     (weights,) = (tmp_path / "out").glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -329,16 +331,27 @@ def test_an_export_without_data_has_no_tokenizer(quack_run: Path, tmp_path: Path
     assert loss_of(tmp_path / "out", tiny_data) == pytest.approx(val_loss(quack_run), rel=1e-5)
 
 
-def test_an_export_that_is_interrupted_is_no_directory_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_export_that_is_interrupted_is_no_directory_and_leaves_nothing(number: int, tmp_path: Path) -> None:
     def interrupt() -> None:
         with writing(tmp_path / "out") as staging:
             (staging / "model.safetensors").touch()
             assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         interrupt()
+    assert end.value.code == 128 + number
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_removes_what_a_killed_one_has_left_and_waits_for_no_other(tmp_path: Path) -> None:
+    write_files(tmp_path, {".out.partial/left.safetensors": b"x"})
+    with writing(tmp_path / "out") as staging:
+        (staging / "config.json").touch()
+        with pytest.raises(UserError, match="out is being written by another process"), writing(tmp_path / "out"):
+            pass
+    assert [*snapshot(tmp_path)] == [f"{tmp_path}/out", f"{tmp_path}/out/config.json"]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(quack_run: Path, small_disk: Path) -> None:
@@ -460,6 +473,14 @@ def test_every_shape_and_setting_that_does_not_fit_is_named(
         with pytest.raises(UserError) as error:
             check_run(compose([*RUN, *tiny_data, *overrides, f"trainer.init_from={source}"]))
         assert not [message for message in (*in_both, *messages) if message not in str(error.value)], error.value
+
+
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"trainer\.init_from=x: w in \S+ is of dtype I8; save the weights as one of: F64"
+    ):
+        WeightFiles(tmp_path, "trainer.init_from=x")
 
 
 def test_weights_with_another_tokenizer_are_warned_of(quack_run: Path, tiny_data: list[str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from calls import call, snapshot
+from calls import call, snapshot, write_files
 from hypothesis import given
 from hypothesis import strategies as st
 from models import small_config, small_model
@@ -58,7 +58,7 @@ def logits(seed: int, rows: int = 3, vocabulary: int = 23) -> Tensor:
     seed=st.integers(0, 50),
     temperature=st.sampled_from([0.3, 1.0, 2.5]),
     top_k=st.sampled_from([None, 1, 4, 22, 100]),
-    top_p=st.sampled_from([1e-6, 0.3, 0.9, 0.999, 1.0]),
+    top_p=st.sampled_from([1e-300, 1e-6, 0.3, 0.9, 0.999, 1.0]),
 )
 def test_probabilities_are_those_of_transformers(
     seed: int, temperature: float, top_k: int | None, top_p: float
@@ -119,8 +119,9 @@ def test_tokens_that_the_tokenizer_does_not_have_are_never_drawn() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1.0}, r"temperature=-1\.0 must be 0 or a positive number"),
+        ({"temperature": -1.0}, r"temperature=-1\.0 must be 0 or a number from"),
         ({"temperature": float("nan")}, r"temperature=nan must"),
+        ({"temperature": 1e-40}, r"temperature=1e-40 must be 0 or a number from 1e-06 on"),
         ({"top_k": 0}, r"top_k=0 must be at least 1"),
         ({"top_p": 0.0}, r"top_p=0\.0 must be above 0 and at most 1"),
         ({"top_p": 1.5}, r"top_p=1\.5 must"),
@@ -129,6 +130,12 @@ def test_tokens_that_the_tokenizer_does_not_have_are_never_drawn() -> None:
 def test_settings_that_mean_nothing_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Sampling(**settings)
+
+
+def test_a_cache_beyond_the_memory_is_refused_before_it_is_allocated() -> None:
+    model = small_model(small_config("mla", "qk_norm")).eval()
+    with pytest.raises(UserError, match=r"max_new_tokens=100000000000: the cache of 1 texts of .* GiB, .*; lower it"):
+        next(generate_tokens(model, [[1]], max_new_tokens=10**11, sampling=GREEDY))
 
 
 # ------------------------------------------------------------------------------------------------ texts
@@ -182,6 +189,7 @@ def test_a_checkpoint_and_a_tokenizer_are_all_that_is_needed(
     moved = load(tmp_path / "step_00000040", tokenizer=tmp_path / "tokenizer", device="cpu")
     expected = language_model.generate(["import"], sampling=GREEDY)
     assert moved.generate(["import"], sampling=GREEDY) == expected
+    assert moved.note is None
     assert load(run, tokenizer=data, device="cpu").generate(["import"], sampling=GREEDY) == expected
 
 
@@ -284,24 +292,38 @@ REFUSED = {
     "damaged": (["SHARD"], r"step_00000040 is not a valid checkpoint: shard-.* has another sha256"),
     "incomplete": (["MANIFEST"], r"step_00000040 is not a valid checkpoint: it has no manifest\.json"),
     "no tokenizer": (["RUN", "--tokenizer", "TMP/nowhere"], r"tokenizer=TMP/nowhere: no such directory; give"),
-    "other tokenizer": (["RUN", "--tokenizer", "TMP"], r"tokenizer=TMP: .*not a transformers tokenizer directory"),
-    "temperature": (["RUN", "--temperature=-1"], r"temperature=-1\.0 must be 0 or a positive number"),
+    "not a tokenizer": (["RUN", "--tokenizer", "TMP"], r"tokenizer=TMP: .*not a transformers tokenizer directory"),
+    "other tokenizer": (["RUN", "--tokenizer", "TMP/other"], r"tokenizer=TMP/other is another tokenizer .*; leave it"),
+    "damaged tokenizer": (["RUN", "--tokenizer", "TMP/torn"], r"TMP/torn/tokenizer\.json is damaged .*; copy it again"),
+    "temperature": (["RUN", "--temperature=-1"], r"temperature=-1\.0 must be 0 or a number from"),
     "temperature that is a word": (["RUN", "--temperature=hot"], r"--temperature: invalid float value: 'hot'"),
     "no tokens": (["RUN", "--max-new-tokens=0"], r"--max-new-tokens 0 must be at least 1"),
     "out is a directory": (["RUN", "-o", "TMP"], r"-o TMP must name a file"),
+    "out is in a file": (["RUN", "-o", "TMP/empty.txt/o"], r"-o TMP/\S+: TMP/empty.txt is not a writable directory"),
+    "prompt that is no text": (["RUN", "--prompt", "\udcff"], r"--prompt '\\udcff' is not UTF-8 text"),
+    "prompts with half a character": (
+        ["RUN", "--prompts", "TMP/half.jsonl"],
+        r"half\.jsonl, line 1: expected .* UTF-8",
+    ),
     "no prompts": (["RUN", "--prompts", "TMP/none.txt"], r"--prompts TMP/none\.txt: .*No such file or directory"),
     "empty prompts": (["RUN", "--prompts", "TMP/empty.txt"], r"empty\.txt has no prompt; write one in each line"),
     "prompts that are no json": (["RUN", "--prompts", "TMP/bad.jsonl"], r'bad\.jsonl, line 2: expected \{"prompt"'),
     "prompts that are no text": (["RUN", "--prompts", "TMP/latin.txt"], r"latin\.txt is not UTF-8 text"),
 }
+if not torch.cuda.is_available():
+    REFUSED["no GPU"] = (["RUN", "--device", "cuda"], r"--device cuda: torch sees no GPU here; use --device cpu")
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_mistake_is_one_line_and_writes_nothing(name: str, run: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_and_writes_nothing(name: str, run: Path, tiny_data: list[str], tmp_path: Path) -> None:
     arguments, message = REFUSED[name]
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud800"}\n')
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    tokenizer = Path(tiny_data[1].removeprefix("data.dir="), "tokenizer", "tokenizer.json").read_text()
+    swapped = tokenizer.replace('"x": ', '"?": ', 1).replace('"y": ', '"x": ', 1).replace('"?": ', '"y": ', 1)
+    write_files(tmp_path, {"other/tokenizer.json": swapped.encode(), "torn/tokenizer.json": tokenizer[:999].encode()})
     places = {"TMP": tmp_path, "RUN": run}
     for edit in {"SHARD", "MANIFEST"} & {*arguments}:
         places[edit] = damaged(run, tmp_path, edit.lower())
@@ -325,11 +347,31 @@ def test_data_that_was_prepared_again_is_not_taken_for_the_runs(
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     (tmp_path / "data" / "manifest.json").write_text(json.dumps({**manifest, "source": {"other": 1}}))
     rewrite_config(copy, {"data.dir": str(tmp_path / "data")})
-    with pytest.raises(UserError, match=r"is another data set than the one that it was trained on: .*--tokenizer DIR"):
+    with pytest.raises(UserError, match=r"is not the data set that .* was trained on; .*--tokenizer DIR"):
         load(copy, device="cpu")
     shutil.rmtree(tmp_path / "data")
-    with pytest.raises(UserError, match=rf"data\.dir={tmp_path}/data of .*no such directory; .*--tokenizer DIR"):
+    with pytest.raises(UserError, match=rf"no prepared data in {tmp_path}/data, .*--tokenizer DIR"):
         load(copy, device="cpu")
+    note = load(copy, tokenizer=data / "tokenizer", device="cpu").note
+    assert "was not compared with the tokenizer of the run's data" in (note or "")
+
+
+def test_tokens_without_a_tokenizer_need_one_for_text_and_none_for_an_export(
+    run: Path, tiny_data: list[str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "step_00000040"
+    shutil.copytree(run / "checkpoints" / copy.name, copy)
+    shutil.copytree(Path(tiny_data[1].removeprefix("data.dir=")), tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "tokenizer")
+    path = tmp_path / "data" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": {"name": "unknown", "files": {}}}))
+    rewrite_config(copy, {"data.dir": str(tmp_path / "data")}, manifest_sha256=file_sha256(path))
+    with pytest.raises(UserError, match=rf"data\.dir={tmp_path}/data of .* has no tokenizer, .*--tokenizer DIR"):
+        load(copy, device="cpu")
+    code, stdout, stderr = call("export", str(copy), str(tmp_path / "out"))
+    assert (code, stderr) == (0, "")
+    assert f"no tokenizer: {tmp_path}/data has none" in stdout
+    assert "AutoTokenizer" not in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -352,10 +394,10 @@ def test_an_untrusted_config_of_a_checkpoint_builds_nothing_but_a_model(
         load(copy, device="cpu")
 
 
-def rewrite_config(checkpoint: Path, edit: dict) -> None:
-    """Change the config in a checkpoint, whose manifest agrees again afterwards."""
+def rewrite_config(checkpoint: Path, edit: dict, **more: str) -> None:
+    """Change the config in a checkpoint, and more of its state; its manifest agrees again afterwards."""
     state, manifest = (json.loads((checkpoint / name).read_text()) for name in ("state.json", "manifest.json"))
-    state["config"] = {**state["config"], **edit}
+    state = {**state, **more, "config": {**state["config"], **edit}}
     path = checkpoint / "state.json"
     path.write_text(json.dumps(state))
     manifest["files"]["state.json"] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

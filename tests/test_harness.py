@@ -1,6 +1,7 @@
 """A checkpoint in lm-eval, on local tasks, against the numbers of the evaluation during training."""
 
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,8 +59,11 @@ def test_lm_eval_finds_what_the_run_has_logged(
     attention: str, tmp_path: Path, tiny_data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import lm_eval
-    from lm_eval.tasks import TaskManager
+    import lm_eval.tasks
 
+    # Without the thousands of lm-eval's own tasks, whose index takes 7 s.
+    manager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     run_dir = tmp_path / "run"
     settings = [*SMALL, *tiny_data, f"attention={attention}", "stabilizer=qk_norm", "eval.every=20", "trainer.steps=40"]
@@ -82,6 +86,12 @@ def test_lm_eval_finds_what_the_run_has_logged(
     assert found["pond_choice"]["acc_norm,none"] == last["eval/tiny_choice/accuracy_norm"]
     assert found["pond_text"]["bits_per_byte,none"] == pytest.approx(last["eval/tiny_text/bits_per_byte"], rel=1e-5)
     if attention == "mla":  # that each exported class computes the same is in test_export.py
+        (tasks / "text.yaml").write_text(TEXT.format(file=tmp_path / "gone.jsonl"))
+        (tasks / "choice.yaml").write_text("task: [")
+        for name, words in (("text", "gone.jsonl"), ("choice", f"{tasks}/choice.yaml is no YAML")):
+            refused = call("eval", str(run_dir), "--tasks", f"pond_{name}", "--include-path", str(tasks))
+            assert refused[:2] == (2, "")
+            assert words in refused[2].splitlines()[-1]
         return
     # The exported directory in lm-eval's own model.
     assert call("export", str(run_dir), str(tmp_path / "exported"))[0] == 0
@@ -89,7 +99,7 @@ def test_lm_eval_finds_what_the_run_has_logged(
         "hf",
         model_args={"pretrained": str(tmp_path / "exported"), "device": "cpu", "max_length": 32},
         tasks=names.split(","),
-        task_manager=TaskManager(include_path=tasks),
+        task_manager=manager(include_path=tasks),
         batch_size=3,
         log_samples=False,
     )
@@ -104,6 +114,10 @@ def test_lm_eval_finds_what_the_run_has_logged(
     [
         (["x"], "--tasks"),
         (["x", "--tasks", "a", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["x", "--tasks", "a", "--limit", "0"], "--limit 0 must be at least 1"),
+        (["x", "--tasks", "a", "--num-fewshot", "-1"], "--num-fewshot -1 must be at least 0"),
+        (["x", "--tasks", "a,"], "--tasks 'a,': a name is empty"),
+        (["x", "--tasks", "a", "-o", f"{__file__}/out"], "test_harness.py is not a writable directory"),
         (["x", "--tasks", "a", "--include-path", "no/where"], "no such directory"),
     ],
 )

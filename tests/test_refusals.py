@@ -583,7 +583,8 @@ TRAIN: dict[str, Bad] = {
         lambda run: shutil.rmtree(run / "checkpoints"), r"trainer\.init_from=TMP/source is neither a checkpoint nor"
     ),
     "init_from_a_damaged_run": bad_source(
-        written("checkpoints/*/*.safetensors", b"x"), r"none of the 1 checkpoints in TMP/source/checkpoints is valid"
+        written("checkpoints/*/*.safetensors", b"x"),
+        r"none of the 1 checkpoints in TMP/source/checkpoints is valid.*; restore one$",
     ),
     "init_from_another_size": bad_source(
         lambda run: None,
@@ -597,7 +598,10 @@ TRAIN: dict[str, Bad] = {
         "attention=mla",
     ),
     "init_from_another_norm": bad_source(
-        lambda run: None, r"blocks\.\*\.attention\.seam\.transform\.q_norm\.weight is not there", "stabilizer=qk_norm"
+        lambda run: None,
+        r"stabilizer is (\w+) there and qk_norm here; blocks\.\*\.attention\.seam\.transform\.q_norm\.weight is not "
+        r"there.*; set stabilizer=\1",
+        "stabilizer=qk_norm",
     ),
     "init_from_no_weights": foreign_source(r"TMP/source has neither model\.safetensors nor", config=LLAMA),
     "init_from_another_class": foreign_source(
@@ -949,7 +953,7 @@ PREPARE: dict[str, Bad] = {
     "tokenizer_empty": one("data.tokenizer=TMP/t", r"data\.tokenizer=TMP/t: not a tr", files={"t/x": b""}),
     "tokenizer_torn": one(
         "data.tokenizer=TMP/t",
-        r"data\.tokenizer=TMP/t: not a transformers",
+        r"data\.tokenizer=TMP/t: not a transformers .*: TMP/t/tokenizer\.json is damaged .*; copy it again",
         files={"t/tokenizer.json": b'{"version": '},
     ),
     "tokenizer_is_a_list": bad_tokenizer(written("tokenizer.json", "[]"), NOT_OURS),

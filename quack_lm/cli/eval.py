@@ -11,8 +11,12 @@ import json
 import logging
 from argparse import Namespace
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-from quack_lm.cli.flags import Parser, add_model, load_model, refuse_directory
+import yaml
+
+from quack_lm.cli.flags import Parser, add_model, check_file, load_model
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import finite, user_path, write_atomically
 from quack_lm.text import echo
@@ -30,9 +34,16 @@ def read(arguments: list[str]) -> Namespace:
     add("--batch-size", type=int, default=8, metavar="N", help="sequences of a forward (8)")
     add("-o", "--out", type=user_path, metavar="FILE", help="write the results as JSON")
     options = parser.parse_args(arguments)
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size} must be at least 1")
-    refuse_directory(options.out)
+    for name, value, least in (
+        ("--batch-size", options.batch_size, 1),
+        ("--limit", options.limit, 1),
+        ("--num-fewshot", options.num_fewshot, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{name} {value} must be at least {least}")
+    if not all(options.tasks.split(",")):
+        raise UserError(f"--tasks '{options.tasks}': a name is empty; give names such as --tasks hellaswag,arc_easy")
+    check_file(options.out)
     return options
 
 
@@ -52,9 +63,22 @@ def main(arguments: list[str]) -> int:
     from quack_lm.harness import CheckpointLM
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    tasks, manager = options.tasks.split(","), TaskManager(include_path=options.include_path)
-    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
-        raise UserError(f"--tasks {unknown[0]}: lm-eval has no such task; lm_eval ls tasks lists them")
+    names, manager = options.tasks.split(","), TaskManager(include_path=options.include_path)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        broken = broken_yaml(options.include_path) if options.include_path else ""
+        raise UserError(f"--tasks {unknown[0]}: lm-eval has no such task{broken}; lm_eval ls tasks lists them")
+    tasks: list[Any] = []
+    for name in manager.match_tasks(names):
+        try:  # the yaml files, and so the errors, are the user's
+            loaded = manager.load(name)
+        except ConnectionError as error:
+            raise UserError(f"--tasks {name}: its data needs a network, or a copy in HF_HOME ({error})") from None
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"--tasks {name}: lm-eval cannot load it ({reason}); correct that, or choose another"
+            ) from None
+        tasks += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
     language_model = load_model(options)
     found = lm_eval.simple_evaluate(
         CheckpointLM(language_model, batch_size=options.batch_size),
@@ -72,3 +96,13 @@ def main(arguments: list[str]) -> int:
             kept = {"checkpoint": str(language_model.trained.checkpoint), "results": found["results"]}
             write_atomically(options.out, json.dumps(finite(kept), indent=2) + "\n")
     return 0
+
+
+def broken_yaml(directory: Path) -> str:
+    """What to add about the first file that lm-eval has passed over because it cannot be parsed."""
+    for file in sorted(directory.rglob("*.yaml")):
+        try:
+            yaml.compose(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            return f", and {file} is no YAML ({' '.join(str(error).split())})"
+    return ""

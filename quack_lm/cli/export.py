@@ -17,19 +17,22 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quack_lm.cli.flags import Parser
+from quack_lm.cli.flags import Parser, check_writable
+from quack_lm.config import identity
 from quack_lm.errors import UserError, explaining
-from quack_lm.files import nearest_existing_parent, sync_directory, user_path, write_atomically
+from quack_lm.files import sync_directory, take_lock, user_path, write_atomically
 from quack_lm.text import echo
+from quack_lm.training.stop_signals import leaving
 
 if TYPE_CHECKING:
-    from quack_lm.data.manifest import TokenData
     from quack_lm.training.state import TrainState
+
+LOCK = ".lock"
 
 
 def read(arguments: list[str]) -> argparse.Namespace:
@@ -58,23 +61,28 @@ def main(arguments: list[str]) -> int:
     # Imported late: --help and a mistake need not wait for it.
     import torch
 
+    from quack_lm.data.manifest import TOKENIZER
     from quack_lm.hf.card import Card
     from quack_lm.hf.counterpart import as_it_is, counterpart
     from quack_lm.hf.directory import template, write_config, write_weights
     from quack_lm.training import checkpoint
     from quack_lm.training.build import make_model
+    from quack_lm.training.trained import find_run_data
 
     path = checkpoint.find_checkpoint(options.source, str(options.source))
     config, state = checkpoint.read_config(path), checkpoint.read_train_state(path)
     model = make_model(config)
     checkpoint.check_weights(path, model)
-    data = None if options.without_tokenizer else open_data(options.data, config["data"], path)
+    fix = "say where it is with --data DIR, or export --without-tokenizer"
+    data = None if options.without_tokenizer else find_run_data(path, config, options.data, fix=fix)
+    manifest = data[1] if data else None
+    tokenizer_files = [data[0] / TOKENIZER / name for name in data[1].tokenizer.files] if data else []
     chosen = (
         counterpart(model, config)
         if options.class_ == "auto"
         else as_it_is(model, config, "--class quack_lm keeps the weights as they are")
     )
-    eot_id = data.manifest.eot_id if data else None
+    eot_id = manifest.eot_id if manifest else None
     ids = {"bos_token_id": eot_id, "eos_token_id": eot_id}  # an end-of-text token stands before each document, too
     theirs = template(chosen, {**ids, "max_position_embeddings": config["trainer"]["seq_len"]})
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -86,8 +94,8 @@ def main(arguments: list[str]) -> int:
 
     dtype, name = getattr(torch, options.dtype), type(theirs).__name__
     with writing(options.out) as staging:
-        if data:
-            copy_tokenizer(data, staging)
+        for file in tokenizer_files:  # which have been compared with the manifest
+            shutil.copyfile(file, staging / file.name)
         write_config(staging, theirs, dtype, generation={**ids, "pad_token_id": eot_id})
         files, n_params = write_weights(staging, theirs, chosen, weight, dtype)
         card = Card(
@@ -97,17 +105,19 @@ def main(arguments: list[str]) -> int:
             dtype=options.dtype,
             n_params=n_params,
             n_trained=sum(shape.numel() for shape in shapes.values()),
-            config={key: value for key, value in config.items() if key not in ("run_dir", "logger")},
-            data=data.manifest.source if data else config["data"],
+            config=recorded(config),
+            data=manifest.source if manifest else config["data"],
             step=state.step,
             metrics=metrics_of(state),
             license=options.license,
-            has_tokenizer=data is not None,
+            has_tokenizer=bool(tokenizer_files),
         )
         write_atomically(staging / "README.md", card.markdown())
     echo(f"{path}: step {state.step:,}")
     echo(f"class {name}: {chosen.why}")
     echo(f"{n_params:,} parameters in {options.dtype}, {len(files)} file{'s' if len(files) > 1 else ''} of weights")
+    if data and not tokenizer_files:
+        echo(f"no tokenizer: {data[0]} has none, for its tokens were made elsewhere")
     echo(f"exported to {options.out}")
     return 0
 
@@ -117,56 +127,48 @@ def check_new(out: Path) -> None:
     with explaining(str(out), "or choose another directory"):
         if out.exists() or out.is_symlink():
             raise UserError(f"{out} exists already; choose another directory, or remove it")
-        parent = nearest_existing_parent(out)
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"{out}: {parent} is not a writable directory; choose another one")
+    check_writable(out, str(out))
 
 
-def open_data(directory: Path | None, data: Mapping[str, Any], checkpoint: Path) -> "TokenData":
-    """The data set of a checkpoint's run, for its tokenizer; UserError where it is not there, or is another one."""
-    from quack_lm.data.manifest import TokenData, read_manifest
-    from quack_lm.data.sources import sha256_of_all
-    from quack_lm.training.checkpoint import read_state
-
-    other = "; say where it is with --data DIR, or export --without-tokenizer"
-    directories = [directory] if directory else [user_path(name) for name in data.get("dirs", [data.get("dir")])]
-    try:
-        opened = TokenData.open(directories[0], verify_checksums=False)
-        digests = [opened.manifest_sha256, *(read_manifest(one)[1] for one in directories[1:])]
-    except UserError as error:
-        raise UserError(f"the tokenizer is with the data: {error}{other}") from None
-    if sha256_of_all(digests) != read_state(checkpoint)["manifest_sha256"]:
-        raise UserError(f"{directories[0]} is not the data set that {checkpoint} was trained on{other}")
-    return opened
-
-
-def copy_tokenizer(data: "TokenData", directory: Path) -> None:
-    """Copy the files of a data set's tokenizer, which have been compared with its manifest."""
-    from quack_lm.data.manifest import TOKENIZER
-
-    for name in data.manifest.tokenizer.files:
-        shutil.copyfile(data.directory / TOKENIZER / name, directory / name)
+def recorded(config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config without the settings that it does not have, because they change nothing in the model."""
+    sections: dict[str, Any] = {}
+    for key, value in identity(config).items():
+        section, _, name = key.partition(".")
+        (sections.setdefault(section, {}) if name else sections)[name or section] = value
+    return sections
 
 
 @contextmanager
 def writing(out: Path) -> Iterator[Path]:
-    """A hidden directory beside `out` that gets its name at the end; an export that fails leaves nothing."""
+    """A hidden directory beside `out` that gets its name at the end; an export that fails or is stopped leaves nothing.
+
+    What one that was killed has left is removed by the next.
+    """
     out = out.absolute()
-    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    with explaining(str(out), "or choose another directory"):
-        try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            yield staging
-            for path in staging.iterdir():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            sync_directory(staging)
-            check_new(out)  # a rename would replace an empty directory
-            staging.rename(out)
-            sync_directory(out.parent)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    staging = out.with_name(f".{out.name}.partial")
+    with leaving(), explaining(str(out), "or choose another directory"):
+        if staging.is_symlink():
+            staging.unlink()
+        staging.mkdir(parents=True, exist_ok=True)
+        with (staging / LOCK).open("w") as lock:
+            if not take_lock(lock):
+                raise UserError(f"{out} is being written by another process; wait for it, or choose another directory")
+            try:
+                for path in staging.iterdir():
+                    if path.name != LOCK:
+                        path.unlink()
+                yield staging
+                for path in staging.iterdir():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+                sync_directory(staging)
+                check_new(out)  # a rename would replace an empty directory
+                staging.rename(out)
+                (out / LOCK).unlink()
+                sync_directory(out.parent)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def metrics_of(state: "TrainState") -> dict[str, float | None]:

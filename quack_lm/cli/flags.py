@@ -2,10 +2,12 @@
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, NoReturn
 
-from quack_lm.errors import UserError
-from quack_lm.files import user_path
+from quack_lm.errors import UserError, explaining
+from quack_lm.files import nearest_existing_parent, user_path
+from quack_lm.text import echo
 
 if TYPE_CHECKING:
     from quack_lm.generate import LanguageModel
@@ -44,12 +46,31 @@ def load_model(options: argparse.Namespace) -> "LanguageModel":
     from quack_lm.generate import load
     from quack_lm.parallel import check_world, resolve_device
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu or install a CUDA build of torch")
     device = resolve_device(options.device)
     check_world(device=device)
-    return load(options.checkpoint, tokenizer=options.tokenizer, device=device, dtype=getattr(torch, options.dtype))
+    loaded = load(options.checkpoint, tokenizer=options.tokenizer, device=device, dtype=getattr(torch, options.dtype))
+    if loaded.note:
+        echo(loaded.note, err=True)
+    return loaded
 
 
-def refuse_directory(out: Path | None) -> None:
-    """UserError where -o names no file."""
-    if out and (out.is_dir() or not out.name):
-        raise UserError(f"-o {out} must name a file")
+def check_file(out: Path | None) -> None:
+    """UserError where -o names no file that can be written."""
+    if out:
+        check_writable(out, f"-o {out}")
+        if not out.name or (out.exists() and not out.is_file()):
+            raise UserError(f"-o {out} must name a file")
+
+
+def check_writable(out: Path, what: str) -> None:
+    """UserError, which begins with `what`, where nothing of this name can be made; leaves nothing."""
+    with explaining(what, "or choose another place"):
+        parent = nearest_existing_parent(out.parent)
+        try:
+            TemporaryFile(dir=parent).close()  # more than `os.access` says, to root for example
+        except OSError as error:
+            raise UserError(
+                f"{what}: {parent} is not a writable directory ({error.strerror}); choose another"
+            ) from None

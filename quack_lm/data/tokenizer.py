@@ -23,7 +23,7 @@ from tqdm import tqdm
 from quack_lm.data.corpus import Corpus, TextCorpus, TokenCorpus, input_errors, read_texts, require_hub
 from quack_lm.data.manifest import SPLITS, TOKENIZER, SplitName
 from quack_lm.errors import UserError
-from quack_lm.files import open_regular, relative_note
+from quack_lm.files import open_regular, parse_json, relative_note
 
 T = TypeVar("T")
 Tokenizer = Any  # a transformers tokenizer, or the `tokenizers.Tokenizer` inside it
@@ -94,7 +94,20 @@ def _open_directory(directory: Path, what: str) -> Tokenizer:
         for path in directory.iterdir():
             if not path.is_dir():
                 open_regular(path).close()  # the library would wait for a pipe
-        return _read_tokenizer(directory)
+        try:
+            return _read_tokenizer(directory)
+        except Exception:
+            _refuse_damaged_json(directory)
+            raise
+
+
+def _refuse_damaged_json(directory: Path) -> None:
+    """A ValueError that names the file, which the library does not."""
+    for path in sorted(directory.glob("*.json")):
+        try:
+            parse_json(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); copy it again") from None
 
 
 def _read_tokenizer(directory: Path) -> Tokenizer:

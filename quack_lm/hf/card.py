@@ -54,7 +54,8 @@ class Card:
             "tags": ["quack_lm", attention, stabilizer],
         }
         imports = ["import quack_lm.hf  # pip install quack-lm"] if is_ours else []
-        use = [*imports, "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        classes = "AutoModelForCausalLM, AutoTokenizer" if self.has_tokenizer else "AutoModelForCausalLM"
+        use = [*imports, f"from transformers import {classes}", ""]
         use += ['model = AutoModelForCausalLM.from_pretrained("DIRECTORY")']
         use += ['tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")'] if self.has_tokenizer else []
         n_params = f"{self.n_trained:,} parameters"

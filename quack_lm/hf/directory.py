@@ -24,6 +24,8 @@ WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 # The tensors of a file are together in memory before it is written.
 SHARD_BYTES = 1 << 30
+# Of weights that are read, in the words of safetensors.
+DTYPES = ("F64", "F32", "F16", "BF16")
 # Our keys for those of config.json files.
 KEYS = {
     "vocab_size": "model.vocab_size",
@@ -142,7 +144,14 @@ class WeightFiles:
             with self._reading(path) as file:
                 for name in file.keys():  # noqa: SIM118, it is no dict
                     self._places[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                    tensor = file.get_slice(name)
+                    self.shapes[name] = tuple(tensor.get_shape())
+                    # Of integers and float8 the scales are elsewhere.
+                    if (dtype := tensor.get_dtype()) not in DTYPES:
+                        raise UserError(
+                            f"{what}: {name} in {path} is of dtype {dtype}; save the weights as one of: "
+                            f"{', '.join(DTYPES)}, without quantization"
+                        )
 
     def read(self, name: str) -> Tensor:
         """A tensor, in float32."""

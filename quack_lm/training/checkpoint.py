@@ -97,11 +97,13 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted((path for path in paths if NAME.fullmatch(path.name)), key=step_of)
 
 
-def latest_valid_checkpoint(directory: Path) -> Path | None:
+def latest_valid_checkpoint(
+    directory: Path, *, fix: str = "restore one, or choose another run_dir to start again from step 0"
+) -> Path | None:
     """The last checkpoint whose manifest matches; each newer one that is not is reported in a line, and left alone.
 
-    None where there is no checkpoint; UserError where there are some and none is valid: beginning again would throw
-    away what the run has logged.
+    None where there is no checkpoint; UserError, which ends with `fix`, where there are some and none is valid:
+    beginning again would throw away what the run has logged.
     """
     wrong: dict[Path, str] = {}
     for path in reversed(list_checkpoints(directory)):
@@ -114,8 +116,7 @@ def latest_valid_checkpoint(directory: Path) -> Path | None:
     if wrong:
         newest, why = next(iter(wrong.items()))
         raise UserError(
-            f"none of the {len(wrong)} checkpoints in {directory} is valid, for example {newest}: {why}; restore one, "
-            "or choose another run_dir to start again from step 0"
+            f"none of the {len(wrong)} checkpoints in {directory} is valid, for example {newest}: {why}; {fix}"
         )
     return None
 
@@ -132,7 +133,7 @@ def find_checkpoint(path: Path, what: str) -> Path:
         return path
     if (path / STATE).exists():
         raise UserError(f"{what}: a checkpoint's directory is named after its step, step_00000400; give it that name")
-    if (found := latest_valid_checkpoint(path / "checkpoints")) is None:
+    if (found := latest_valid_checkpoint(path / "checkpoints", fix="restore one")) is None:
         raise UserError(f"{what} is neither a checkpoint nor the directory of a run that has one{note}")
     return found
 

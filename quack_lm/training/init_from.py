@@ -28,6 +28,7 @@ FREE = ("attention.backend", "model.init_std", "model.embedding_std", "num_nextn
 OF_MODEL = "model."
 CONFIG_OF_TRANSFORMERS = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
+SEAM = ".seam."  # in the name of a weight that the stabilizer adds to the model
 
 Settings = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -84,7 +85,7 @@ def _of_checkpoint(
     data: DataSources,
 ) -> InitialWeights:
     source = checkpoint.read_config(path)
-    there, here = (flatten({name: c[name] for name in ("model", "attention")}) for c in (source, config))
+    there, here = (flatten({name: c[name] for name in ("model", "attention", "stabilizer")}) for c in (source, config))
     derived = {key for key in here if there.get(key) is None or here[key] is None}  # of others, which shapes show
     shapes = checkpoint.stored_shapes(path)
     _check_fit(
@@ -156,13 +157,16 @@ def _of_transformers(
 def _check_fit(what: str, settings: tuple[Settings, Settings], shapes: tuple[Shapes, Shapes]) -> None:
     """UserError that names each setting and each shape, of all layers together, that is another one (there, here)."""
     there, here = map(_by_choice, settings)
-    wrong = [
-        key for key in here if key not in FREE and not key.startswith("stabilizer") and there.get(key) != here[key]
-    ]
+    names = dict.fromkeys([*shapes[1], *shapes[0]])
+    free = [*FREE, *(key for key in here if key.startswith("stabilizer."))]
+    # A stabilizer without weights of its own does with any others.
+    if not any(SEAM in name for name in names if shapes[0].get(name) != shapes[1].get(name)):
+        free.append("stabilizer")
+    wrong = [key for key in here if key not in free and there.get(key) != here[key]]
     # With another attention, its settings are others as well.
     wrong = [key for key in wrong if key.partition(".")[0] not in wrong or "." not in key]
     problems = [f"{key} is {as_yaml(there.get(key))} there and {as_yaml(here[key])} here" for key in wrong]
-    for name in dict.fromkeys([*shapes[1], *shapes[0]]):
+    for name in names:
         found, wanted = (" x ".join(map(str, own[name])) if name in own else None for own in shapes)
         if found != wanted:
             in_all_layers = re.sub(r"\.\d+\.", ".*.", name)
@@ -188,4 +192,4 @@ def _by_choice(settings: Settings) -> dict[str, Any]:
 
 
 def _is_ours(key: str) -> bool:
-    return key.partition(".")[0] in ("model", "attention")
+    return key.partition(".")[0] in ("model", "attention", "stabilizer")
