@@ -26,7 +26,7 @@ class Frames(NamedTuple):
 
 
 def load(*directories: str | PathLike[str]) -> Frames:
-    """The runs in directories of runs, of sweeps or of collected files; UserError for one that holds none."""
+    """The runs of these directories, each that of a run, a sweep or collected files; UserError for any other."""
     if not directories:
         raise UserError('name a directory: results.load("runs/quickstart")')
     measured = collected.load(*(user_path(str(directory)) for directory in directories))

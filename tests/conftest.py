@@ -39,7 +39,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         if not (root / "tokens").exists():
             write_documents(root / "documents")
             prepare(tiny_corpus(root), progress=False)
-    return ["data=stdlib", f"data.dir={root / 'tokens'}"]
+    return ["data=local", f"data.dir={root / 'tokens'}"]
 
 
 @pytest.fixture

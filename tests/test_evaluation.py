@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +146,30 @@ GOOD: dict[str, Any] = {"context": "a", "choices": ["b", "c"], "answer": 1}
         ([{"text": ""}], "line 1: text: String should have at least 1"),
         ([[1]], "line 1"),
         ([GOOD, {"text": "b"}], "has both kinds of items"),
+        ([GOOD, '{"text": "\udcff"}'], "line 2: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_a_file_that_is_no_task_is_refused_with_its_line(lines: list[Any], words: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=words):
         read_tasks([str(path)])
+
+
+def test_lines_of_a_task_end_at_line_feeds_alone_and_may_be_blank(tmp_path: Path) -> None:
+    # U+2028, which JSON allows in a string, ended a line; a byte-order mark and a blank line were errors.
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes('\ufeff{"text": "a\u2028b"}\r\n\n{"text": "c"}'.encode())
+    assert read_tasks([str(path)])[0].items == [Text(text="a\u2028b"), Text(text="c")]
+
+
+def test_a_task_that_is_no_regular_file_is_not_called_missing(tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name, words in (("folder", "Is a directory"), ("pipe", "is not a regular file")):
+        with pytest.raises(UserError, match=rf"eval\.tasks: .*{name}\.jsonl.*{words}"):
+            read_tasks([str(tmp_path / f"{name}.jsonl")])
 
 
 def test_an_unknown_task_is_refused_and_so_are_two_of_one_name(tmp_path: Path) -> None:

@@ -443,7 +443,7 @@ def test_data_that_changes_under_a_run_ends_it_in_one_line(
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(tiny_data[1].removeprefix("data.dir="), data)
-    overrides, run_dir = ["data=stdlib", f"data.dir={data}", *FAULTS, "trainer.steps=100000"], tmp_path / "run"
+    overrides, run_dir = ["data=local", f"data.dir={data}", *FAULTS, "trainer.steps=100000"], tmp_path / "run"
     overrides += ["trainer.val_every=5"]
     process = start(overrides, run_dir)
     wait_for_step(run_dir, 12, process)

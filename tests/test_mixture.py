@@ -25,7 +25,7 @@ from quack_lm.data.prepare import prepare
 from quack_lm.errors import UserError
 from quack_lm.files import file_sha256
 from quack_lm.training.build import build_run
-from quack_lm.training.check import check_run
+from quack_lm.training.check import check_run, run_warnings
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=4)
 weights = st.lists(st.fractions(Fraction(1, 50), 9, max_denominator=50), min_size=4, max_size=4)
@@ -271,6 +271,13 @@ def test_without_weights_each_token_weighs_the_same(tokens: Path, words: Path, t
     assert plan.data.shares == [Fraction(n, sum(n_tokens)) for n in n_tokens]
 
 
+def test_a_weight_that_gives_a_data_set_no_sequence_is_warned_of(mixed: list[str], words: Path, tmp_path: Path) -> None:
+    plan = check_run(compose([*SMALL, *mixed, "data.weights=[1,1e-300]", f"run_dir={tmp_path / 'run'}"]))
+    n_sequences = plan.settings.steps * plan.settings.global_batch_size
+    expected = f"data.weights gives {words} none of the {n_sequences} sequences of this run"
+    assert expected in run_warnings(plan)
+
+
 def test_data_sets_of_the_same_name_are_called_by_more_of_their_paths(
     tokens: Path, words: Path, tmp_path: Path
 ) -> None:
@@ -328,12 +335,11 @@ def test_a_vocabulary_that_no_choice_has_comes_from_the_manifest(words: Path, tm
 
 
 @pytest.mark.parametrize(
-    "typed", ["data.val_fraction=0.3", "data.files=[x]", "data.tokenizer=gpt2", "data.format=text", "data.name=a/b"]
+    "typed", ["data.val_fraction=0.3", "data.files=[x]", "data.tokenizer=gpt2", "data.format=text", "data=hub"]
 )
 def test_what_is_typed_and_contradicts_the_manifest_is_refused(words: Path, typed: str) -> None:
-    other = ["data=hub"] if "name" in typed else []
     with pytest.raises(UserError, match=rf"data\.dir={words} was made with {typed.partition('=')[0]}=.*, not "):
-        compose(["experiment=tiny", f"data.dir={words}", *other, typed])
+        compose(["experiment=tiny", f"data.dir={words}", typed])
 
 
 def test_what_is_typed_and_agrees_with_the_manifest_changes_nothing(words: Path) -> None:

@@ -397,6 +397,10 @@ TRAIN: dict[str, Bad] = {
     "flex_on_cpu": Bad(["attention.backend=flex", "trainer.device=cpu"], r"attention\.backend=flex .*sdpa"),
     "flash_on_cpu": Bad(["attention.backend=flash", "trainer.device=cpu"], r"attention\.backend=flash .*sdpa"),
     "flex_maxima_on_cpu": Bad(["trainer.max_logits=flex", "trainer.device=cpu"], r"trainer\.max_logits=flex .*auto"),
+    "mixture_with_a_set_that_is_not_there": Bad(
+        ["data=mixture", "data.dirs=[TMP/nowhere]"],
+        r"data\.dirs: no prepared data in TMP/nowhere, .*quack-lm prepare data=\.\.\. data\.dir=TMP/nowhere\n",
+    ),
     "mixture_of_nothing": one("data=mixture", r"data\.dirs must be a list of prepared data sets, like"),
     "unset_files": Bad(["data=local", "data.dir=TMP/nowhere"], r"data\.files"),
     # run_dir
@@ -480,6 +484,11 @@ TRAIN: dict[str, Bad] = {
     "decay_beyond_the_end": one("optimizer.decay_fraction=1.5", r"optimizer\.decay_fraction=1\.5: "),
     "other_vocabulary": Bad(["data.vocab_size=300"], r"data\.dir=\S+ was made with data\.vocab_size=512, not 300"),
     "other_tokenizer": one("data.tokenizer=gpt2", r"data\.dir=\S+ was made with data\.tokenizer=.*, not gpt2"),
+    "choice_of_other_data": one(
+        "data=fineweb_edu", r"was made with data=local, not fineweb_edu; leave data=fineweb_edu"
+    ),
+    "trace_after_the_end": one("trainer.profile=[2,3]", r"trainer\.profile=\[2, 3\] begins after .*trainer\.steps=1:"),
+    "evaluation_on_nothing": Bad(["eval.every=1", "eval.tasks=[]"], r"eval\.every=1 has no eval\.tasks: .*every=0"),
     "gpu_without_a_gpu": one("trainer.device=cuda", r"trainer\.device=cuda: .*no GPU.*trainer\.device=cpu"),
     # the environment
     "rank_not_a_number": one("seed=0", r"RANK='first' in the environment", env=LAUNCHED | {"RANK": "first"}),
@@ -1106,10 +1115,10 @@ def bad_plan(files: dict[str, bytes], message: str) -> Bad:
 REPORT: dict[str, Bad] = {
     "no_argument": Bad([], r"DIR; see --help"),
     "unknown_flag": Bad(["TMP", "--fast"], r"--fast; see --help"),
-    "missing_directory": one("TMP/nowhere", r"TMP/nowhere: no plan\.json here; .*quack-lm sweep plan"),
-    "directory_without_a_plan": one("TMP", r"TMP: no plan\.json here"),
-    "directory_is_a_file": one("TMP/f", r"TMP/f: no plan\.json here", files={"f": b""}),
-    "plan_is_a_directory": one("TMP", r"TMP: no plan\.json here", files={"plan.json/x": b""}),
+    "missing_directory": one("TMP/nowhere", r"TMP/nowhere is no directory of a run \(config\.yaml\), of a sweep"),
+    "directory_without_a_plan": one("TMP", r"TMP is no directory of a run"),
+    "directory_is_a_file": one("TMP/f", r"TMP/f is no directory of a run", files={"f": b""}),
+    "plan_is_a_directory": one("TMP", r"TMP is no directory of a run", files={"plan.json/x": b""}),
     "output_is_a_file": Bad(
         ["TMP", "-o", "TMP/f"], r"-o TMP/f: .* choose another directory with -o", files=plan_json() | {"f": b""}
     ),
@@ -1160,7 +1169,7 @@ REPORT: dict[str, Bad] = {
 
 # By command, what a user may have no permission for; `data`, `run` and `sweep` are copies of the given ones.
 LOCKED_UP = {
-    "train experiment=tiny data=stdlib data.dir=TMP/data run_dir=TMP/run": [
+    "train experiment=tiny data.dir=TMP/data run_dir=TMP/run": [
         *("data", "data/manifest.json", "data/tokenizer", "data/tokenizer/tokenizer.json", "data/train_00000.bin"),
         *("run", "run/.lock", "run/config.yaml", "run/environment.json", "run/summary.json", "run/metrics.jsonl"),
         *("run/checkpoints", "run/checkpoints/step_00000002/state.json"),
@@ -1214,7 +1223,7 @@ def arranged(table: str, name: str, given: Given, tmp_path: Path) -> tuple[str, 
     if bad.arrange:
         bad.arrange(tmp_path, given)
     before = {
-        "train": ["experiment=tiny", "data=stdlib", f"data.dir={given.data}", "trainer.steps=1", "run_dir=TMP/run"],
+        "train": ["experiment=tiny", f"data.dir={given.data}", "trainer.steps=1", "run_dir=TMP/run"],
         "prepare_data": [
             *("data=local", "data.dir=TMP/new/set", "data.files=[TMP/text.txt]", "data.workers=0"),
             "data.vocab_size=300",
@@ -1334,7 +1343,6 @@ def test_the_commands_that_bad_input_is_added_to_are_themselves_accepted_and_che
     monkeypatch.chdir(tmp_path)
     arguments = [
         "experiment=tiny",
-        "data=stdlib",
         f"data.dir={given.data}",
         "trainer.steps=1",
         f"run_dir={tmp_path}/run",
@@ -1348,7 +1356,7 @@ def test_the_commands_that_bad_input_is_added_to_are_themselves_accepted_and_che
 def test_a_run_that_ends_before_its_warm_up_is_warned_of_in_one_line(
     given: Given, tmp_path, monkeypatch, capsys
 ) -> None:
-    arguments = ["experiment=tiny", "data=stdlib", f"data.dir={given.data}", f"run_dir={tmp_path}/run", "--check"]
+    arguments = ["experiment=tiny", f"data.dir={given.data}", f"run_dir={tmp_path}/run", "--check"]
     for steps, expected in ((39, r"warning: trainer\.steps=39 .*optimizer\.warmup_steps=40 .*\n"), (40, "")):
         code, _, stderr = call_here("train", [*arguments, f"trainer.steps={steps}"], monkeypatch, capsys)
         assert code == 0

@@ -513,7 +513,7 @@ def test_an_odd_column_in_a_collected_file_is_shown_or_refused(data: st.DataObje
 # ------------------------------------------------------------------------------------------------ runs and data sets
 
 SETTINGS = (
-    *("experiment=tiny", "data=stdlib", "stabilizer=quack", "trainer.device=cpu", "logger.progress=false"),
+    *("experiment=tiny", "stabilizer=quack", "trainer.device=cpu", "logger.progress=false"),
     *("model.n_layers=1", "trainer.val_sequences=2", "trainer.probe_sequences=2", "optimizer.warmup_steps=0"),
 )
 CHECKPOINT = "run/checkpoints/step_00000002"

@@ -280,6 +280,7 @@ def damaged(path: Path, edit: Any) -> None:
         ("NumPy", ".npy", lambda b: b.replace(b"<i8", b"<f8"), r"is an array of float64 \[\d+\]"),
         ("NumPy", ".npy", lambda b: b.replace(b"<i8", b"|O8"), r"objects"),
         ("NumPy", ".npy", lambda b: b[:40], r"EOF"),
+        ("NumPy", ".npy", lambda b: b.replace(b"}", b" ", 1), r"EOF in multi-line"),
         ("bare tokens", ".bin", lambda b: b[:-1], r"bytes are not a whole number of uint16: set data\.dtype"),
         ("datatrove", ".ds", lambda b: b[:-2], r"has \d+ bytes, and by source\.ds\.index \d+ tokens"),
         ("datatrove", ".ds.index", lambda b: b[8:16] + b[:8] + b[16:], r"and by source\.ds\.index"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calls import call
+from calls import call, call_here
 
 from quack_lm import results
 from quack_lm.cli.lr_find import Point, conclusions, first_above, lowest, turning
@@ -126,6 +126,14 @@ def test_a_trace_that_the_end_of_the_run_cuts_is_written_and_summarized(
         assert word in printed
 
 
+def test_a_finished_run_says_what_it_was_trained_without(run_with_sinks, tiny_data, monkeypatch, capsys) -> None:
+    run_dir = run_with_sinks / "run"
+    settings = [*SMALL, *tiny_data, "trainer.steps=6", "trainer.profile=[2,3]", "eval.every=2", f"run_dir={run_dir}"]
+    code, stdout, _ = call_here("train", settings, monkeypatch, capsys)
+    assert code == 0
+    assert stdout.startswith(f"{run_dir} is finished already: completed\nit was trained without eval.every=2; to train")
+
+
 def test_a_trace_that_ends_before_it_begins_is_refused() -> None:
     with pytest.raises(UserError, match=r"trainer\.profile=\[3, 2\] must be a first step and a last one"):
         check_run(compose([*SMALL, "trainer.profile=[3,2]"]))
@@ -157,10 +165,10 @@ def test_several_directories_are_one_result_in_which_a_run_counts_once(
     assert sorted(runs["run"]) == ["other", "run"]
     assert set(curves["run"]) == {"other", "run"}
     code, _, stderr = call("report", str(tmp_path / "again"), str(tmp_path / "other"))
-    assert (code, stderr) == (2, "error: say with -o where the report of several directories goes\n")
-    code, _, stderr = call("report", str(tmp_path / "again"), str(tmp_path / "other"), "-o", str(tmp_path / "out"))
     assert (code, stderr) == (0, "")
-    assert "2 runs" in (tmp_path / "out" / "report.md").read_text()
+    assert "2 runs" in (tmp_path / "report" / "report.md").read_text()
+    with pytest.raises(UserError, match="is no directory of a run"):
+        results.load(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ lr-find
@@ -195,6 +203,7 @@ def test_the_rates_of_a_ramp_are_read_from_its_running_mean() -> None:
     assert (lowest(points).lr, turned.lr, above.lr) == (100.0, 1e4, 1e4)
     assert turning(points[:4]) is None
     assert "a sweep to start optimizer.lr=1e+02,3e+02,1e+03,3e+03,1e+04" in conclusions(points, 1000.0)
+    assert conclusions(points[2:], 1000.0)[-1].startswith("no sweep to start: the loss never fell by 0.1 nats")
 
 
 @pytest.mark.parametrize(
@@ -204,6 +213,9 @@ def test_the_rates_of_a_ramp_are_read_from_its_running_mean() -> None:
         (["from=1", "to=0.1"], "from=1 must be below to=0.1"),
         (["steps=3"], "steps=3 must be an integer from 10"),
         (["optimizer.lr=0.1"], "optimizer.lr is what the ramp changes; give from=... and to=..."),
+        (["+run_dir=x"], "run_dir is out=... here"),
+        (["form=1e-4"], "unknown key form: did you mean from=1e-4?"),
+        (["out=/proc/quack_lm"], "out=/proc/quack_lm: "),
         (["--fast"], "--fast"),
     ],
 )

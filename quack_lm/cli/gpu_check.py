@@ -166,9 +166,9 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
         "compile": ("Compiled blocks, MHA", ("suite=compile", "attention=mha")),
         "peers": ("transformers in a plain loop, compiled", ("suite=peers", f"only={PEERS}", *short, *compiled)),
     }
-    data = ("data=stdlib", f"data.dir={directory / 'data'}")
+    data = f"data.dir={directory / 'data'}"
     sizes = ("experiment=tiny", *SMALL, "trainer.steps=8", "logger.log_every=2") if is_small else RUN
-    train = (*cli, "train", *data, *sizes)
+    train = (*cli, "train", data, *sizes)
     quiet = ("trainer.val_every=0", "trainer.probe_every=0", "trainer.checkpoint_every=0", "logger.progress=false")
     # Each test is mostly start-up and compilation, so several share the GPU.
     workers = str(min(12, os.cpu_count() or 1))
@@ -176,7 +176,7 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
     trace = ("suite=stabilizers", "only=none", *compiled, "rounds=1", f"trace={directory / 'trace.json.gz'}")
     return [
         Part("tests", "Tests that need a GPU", (sys.executable, "-m", "pytest", str(REPOSITORY / "tests"), *tests)),
-        Part("data", "Data of the run", (*cli, "prepare", *data)),
+        Part("data", "Data of the run", (*cli, "prepare", "data=stdlib", data)),
         Part(
             "run",
             "20 steps of the 1B model, MHA",

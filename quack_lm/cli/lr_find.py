@@ -14,26 +14,38 @@ The model, data, batches and stabilizer are those of a run. Each step of the ram
 made, so it says where a sweep could start and not which stabilizer is better: for that, quack-lm sweep.
 """
 
+import difflib
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from quack_lm.config import choice, compose, unknown_flag
+from quack_lm.config import choice, compose, groups, unknown_flag
 from quack_lm.errors import UserError, explaining
-from quack_lm.files import finite, user_path, write_together
+from quack_lm.files import finite, nearest_existing_parent, user_path, write_together
 from quack_lm.text import echo
 
 DEFAULTS = {"from": "1e-5", "to": "1", "steps": "200"}
+OWN = (*DEFAULTS, "out")
 # The weight of the past in the running mean of the loss, which is divided by the sum of its weights.
 SMOOTHING = 0.9
 # Nats above the smallest mean loss at which it has turned up, and at which the ramp ends.
 TURNED, ENDED = 0.1, 2.0
 PROBES = 50
 FILES = ("ramp.jsonl", "ramp.png")
+# Settings of a run that a ramp does not have, with what to do instead.
+ELSEWHERE = {
+    "optimizer.lr": "is what the ramp changes; give from=... and to=...",
+    "trainer.steps": "is steps=... here",
+    "run_dir": "is out=... here",
+    "trainer.init_from": "has no effect: a ramp begins with random weights; leave it out",
+    "trainer.val_every": "has no effect: a ramp has no validation; leave it out",
+    "trainer.checkpoint_every": "has no effect: a ramp writes no checkpoints; leave it out",
+}
 
 
 class Point(NamedTuple):
@@ -56,9 +68,11 @@ def main(arguments: list[str]) -> int:
     out = out or user_path("runs/lr_find") / "-".join(names)
     if taken := [name for name in FILES if (out / name).exists()]:
         raise UserError(f"out={out} has {taken[0]} of an earlier ramp; choose another out")
-    points, is_main = ramp({**config, "run_dir": str(out)}, start, end, steps)
+    with explaining(f"out={out}", "or choose another out"):
+        TemporaryFile(dir=nearest_existing_parent(out)).close()
+    points, is_main = ramp({**config, "run_dir": str(out / "run")}, start, end, steps)  # which is not made
     if is_main:
-        with explaining(f"out={out}", "or choose another"):
+        with explaining(f"out={out}", "or choose another out"):
             write(out, points, names, config["trainer"]["unstable_logit"])
         echo(*conclusions(points, config["trainer"]["unstable_logit"]), f"curve and figure: {out}")
     return 0
@@ -71,8 +85,12 @@ def read(arguments: list[str]) -> tuple[float, float, int, list[str], Path | Non
         if argument.startswith("-"):
             raise UserError(unknown_flag(argument, []))
         name, _, value = argument.partition("=")
-        if name in (*DEFAULTS, "out"):
+        if name in OWN:
             own[name] = value
+        elif (key := name.lstrip("+")) in ELSEWHERE:
+            raise UserError(f"{key} {ELSEWHERE[key]}")
+        elif name not in groups() and (close := difflib.get_close_matches(name, OWN, n=1)):
+            raise UserError(f"unknown key {name}: did you mean {close[0]}={value}?")
         else:
             overrides.append(argument)
     rates = [_rate(name, own[name]) for name in ("from", "to")]
@@ -80,8 +98,6 @@ def read(arguments: list[str]) -> tuple[float, float, int, list[str], Path | Non
         raise UserError(f"from={own['from']} must be below to={own['to']}")
     if not own["steps"].isdecimal() or not 10 <= int(own["steps"][:9]) <= 100_000:
         raise UserError(f"steps={own['steps']} must be an integer from 10 to 100000")
-    if any(override.startswith("optimizer.lr=") for override in overrides):
-        raise UserError("optimizer.lr is what the ramp changes; give from=... and to=...")
     return rates[0], rates[1], int(own["steps"]), overrides, user_path(own["out"]) if "out" in own else None
 
 
@@ -153,12 +169,15 @@ def conclusions(points: Sequence[Point], unstable_logit: float) -> list[str]:
     """What the ramp shows, as lines."""
     best, turned, unstable = lowest(points), turning(points), first_above(points, unstable_logit)
     top = (turned or points[-1]).lr
-    grid = [top * 10 ** (-k / 2) for k in range(4, -1, -1)]
+    grid = ",".join(f"{top * 10 ** (-k / 2):.1g}" for k in range(4, -1, -1))
+    has_learned = best.smoothed < points[0].smoothed - TURNED
     return [
         f"lowest loss      {best.smoothed:.3f} at optimizer.lr={best.lr:.2g} (running mean)",
         f"loss turns up    {_at(turned)} (by {TURNED:g} nats)",
         f"max logit        {_at(unstable)} above trainer.unstable_logit={unstable_logit:g}",
-        f"a sweep to start optimizer.lr={','.join(f'{rate:.1g}' for rate in grid)}",
+        f"a sweep to start optimizer.lr={grid}"
+        if has_learned
+        else f"no sweep to start: the loss never fell by {TURNED:g} nats; give a lower from or to, or more steps",
     ]
 
 

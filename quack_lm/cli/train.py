@@ -33,7 +33,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from quack_lm import slurm
-from quack_lm.config import choices, chosen_groups, compose, groups, help_text, help_topic, read_flags, take_flag
+from quack_lm.config import (
+    choices,
+    chosen_groups,
+    compose,
+    flatten,
+    groups,
+    help_text,
+    help_topic,
+    read_flags,
+    take_flag,
+)
 from quack_lm.errors import UserError, exit_without_teardown
 from quack_lm.text import echo, escape, one_line
 from quack_lm.training.run_dir import RunDir
@@ -109,6 +119,8 @@ def train_config(config: dict[str, Any]) -> int:
         plan = check_run(config)
         if plan.finished:
             echo(f"{plan.run_dir} is finished already: {plan.finished}")
+            if late := late_settings(config, plan.run_dir.config()):
+                echo(f"it was trained without {', '.join(late)}; to train it again with that, choose another run_dir")
             return 0
         run = build_run(plan)
         for warning in run_warnings(plan) if run.world.is_main else []:
@@ -118,6 +130,13 @@ def train_config(config: dict[str, Any]) -> int:
         hold()  # until the loop listens
     _train(run)
     return run.world.shutdown(0)
+
+
+def late_settings(config: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """What a config asks of the steps of a run that is finished, and its config from `before` did not."""
+    now, then = flatten(config), flatten(before)
+    asked = [key for key in ("eval.every", "trainer.profile") if now[key] and now[key] != then.get(key)]
+    return [f"{key}={now[key]}" for key in asked]
 
 
 def end_at_start(run_dir: RunDir, stop_signal: signal.Signals) -> NoReturn:

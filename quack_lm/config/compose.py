@@ -112,6 +112,7 @@ def _compose(
         raw = _compose_file(file, parsed) if file else _compose_groups(parsed, compose_choices)
         if reads_manifest and isinstance(raw.get("data"), dict):
             explicit = {key.removeprefix("data.") for o in parsed if (key := o.key_or_group).startswith("data.")}
+            explicit |= {"_target_" for o in parsed if o.key_or_group == "data"}  # which a choice of data sets
             raw["data"] = as_prepared(_resolve(raw["data"], raw, (), "data"), explicit)
         return check(_resolve(raw, raw, ()))
     except RecursionError:

@@ -12,7 +12,7 @@ from quack_lm.config.groups import (
     read_choice,
     suggest,
 )
-from quack_lm.config.schema import SECTIONS, Key, as_yaml, describe, flatten
+from quack_lm.config.schema import NOT_IDENTITY, SECTIONS, Key, as_yaml, describe, flatten
 from quack_lm.errors import UserError
 
 
@@ -80,7 +80,8 @@ def help_text(topic: str) -> str:
 
 def reference_markdown() -> str:
     """The text of docs/configuration.md."""
-    parts = [INTRODUCTION, "## The run itself\n", _table(_run_rows(), "", [])]
+    free = ", ".join(f"`{name}{'.*' * (name in SECTIONS)}`" for name in NOT_IDENTITY)
+    parts = [INTRODUCTION.replace("{free}", free), "## The run itself\n", _table(_run_rows(), "", [])]
     for group in groups():
         parts += [f"## {group}\n", _choices_markdown(group)]
         if group in SECTIONS:
@@ -106,8 +107,8 @@ A run is described by one config, composed from the yaml files of `configs/` and
   `--help optimizer` and `--help optimizer.lr` explain keys, and `--config FILE` runs the `config.yaml` of an earlier
   run again.
 
-An unknown key is an error. The fingerprint of a run is the hash of all keys but `run_dir`, `logger.*`,
-`trainer.resume`, `trainer.keep_every`, `trainer.async_checkpoints` and `trainer.max_logits`.
+An unknown key is an error. The fingerprint of a run is the hash of all keys but these, which do not change what it
+computes: {free}.
 """
 
 

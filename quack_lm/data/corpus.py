@@ -159,7 +159,16 @@ class Corpus(DataSettings):
         found = _made_section(directory) if isinstance(directory, str) else None
         if found is None:
             return section
-        made, keys = found
+        made, kind = found
+        typed, own = (
+            HUB_CHOICES.get(str(values.get("name")), c.choice) for values, c in ((section, cls), (made, kind))
+        )
+        if "_target_" in explicit and typed not in (own, kind.choice):
+            raise UserError(
+                f"data.dir={directory} was made with data={own}, not {typed}; leave data={typed} out to use that data "
+                "set, or choose another data.dir"
+            )
+        keys = _keys(kind)
         known = keys | _keys(cls)
         for key in sorted(set(explicit) & known - NOT_PREPARED):
             if section.get(key) not in ("auto", made.get(key)):
@@ -470,8 +479,8 @@ class TokenCorpus(Corpus):
 # ------------------------------------------------------------------------------------------------ what is prepared
 
 
-def _made_section(directory: str) -> tuple[dict[str, Any], set[str]] | None:
-    """(the section of which a prepared data set was made, its keys); None where no manifest can be read.
+def _made_section(directory: str) -> tuple[dict[str, Any], type[Corpus]] | None:
+    """(the section of which a prepared data set was made, its class); None where no manifest can be read.
 
     UserError where a manifest names a source that this version does not have.
     """
@@ -487,9 +496,8 @@ def _made_section(directory: str) -> tuple[dict[str, Any], set[str]] | None:
         raise damaged(place, place / MANIFEST, f"source.corpus={name!r} is none of {', '.join(sorted(kinds))}")
     own = {key: value for key, value in manifest.source.items() if key not in NOT_PREPARED | {"corpus"}}
     target = {"_target_": f"{kinds[name].__module__}.{name}", "vocab_size": manifest.vocab_size}
-    keys = _keys(kinds[name])
-    reading = {"workers": 0} if "workers" in keys else {}
-    return {**_defaults(kinds[name]), **own, **reading, **target}, keys
+    reading = {"workers": 0} if "workers" in _keys(kinds[name]) else {}
+    return {**_defaults(kinds[name]), **own, **reading, **target}, kinds[name]
 
 
 @functools.lru_cache(64)  # the runs of a sweep have the same few data sets

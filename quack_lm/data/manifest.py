@@ -127,12 +127,14 @@ class TokenData:
     manifest_sha256: str
 
     @classmethod
-    def open(cls, directory: Path, *, verify_checksums: bool = True, choice: str = "...") -> Self:
+    def open(
+        cls, directory: Path, *, verify_checksums: bool = True, key: str = "data.dir", choice: str = "..."
+    ) -> Self:
         """Read and check a data set; without checksums, shards are still checked for their size.
 
-        UserError where it is missing or damaged, which suggests `quack-lm prepare data=CHOICE`.
+        UserError where it is missing or damaged, which names the key and suggests `quack-lm prepare data=CHOICE`.
         """
-        manifest, digest = read_manifest(directory, choice=choice)
+        manifest, digest = read_manifest(directory, key=key, choice=choice)
         check_tokenizer(directory, manifest)
         _check_sizes(directory, manifest)
         data = cls(directory, manifest, digest)
@@ -164,20 +166,21 @@ class TokenData:
         return Sequences(list(mapped), seq_len, files=files)
 
 
-def read_manifest(directory: Path, *, choice: str = "...") -> tuple[Manifest, str]:
+def read_manifest(directory: Path, *, key: str = "data.dir", choice: str = "...") -> tuple[Manifest, str]:
     """The checked manifest of a data set and the sha256 of its file."""
     command = shell_line(["quack-lm", "prepare", f"data={choice}", f"data.dir={directory}"])
+    settings = "this run's data settings" if key == "data.dir" else "the data.tokenizer of the others"
     path = directory / MANIFEST
     try:
         _refuse_link_out(directory, path)
         raw = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
-            f"data.dir: no prepared data in {directory}{relative_note(directory)}, {MANIFEST} is missing; create it "
-            f"with this run's data settings, for example: {command}"
+            f"{key}: no prepared data in {directory}{relative_note(directory)}, {MANIFEST} is missing; create it "
+            f"with {settings}, for example: {command}"
         ) from None
     except OSError as error:
-        raise UserError(explained(error, "data.dir")) from None
+        raise UserError(explained(error, key)) from None
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:

@@ -26,7 +26,8 @@ class DataSettings(ABC):
         verify_checksums: whether each start of a run reads all shards and compares their checksums.
     """
 
-    choice: ClassVar[str]  # the `data=` that makes one
+    choice: ClassVar[str]  # the `data=` that prepares one
+    key: ClassVar[str] = "data.dir"  # what names the directories
 
     mask_documents: bool = False
     verify_checksums: bool = True
@@ -59,7 +60,8 @@ class Mixture(DataSettings):
         vocab_size: size of the vocabulary; null: that of the data sets.
     """
 
-    choice = "mixture"
+    choice = "..."
+    key = "data.dirs"
 
     # No more, so that the largest share of a block is not below what rounding the others may leave for it.
     dirs: Annotated[list[str], Field(min_length=1, max_length=64)]
@@ -90,7 +92,7 @@ class Mixture(DataSettings):
         dirs, typed = section.get("dirs"), section.get("vocab_size")
         if not isinstance(dirs, list) or not dirs or not all(isinstance(path, str) for path in dirs):
             raise UserError("data.dirs must be a list of prepared data sets, like 'data.dirs=[data/web,data/code]'")
-        made = read_manifest(Path(os.path.expanduser(dirs[0])))[0].vocab_size
+        made = read_manifest(Path(os.path.expanduser(dirs[0])), key=cls.key)[0].vocab_size
         if "vocab_size" in explicit and typed not in (None, made):
             raise UserError(f"data.dirs: {dirs[0]} was made with data.vocab_size={made}, not {typed}")
         return {**section, "vocab_size": made}

@@ -30,7 +30,8 @@ class DataSources:
         """The data sets of a config, not yet verified by checksum; UserError where one is missing or damaged, or does
         not have the tokens of the others."""
         paths = [Path(directory) for directory in settings.directories]
-        sets = [TokenData.open(path, verify_checksums=False, choice=settings.choice) for path in paths]
+        key, choice = settings.key, settings.choice
+        sets = [TokenData.open(path, verify_checksums=False, key=key, choice=choice) for path in paths]
         first = sets[0]
         for other in sets[1:]:
             for key, of_first, of_other in (

@@ -11,6 +11,7 @@
 A file is taken for what it begins with and what lies beside it. Where there is no index, documents end at a token.
 """
 
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,8 @@ def open_token_file(path: Path, raw_dtype: str) -> TokenFile:
     if start.startswith(NUMPY_MAGIC):
         try:
             array = np.lib.format.open_memmap(path, mode="r")
-        except (ValueError, TypeError, OverflowError, SyntaxError) as error:
+        # NumPy parses the header as an expression of Python, some with `tokenize`.
+        except (ValueError, TypeError, OverflowError, SyntaxError, tokenize.TokenError) as error:
             raise _odd(path, str(error)) from None
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise _odd(path, f"it is an array of {array.dtype} {list(array.shape)}, and not one row of integers")

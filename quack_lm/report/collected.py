@@ -22,9 +22,9 @@ from quack_lm.files import parse_json, write_together
 from quack_lm.report.curves import TABLE, Array, Curve, CurveReader, as_table
 from quack_lm.report.results import Blowup, Result, Results, from_runs, join, make_results
 from quack_lm.sweep.file import StopRule
-from quack_lm.sweep.plan import Document, reason
+from quack_lm.sweep.plan import PLAN_FILE, Document, reason
 from quack_lm.text import echo, escape
-from quack_lm.training.run_dir import STATUSES, checked_summary
+from quack_lm.training.run_dir import STATUSES, RunDir, checked_summary
 
 RESULTS_FILE, CSV_FILE, CURVES_FILE = "results.parquet", "results.csv", "curves.parquet"
 
@@ -116,10 +116,15 @@ def load(*directories: Path) -> Results:
 
 def _load(directory: Path) -> Results:
     with explaining(str(directory), "or name another"):
-        is_collected = (directory / RESULTS_FILE).is_file() and not (directory / "plan.json").is_file()
-    if is_collected:
-        return _read_valid(directory)
-    return from_runs(directory)
+        has_results, has_plan, is_run = (
+            (directory / name).is_file() for name in (RESULTS_FILE, PLAN_FILE, RunDir(directory).config_file.name)
+        )
+    if not (has_results or has_plan or is_run):
+        raise UserError(
+            f"{directory} is no directory of a run (config.yaml), of a sweep ({PLAN_FILE}), or of its collected files "
+            f"({RESULTS_FILE}); name one that is"
+        )
+    return _read_valid(directory) if has_results and not has_plan else from_runs(directory)
 
 
 def _read_valid(directory: Path) -> Results:

@@ -157,6 +157,10 @@ def run_warnings(plan: RunPlan) -> list[str]:
             f"trainer.init_from={plan.settings.init_from} seems to have been trained with another tokenizer than the "
             f"one of data.dir={plan.data.directory}: its token ids would mean other text here"
         )
+    n_sequences = plan.settings.steps * plan.settings.global_batch_size
+    for data, share in zip(plan.data.sets, plan.data.shares, strict=True):
+        if share * n_sequences < 1:
+            found.append(f"data.weights gives {data.directory} none of the {n_sequences:,} sequences of this run")
     if plan.device == "cuda" and plan.logger.peak_tflops is None:
         device = torch.device("cuda", launched_world()[2])
         if peak_flops(device, precision) is None:

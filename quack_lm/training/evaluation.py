@@ -8,6 +8,7 @@ lm-eval does it (EleutherAI/lm-evaluation-harness): `accuracy` takes the largest
 `bits_per_byte`, of the right choices or of the texts, does not depend on the tokenizer; `loss` is in nats per token.
 """
 
+import codecs
 import itertools
 import json
 import math
@@ -19,8 +20,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from quack_lm.config import CONFIG_DIR, nearest
-from quack_lm.errors import UserError
-from quack_lm.files import user_path
+from quack_lm.errors import UserError, explained
+from quack_lm.files import open_regular, user_path
 from quack_lm.model import Transformer
 from quack_lm.parallel import World, evaluating
 
@@ -39,6 +40,11 @@ class EvalSettings:
 
     every: NonNegativeInt = 0
     tasks: list[Annotated[str, Field(min_length=1)]] = field(default_factory=lambda: ["tiny_choice", "tiny_text"])
+
+    def __post_init__(self) -> None:
+        """Refuse an evaluation on nothing."""
+        if self.every and not self.tasks:
+            raise UserError(f"eval.every={self.every} has no eval.tasks: name some, or set eval.every=0")
 
 
 class Choices(BaseModel):
@@ -91,13 +97,21 @@ def read_tasks(names: Sequence[str]) -> list[Task]:
 
 def _read_task(name: str) -> Task:
     path = user_path(name) if name.endswith(".jsonl") else SHIPPED / f"{name}.jsonl"
-    if not path.is_file():
+    if not path.exists():
         hint = "" if name.endswith(".jsonl") else f"; {nearest(name, sorted(p.stem for p in SHIPPED.glob('*.jsonl')))}"
         raise UserError(f"eval.tasks: there is no {path}{hint}")
+    try:
+        with open_regular(path, "rb") as file:
+            content = file.read().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise UserError(explained(error, "eval.tasks")) from None
     items: list[Choices | Text] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    # Not splitlines(): JSON may have Unicode's line separators in a string.
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            raw = json.loads(line)
+            raw = json.loads(line.decode())
             kind = Choices if isinstance(raw, dict) and "choices" in raw else Text
             items.append(kind.model_validate(raw))
         except (ValueError, RecursionError) as error:

@@ -99,10 +99,15 @@ class TrainerSettings(StabilityRules):
     probe_parts: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a trace that ends before it begins."""
+        """Refuse a trace that ends before it begins, or begins after the last step."""
         if self.profile and self.profile[0] > self.profile[1]:
             raise UserError(
                 f"trainer.profile={self.profile} must be a first step and a last one, which is not before it"
+            )
+        if self.profile and self.profile[0] > self.steps:
+            raise UserError(
+                f"trainer.profile={self.profile} begins after the last step, trainer.steps={self.steps}: nothing would "
+                "be traced; give earlier steps, or null"
             )
 
     def frees_blocks_after_forward(self, n_parameters: int) -> bool:
