@@ -318,7 +318,7 @@ def small_model() -> Transformer:
         (["suite=probe", "steps=60"], "steps=60 must be a multiple of trainer.probe_every=50"),
         (["suite=ranks", "trainer.global_batch_size=12"], "trainer.global_batch_size=12 must be a multiple of"),
         (["suite=compile", "model.width=3"], "model.width"),
-        (["suite=compile", "trainer.compile=true"], "with these settings compiled equals eager; leave out the key that"),
+        (["suite=compile", "trainer.compile=true"], "with these settings compiled equals eager; leave out"),
         (["suite=compile", "--fast"], "--fast"),
         (["suite=compile", "plot=a.png"], "plot=a.png is for suite=decode and must name a file that ends in .png"),
         (["suite=decode", "plot=a.svg"], "plot=a.svg is for suite=decode"),
