@@ -218,7 +218,7 @@ def test_the_python_of_the_documentation_works(
     page = (Path(__file__).parents[1] / "docs" / "generation.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "mine").symlink_to(run)
+    (tmp_path / "runs" / "mla").symlink_to(run)
     monkeypatch.chdir(tmp_path)
     exec(code, {})  # our own page
     second = language_model.generate(["class Node:"], max_new_tokens=50, sampling=GREEDY)[0]

@@ -227,7 +227,7 @@ def test_an_error_in_the_settings_is_reported_before_anything_is_queued(
         (["preflight", *SMALL, *tiny_data, "optimizer.lrr=1"], "optimizer.lrr"),
         ([*ranks, *train, *tiny_data], "a multiple of ranks x trainer.micro_batch_size = 10 x 2"),
         ([*train, *tiny_data, "ranks=2"], "ranks=2 comes after ranks=1"),
-        (["-D", tmp_path, *train, *tiny_data[:-1], "data.dir=elsewhere"], "data.dir=elsewhere"),
+        (["-D", tmp_path, *train, "data.dir=elsewhere"], "data.dir=elsewhere"),
         (["prepare", "data=local", "data.files=[/nowhere/*.txt]"], "/nowhere/*.txt"),
         (["prepare", "data=stdlib", "data.tokenizer=/nowhere"], "data.tokenizer=/nowhere"),
     ):
@@ -250,7 +250,7 @@ def test_a_submission_is_checked_for_the_ranks_and_gpus_of_the_job_as_far_as_pos
     submit, train = [*SUBMIT, "--hold"], ["train", *SMALL, f"run_dir={tmp_path / 'run'}"]
     # The job will have the GPU that is not here, and the ranks of the nodes that it gets.
     here = Path(tiny_data[-1].partition("=")[2])
-    relative = [f"--chdir={here.parent}", *train, tiny_data[0], f"data.dir={here.name}", "trainer.device=cuda"]
+    relative = [f"--chdir={here.parent}", *train, f"data.dir={here.name}", "trainer.device=cuda"]
     for flags, replicas in ((["-HN2"], 2), (["--nodes=1-2"], 4), (["--gpus=4", "--gpus-per-task=1"], 4)):
         done = site.run(*submit, *flags, *relative, f"trainer.replicas={replicas}")
         assert (done.returncode, done.stderr) == (0, "")
@@ -822,7 +822,7 @@ def test_errors_of_a_sweep_are_found_before_anything_is_written_or_queued(
         (["gpus=6"], "sbatch: "),
         (["nodes=3", "time=1:00"], "sbatch: "),
         (["time=soon"], "time=soon"),
-        (["data.dir=/nowhere"], "/nowhere"),
+        (["data.dir=/nowhere"], "data.files is not set"),
         (["concurrency=0"], "concurrency=0"),
         (["jobs=2"], "jobs=2 has no meaning for submit"),
     ]:
