@@ -59,6 +59,12 @@ def write_together(files: Mapping[Path, bytes]) -> None:
         sync_directory(directory)
 
 
+def refuse_other_than_file(what: str, path: Path) -> None:
+    """UserError where a result would go to a directory, or replace a link, a pipe or a device."""
+    if not path.name or path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{what} must name a file, not a directory, a link, a pipe or a device; choose another")
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """A json file for people and programs, atomically; non-finite numbers become null."""
     write_atomically(path, json.dumps(finite(value), indent=2) + "\n")

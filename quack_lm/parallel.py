@@ -89,6 +89,11 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def leave(self) -> None:
+        """Leave the process group, where there is one."""
+        if self.mesh is not None:
+            dist.destroy_process_group()
+
     def shutdown(self, code: int) -> int:
         """Leave the process group and end this process with an exit code; a process without a group gets it back.
 
@@ -96,7 +101,7 @@ class World:
         lock; while Python tears itself down that aborts the process (pytorch/pytorch#190489). So there is no teardown.
         """
         if self.mesh is not None:
-            dist.destroy_process_group()
+            self.leave()
             if code:
                 slurm.flush_before_srun_kills()
             exit_without_teardown(code)
@@ -341,7 +346,8 @@ def map_full_matrices(function: Callable[[Tensor], Tensor], shards_NrC: Tensor, 
     sizes = _rows_by_rank(rows, group.size())
     result = function(_to_owners(shards_NrC, like))
     # Before: full results of the matrices owned here. After: this rank's rows of all its replica's matrices.
-    send = torch.cat([part.reshape(-1) for part in result.split(sizes, dim=1)])
+    whole, rest = result.split(_rows_of_whole_pieces(sizes), dim=1)
+    send = torch.cat([whole.unflatten(1, (-1, sizes[0])).transpose(0, 1).reshape(-1), rest.reshape(-1)])
     mine, each = sizes[group.rank()], len(result)
     back = send.new_empty(group.size() * each * mine * columns)
     dist.all_to_all_single(
@@ -389,14 +395,22 @@ def _to_owners(shards_NrC: Tensor, like: DTensor) -> Tensor:
     receive = send.new_empty(each * like.shape[0] * columns)
     splits_out = [each * rows * columns for rows in sizes]
     dist.all_to_all_single(receive, send, splits_out, [each * mine * columns] * group.size(), group)
-    pieces = zip(receive.split(splits_out), sizes, strict=True)
-    return torch.cat([piece.view(each, rows, columns) for piece, rows in pieces], dim=1)
+    n_whole, n_rest = _rows_of_whole_pieces(sizes)
+    whole, rest = receive.split([each * n_whole * columns, each * n_rest * columns])
+    whole_nRC = whole.view(-1, each, sizes[0], columns).transpose(0, 1).reshape(each, n_whole, columns)
+    return torch.cat([whole_nRC, rest.view(each, n_rest, columns)], dim=1)
 
 
 def _rows_by_rank(rows: int, size: int) -> list[int]:
     """FSDP2 cuts like torch.chunk: equal pieces, the last ones shorter or empty."""
     step = math.ceil(rows / size)
     return [max(0, min(step, rows - rank * step)) for rank in range(size)]
+
+
+def _rows_of_whole_pieces(sizes: list[int]) -> list[int]:
+    """(rows in the pieces as large as the first one, rows in the shorter one behind them)."""
+    whole = sum(size for size in sizes if size == sizes[0])
+    return [whole, sum(sizes) - whole]
 
 
 def _shard_group(tensor: DTensor) -> dist.ProcessGroup:

@@ -1,6 +1,7 @@
 """The benchmark: its steps are the trainer's, its ratios are those of the rounds, and its suites resolve."""
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from quack_lm.bench.ranks import LaunchedStep
 from quack_lm.bench.rounds import Summary, Turn, measure, quiet_rounds, summarize
 from quack_lm.bench.run_step import RunStep
 from quack_lm.bench.step import Phases, Timing, TrainingStep
+from quack_lm.bench.trace import STEPS, trace
 from quack_lm.cli.bench import read
 from quack_lm.config import choices, compose
 from quack_lm.errors import UserError
@@ -104,12 +106,15 @@ def test_the_step_trains_and_its_phases_are_all_of_its_time(attention: str) -> N
     assert all(seconds > 0 for seconds in phases.seconds().values())
 
 
-def test_the_step_is_that_of_a_run(tmp_path: Path, tiny_data: list[str]) -> None:
+@pytest.mark.parametrize("masks", ["true", "false"])
+def test_the_step_is_that_of_a_run(masks: str, tmp_path: Path, tiny_data: list[str]) -> None:
     settings = ["attention=mla", "stabilizer=quack", *SMALL, "model.vocab_size=512", "optimizer.warmup_steps=0"]
+    settings.append(f"data.mask_documents={masks}")
     config = compose([*suites.BASE, *settings, *tiny_data, "trainer.steps=1", f"run_dir={tmp_path}"])
     run = build_run(check_run(config))
     step = TrainingStep(config, HERE)
-    step.batches = run.batches
+    assert (step.model.eot_id is None) == (run.model.eot_id is None)
+    step.batches, step.model.eot_id = run.batches, run.model.eot_id
     set_lr(step.optimizers, 1.0)
     train(run)
     step(Phases(HERE.device))
@@ -313,7 +318,11 @@ def small_model() -> Transformer:
     [
         ([], "say what to compare: suite=stabilizers"),
         (["suite=stabilisers"], "suite=stabilisers is unknown; choose one of: stabilizers"),
-        (["suite=compile", "only=eagre"], "has no eagre; it has: eager, compiled"),
+        (["suite=stabilizers", "only=none,"], "the suite has no ''; it has: none,"),
+        (["suite=stabilizers", "trainer.micro_batch_size=auto"], "trainer.micro_batch_size=auto is chosen where a run"),
+        (["suite=kernels", "trace=a.json"], "trace=a.json: suite=kernels has no steps to trace here"),
+        (["suite=ranks", "trace=a.json"], "trace=a.json: suite=ranks has no steps to trace here"),
+        (["suite=compile", "only=eagre"], "has no 'eagre'; it has: eager, compiled"),
         (["suite=compile", "rounds=0"], "rounds=0 must be an integer from 1 to 9999"),
         (["suite=probe", "steps=60"], "steps=60 must be a multiple of trainer.probe_every=50"),
         (["suite=ranks", "trainer.global_batch_size=12"], "trainer.global_batch_size=12 must be a multiple of"),
@@ -333,23 +342,48 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["suite=backends", "only=flash,flex"], "flash is left out, for it needs a GPU; flex is left out, for it"),
+        (["suite=backends", "only=flash,flex"], "flash, flex left out: no GPU here"),
         (["suite=peers", "only=llama", "attention=mla"], "llama has attention=mha; leave attention out"),
+        (["suite=peers", "only=llama", "optimizer=muon"], "llama has optimizer=adamw; leave optimizer out"),
+        (["suite=peers", "only=llama", "attention.head_dim=7"], "attention.head_dim=7 must be even"),
+        (["suite=peers", "only=llama", "data.mask_documents=true"], "llama masks no documents; leave data.mask_"),
+        (["suite=step", "model.vocab_size=100000000", "model.d_model=1000000"], "model.vocab_size=100000000 is too"),
     ],
 )
 def test_what_cannot_be_compared_here_is_said_in_one_line(arguments: list[str], words: str) -> None:
-    code, stdout, stderr = call("bench", *arguments, *SMALL)
+    code, stdout, stderr = call("bench", *SMALL, *arguments)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert words in stderr
 
 
+def test_a_result_replaces_no_pipe_and_no_link(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe.json", tmp_path / "link.json"
+    os.mkfifo(pipe)
+    link.symlink_to("elsewhere")
+    for key, path in (("out", pipe), ("out", link), ("trace", pipe)):
+        code, stdout, stderr = call("bench", "suite=step", f"{key}={path}", *SMALL)
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+        assert f"{key}={path} must name a file, not a directory, a link, a pipe" in stderr
+
+
+class Step:
+    tokens_per_step = 1
+    steps = 0
+
+    def turn(self, steps: int) -> Timing:
+        self.steps += steps
+        return Timing(1.0, {})
+
+
+def test_every_rank_makes_the_steps_of_a_trace_and_the_first_writes_it(tmp_path: Path) -> None:
+    step = Step()
+    assert trace(step, tmp_path / "trace.json", World(1, 2, 1, HERE.device)) == []
+    assert (step.steps, list(tmp_path.iterdir())) == (STEPS, [])
+    trace(step, tmp_path / "trace.json", HERE)
+    assert (step.steps, [path.name for path in tmp_path.iterdir()]) == (2 * STEPS, ["trace.json"])
+
+
 def test_every_round_is_written_when_it_ends() -> None:
-    class Step:
-        tokens_per_step = 1
-
-        def turn(self, steps: int) -> Timing:
-            return Timing(1.0, {})
-
     seen: list[int] = []
     variants = {"a": Step(), "b": Step()}
     turns = measure(variants, device=HERE.device, rounds=3, steps=1, after_round=lambda turns: seen.append(len(turns)))
@@ -366,7 +400,7 @@ def test_a_step_in_a_process_of_its_own_is_timed_and_its_errors_are_told(tmp_pat
     # A float32 weight with its gradient, at least.
     assert step.memory_bytes > 8 * count_parameters(make_model(config))["total"]
     step.close()
-    with pytest.raises(RuntimeError, match="ended with exit code -15"):
+    with pytest.raises(RuntimeError, match="ended with exit code 0"):
         step.turn(1)
     refused = make_step(variant, compose([*suites.BASE, *SMALL, "attention.backend=flash"]), [], HERE, tmp_path)
     with pytest.raises(UserError, match="flash"):

@@ -52,7 +52,10 @@ def test_without_a_compiler_auto_does_not_and_true_is_refused(no_compiler: None,
     assert not decision("auto", share=9.0)
     code, _, stderr = call("train", *SMALL, *tiny_data, "trainer.compile=true")
     assert (code, stderr.count("\n")) == (2, 1)
-    assert "trainer.compile=true needs a C++ compiler; install it, or use trainer.compile=auto" in stderr
+    assert "trainer.compile=true needs a C++ compiler; install it, or use trainer.compile=false" in stderr
+    code, _, stderr = call("bench", "suite=compile", "only=compiled", "trainer.device=cpu")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "compiled left out: trainer.compile=true needs a C++ compiler" in stderr
 
 
 @pytest.mark.parametrize("attention", choices("attention"))

@@ -59,8 +59,9 @@ def test_every_command_of_ours_is_one_that_could_be_given(part: Part) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["only=run,rnu"], "there is no part rnu; the parts are: tests, data, run"),
+        (["only=run,rnu"], "there is no part 'rnu'; the parts are: tests, data, run"),
         (["model=1b"], "model=1b: quack-lm gpu-check has the keys dir= and only="),
+        (["small=yes"], "small=yes must be true or false"),
         (["--fast"], "--fast"),
     ],
 )

@@ -104,7 +104,7 @@ def test_a_plan_prints_what_the_run_will_be(tmp_path: Path) -> None:
     expected = 6 * (parameters - d_model * (2 * layers + 1)) + pairs
     assert float(rows["FLOPs"][0].split()[0]) == pytest.approx(expected, rel=1e-3)
     assert f"{expected - pairs / 2:.4g}" in rows["FLOPs"][0]
-    assert "GiB of a rank, micro-batch 6" in rows
+    assert "MiB of a rank, micro-batch 6" in rows
     assert "trainer.micro_batch_size=6 trainer.activation_checkpointing=false" in rows["cheapest"][0]
     assert "all_gather" in rows["communication"][0]
     tokens_per_s = 0.2 * 8 * 835e12 / expected
@@ -117,7 +117,7 @@ def test_a_plan_of_which_nothing_fits_says_what_it_would_take() -> None:
     assert (code, stderr) == (0, "")
     rows = table(stdout)
     assert float(rows["total"][0]) > 24
-    assert rows["largest micro-batch in 21.6"] == ["–"] * 3
+    assert rows["largest micro-batch in 21.6 GiB"] == ["–"] * 3
     assert rows["cheapest"] == ["nothing fits: use more ranks, or trainer.loss_chunk=1024"]
 
 
@@ -129,7 +129,7 @@ def test_the_mfu_of_a_run_on_a_cpu_is_not_that_of_a_card(tmp_path: Path) -> None
 
 
 def test_the_plan_of_a_sweep_is_the_cost_of_its_runs() -> None:
-    where = ["trainer.micro_batch_size=4", "world_size=2", "card=A100", "mfu=0.5"]
+    where = ["trainer.micro_batch_size=auto", "world_size=2", "card=A100", "mfu=0.5"]
     axes = ["attention=mha,mla", "stabilizer=none,quack", "optimizer.lr=0.1,0.2", "trainer.precision=bfloat16"]
     code, stdout, stderr = call("plan", "experiment=tiny", *SMALL, *axes, *where)
     assert (code, stderr) == (0, "")
@@ -155,6 +155,8 @@ def test_the_plan_of_a_sweep_is_the_cost_of_its_runs() -> None:
         (["mfu=no/run"], "mfu=no/run must be a share of the peak"),
         (["world_size=3"], "trainer.global_batch_size=8 must be a multiple of ranks"),
         (["trainer.micro_batch_size=auto"], "trainer.micro_batch_size=auto needs a card=NAME"),
+        (["trainer.micro_batch_size=auto", "seed=0,1"], "trainer.micro_batch_size=auto needs a card=NAME"),
+        (["--dry-run"], "unknown flag --dry-run"),
         (["measure=yes"], "measure=yes must be true or false"),
         (["measure=true", "world_size=2"], "world_size=2: measure=true measures on the ranks"),
     ],

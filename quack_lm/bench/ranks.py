@@ -10,6 +10,7 @@ from typing import Any
 
 from quack_lm.bench.step import Timing
 from quack_lm.errors import UserError
+from quack_lm.training.stop_signals import follow_parent
 
 # Steps of each start before those that are timed.
 WARMUP = 3
@@ -30,7 +31,12 @@ class LaunchedStep:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [*self.command, f"steps={steps}", f"warmup={WARMUP}"]
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=follow_parent,
         )
         try:
             _, stderr = process.communicate()

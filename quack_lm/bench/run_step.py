@@ -79,7 +79,7 @@ class RunStep(TrainingStep):
                 self.model.attentions,
                 held_out,
                 world,
-                eot_id=None,
+                eot_id=self.model.eot_id,
                 weights=self.weights if settings.probe_parts else None,
             ),
             evaluation=None,

@@ -19,6 +19,8 @@ from quack_lm.training.settings import TrainerSettings
 
 # Of the base rates: small, so that however many steps are made the model stays as it was drawn.
 LR_FACTOR = 1e-3
+# Of random tokens, where the attention stays within documents: their mean length, and what ends one.
+DOCUMENT_TOKENS, EOT_ID = 512, 0
 
 
 class Timing(NamedTuple):
@@ -84,6 +86,7 @@ class TrainingStep:
         self.world = world
         self.stabilizer: Stabilizer = instantiate(config["stabilizer"])
         self.model = make_model(config, self.stabilizer)
+        self.model.eot_id = EOT_ID if config["data"]["mask_documents"] else None
         choose_kernels(self.model, self.settings, device=world.device.type)
         place_model(self.model, self.settings, world, seed=config["seed"], is_compiled=self.settings.compile is True)
         self.optimizers = recipe.build(self.model)
@@ -115,11 +118,12 @@ class TrainingStep:
         """One step: this rank's share of the loss, and the norm of the gradient."""
         share = torch.zeros((), device=self.world.device)
         for number, tokens in enumerate(self.batches.micro_batches(self.step), start=1):
+            n_documents = self.model.count_documents(tokens[:, :-1])
             tokens = self.world.to_device(tokens)
             phases.mark("data")
             is_last = number == self.batches.n_micro_batches
             set_gradient_reduction(self.model, self.settings.reduce_every_micro_batch or is_last)
-            loss = self.loss(tokens)
+            loss = self.loss(tokens, n_documents)
             phases.mark("forward")
             (loss * (self.world.size if self.world.mesh is not None else 1)).backward()
             share += loss.detach()
@@ -141,16 +145,20 @@ class TrainingStep:
         """The first one, on the device."""
         return self.world.to_device(next(self.batches.micro_batches(0)))
 
-    def loss(self, tokens: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, n_documents: int | None = None) -> Tensor:
         """The part of a micro-batch [B, T + 1] in the mean loss per token."""
-        return self.model(tokens[:, :-1], tokens[:, 1:]).sum() / self.tokens_per_step
+        return self.model(tokens[:, :-1], tokens[:, 1:], n_documents).sum() / self.tokens_per_step
 
 
 def random_tokens(config: dict[str, Any], *, n_sequences: int) -> np.ndarray:
     """Ids of the vocabulary, as many as the sequences have together; the same on every rank."""
     vocab_size, seq_len = config["model"]["vocab_size"], config["trainer"]["seq_len"]
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32  # as in prepared data
-    return np.random.default_rng(config["seed"]).integers(vocab_size, size=n_sequences * seq_len + 1, dtype=dtype)
+    generator, count = np.random.default_rng(config["seed"]), n_sequences * seq_len + 1
+    tokens = generator.integers(vocab_size, size=count, dtype=dtype)
+    if config["data"]["mask_documents"]:
+        tokens[generator.integers(DOCUMENT_TOKENS, size=count) == 0] = EOT_ID
+    return tokens
 
 
 def _marking(optimizer: torch.optim.Optimizer, phases: Phases) -> list[Any]:

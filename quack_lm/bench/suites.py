@@ -92,17 +92,21 @@ class Variant:
             if every == 0 or steps % every:
                 raise UserError(f"steps={steps} must be a multiple of {key}={every}; set steps or {key}")
 
-    def check_attention(self, name: str, config: dict[str, Any]) -> None:
-        """UserError where a peer has another attention than the config, which would not be of the same sizes."""
-        own = "mla" if self.peer == "deepseek_v3" else "mha"
-        if self.peer and choice(config["attention"]) != own:
-            raise UserError(f"{name} has attention={own}; leave attention out, or choose others with only=...")
+    def check_config(self, name: str, config: dict[str, Any]) -> None:
+        """UserError where the config asks for what the variant does not do: a peer has its own attention, of its own
+        sizes, and AdamW."""
+        attention = "mla" if self.peer == "deepseek_v3" else "mha"
+        fix = "or choose others with only=..."
+        if self.peer and choice(config["attention"]) != attention:
+            raise UserError(f"{name} has attention={attention}; leave attention out, {fix}")
+        if self.peer and not config["optimizer"]["_target_"].endswith(".AdamWRecipe"):
+            raise UserError(f"{name} has optimizer=adamw; leave optimizer out, {fix}")
+        if config["data"]["mask_documents"] and (self.peer or self.decode):
+            raise UserError(f"{name} masks no documents; leave data.mask_documents out")
 
     def share_batch(self, trainer: dict[str, Any]) -> list[str]:
         """The settings by which its ranks share the batch of a config, or have as much each."""
         batch, micro_batch = trainer["global_batch_size"], trainer["micro_batch_size"]
-        if micro_batch == "auto":
-            raise UserError("trainer.micro_batch_size=auto is chosen where a run starts; give a number here")
         if self.scaling == "weak":
             return [f"trainer.global_batch_size={batch * self.ranks}"]
         return [f"trainer.micro_batch_size={math.gcd(micro_batch, max(1, batch // self.ranks))}"]

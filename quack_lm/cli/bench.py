@@ -19,7 +19,8 @@ trace=FILE     after that, a trace of the first variant's steps for Perfetto or 
 plot=FILE      of suite=decode: decode steps per second against the length of the context (FILE.png or FILE.pdf)
 
 Every other key=value is a setting of all variants, as of quack-lm train; an experiment= or a model= that is given has
-its own sizes. Tokens are random, so no data set is needed.
+its own sizes. Tokens are random, so no data set is needed; with data.mask_documents=true they are documents of 512
+tokens on average.
 Rounds in which a fixed matrix product between the turns took 1.25 times its median are left out and counted: then
 something else ran.
 """
@@ -43,7 +44,7 @@ from quack_lm.bench import suites
 from quack_lm.bench.suites import Suite, Variant
 from quack_lm.config import compose, instantiate, unknown_flag
 from quack_lm.errors import UserError, explaining
-from quack_lm.files import user_path, write_atomically, write_together
+from quack_lm.files import refuse_other_than_file, user_path, write_atomically, write_together
 from quack_lm.report.table import Table, significant
 from quack_lm.text import echo
 from quack_lm.training.counts import format_count
@@ -89,20 +90,38 @@ class Command:
     notes: list[str]  # what is left out
 
     def leave_out(self, device: str) -> None:
-        """Drop the variants that need a GPU, or more than this machine has; a CPU's ranks may share its cores."""
+        """Drop the variants for which this machine lacks something; a CPU's ranks may share its cores."""
         import torch
 
         gpus = torch.cuda.device_count() if device == "cuda" else math.inf
+        without: dict[str, list[str]] = {}
         for name, variant in list(self.variants.items()):
             if variant.needs_gpu and device == "cpu":
-                self.notes.append(f"{name} is left out, for it needs a GPU")
+                reason = "no GPU here"
             elif variant.ranks > gpus:
-                self.notes.append(f"{name} is left out, for this machine has {gpus} GPUs")
+                reason = f"this machine has {gpus} GPUs"
             else:
-                continue
-            del self.variants[name]
+                reason = "" if variant.decode else _missing(self.configs[name], device)
+            if reason:
+                without.setdefault(reason, []).append(name)
+                del self.variants[name], self.configs[name]
+        self.notes.extend(f"{', '.join(names)} left out: {reason}" for reason, names in without.items())
         if not self.variants:
             raise UserError("; ".join(self.notes))
+
+
+def _missing(config: dict[str, Any], device: str) -> str:
+    """What a config needs and this machine does not have; empty where there is nothing."""
+    from quack_lm.training.build import choose_kernels, make_model
+    from quack_lm.training.compilation import check_compiler
+
+    settings, model = instantiate(config["trainer"]), make_model(config)
+    try:
+        choose_kernels(model, settings, device=device)
+        check_compiler(settings, device=device)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def main(arguments: list[str]) -> int:
@@ -114,22 +133,29 @@ def main(arguments: list[str]) -> int:
 
     # Imported late: a mistake in the settings need not wait for it.
     from quack_lm.parallel import check_world, launched_world, resolve_device
+    from quack_lm.training.build import make_model
+    from quack_lm.training.check import check_memory
     from quack_lm.training.process import start_process
     from quack_lm.training.stop_signals import leaving
 
-    trainers = [instantiate(config["trainer"]) for config in command.configs.values()]
-    device, ranks = resolve_device(trainers[0].device), launched_world()[1]
+    device = resolve_device(next(iter(command.configs.values()))["trainer"]["device"])
     check_world(device=device)
-    for variant, trainer in zip(command.variants.values(), trainers, strict=True):
-        trainer.check_ranks(variant.ranks or ranks)
     command.leave_out(device)
+    trainers = [instantiate(config["trainer"]) for config in command.configs.values()]
+    for variant, config, trainer in zip(command.variants.values(), command.configs.values(), trainers, strict=True):
+        ranks = variant.ranks or launched_world()[1]
+        trainer.check_ranks(ranks)
+        model = make_model(config)
+        if not variant.decode:
+            check_memory(config, model, device=device, ranks_of_a_copy=ranks // trainer.replicas)
     for note in command.notes:
         echo(note, err=True)
     world = start_process(trainers, device=device)
     with _writing(command):
         command.out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the result, so that checkpoints are written to the disk that they are meant for.
-        own = tempfile.TemporaryDirectory(dir=command.out.parent, prefix=".bench_", ignore_cleanup_errors=True)
+        # Beside the result where a variant writes what a run writes: to the disk that this is meant for.
+        place = command.out.parent if any(variant.parts for variant in command.variants.values()) else None
+        own = tempfile.TemporaryDirectory(dir=place, prefix=".bench_", ignore_cleanup_errors=True)
     with leaving(), own as name:
         directory = Path(world.all_gather(name)[0])  # of the main process
         (count if command.suite == "kernels" else measure)(command, world, directory)
@@ -174,7 +200,7 @@ def measure(command: Command, world: "World", directory: Path) -> None:
         steps=command.counts["steps"],
         after_round=write_turns,
     )
-    operations = trace(next(iter(warm.values())).step, command.trace) if command.trace else []
+    operations = trace(next(iter(warm.values())).step, command.trace, world) if command.trace else []
     if world.is_main:
         kept = rounds.quiet_rounds(turns)
         found = rounds.summarize(suites.baselines(command.variants), turns, kept)
@@ -333,29 +359,29 @@ def read(arguments: list[str]) -> Command:
     for name, variant in variants.items():
         settings[name] = [*variant.settings, *overrides]
         configs[name] = compose([*base, *settings[name]])
+        for key, values in (("compile", "true or false"), ("micro_batch_size", "a number")):
+            if configs[name]["trainer"][key] == "auto":
+                raise UserError(f"trainer.{key}=auto is chosen where a run starts; give {values} here")
         if variant.ranks > 1:
             settings[name] += variant.share_batch(configs[name]["trainer"])
             configs[name] = compose([*base, *settings[name]])
-        if configs[name]["trainer"]["compile"] == "auto":
-            raise UserError("trainer.compile=auto is decided by the length of a run; give true or false here")
-        variant.check_attention(name, configs[name])
+        variant.check_config(name, configs[name])
         variant.check_turn(configs[name], counts["steps"])
     _refuse_equal(own["suite"], variants, configs)
     out = user_path(own.get("out", f"runs/bench/{own['suite']}.jsonl"))
     trace = user_path(own["trace"]) if "trace" in own else None
-    if trace and next(iter(variants.values())).is_isolated:
+    if trace and own["suite"] in ("kernels", "peers", "ranks"):
         raise UserError(
-            f"trace={own['trace']}: suite={own['suite']} makes its steps in processes of their own; trace those "
-            "of suite=stabilizers"
+            f"trace={trace}: suite={own['suite']} has no steps to trace here; trace those of suite=stabilizers"
         )
     if trace and not trace.name.endswith((".json", ".json.gz")):
         raise UserError(f"trace={own['trace']} must name a file that ends in .json or .json.gz")
     plot = user_path(own["plot"]) if "plot" in own else None
     if plot and (own["suite"] != "decode" or plot.suffix not in (".png", ".pdf")):
         raise UserError(f"plot={own['plot']} is for suite=decode and must name a file that ends in .png or .pdf")
-    for key, path in (("out", out), ("trace", trace)):
-        if path and (path.is_dir() or not path.name):
-            raise UserError(f"{key}={own.get(key)} must name a file")
+    for key, path in (("out", out), ("trace", trace), ("plot", plot)):
+        if path:
+            refuse_other_than_file(f"{key}={path}", path)
     return Command(own["suite"], counts, out, trace, plot, variants, settings, configs, notes)
 
 
@@ -382,9 +408,9 @@ def _base(suite: Suite, overrides: Sequence[str]) -> list[str]:
 
 def _chosen(suite: Suite, only: str | None) -> tuple[dict[str, Variant], list[str]]:
     """The variants that are asked for and can be had here, and what is left out."""
-    named = only.split(",") if only else list(suite.variants)
+    named = list(suite.variants) if only is None else only.split(",")
     if unknown := [name for name in named if name not in suite.variants]:
-        raise UserError(f"only={only}: the suite has no {unknown[0]}; it has: {', '.join(suite.variants)}")
+        raise UserError(f"only={only}: the suite has no '{unknown[0]}'; it has: {', '.join(suite.variants)}")
     variants = {name: suite.variants[name] for name in named}
     missing = {name: one.package for name, one in variants.items() if one.package and not find_spec(one.package)}
     notes = [f"{name} is left out, for {package} is missing: {suites.INSTALL}" for name, package in missing.items()]

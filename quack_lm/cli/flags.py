@@ -6,7 +6,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, NoReturn
 
 from quack_lm.errors import UserError, explaining
-from quack_lm.files import nearest_existing_parent, user_path
+from quack_lm.files import nearest_existing_parent, refuse_other_than_file, user_path
 from quack_lm.text import echo
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def check_file(out: Path | None) -> None:
     """UserError where -o names no file that can be written."""
     if out:
         check_writable(out, f"-o {out}")
-        if not out.name or (out.exists() and not out.is_file()):
-            raise UserError(f"-o {out} must name a file")
+        refuse_other_than_file(f"-o {out}", out)
 
 
 def check_writable(out: Path, what: str) -> None:

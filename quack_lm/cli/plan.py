@@ -20,13 +20,13 @@ positions, as MFU does everywhere here, and no recomputation.
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quack_lm.cli import sweep as sweep_command
-from quack_lm.config import choice, compose, instantiate, split_axes
+from quack_lm.config import choice, compose, instantiate, split_axes, unknown_flag
 from quack_lm.errors import UserError
 from quack_lm.files import metrics_line, user_path
 from quack_lm.report.table import NO_NUMBER, Table, count, significant
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from quack_lm.training.step_memory import StepMemory
 
 OWN = ("world_size", "card", "mfu", "measure")
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 CHECKPOINTING: Mapping[str, Any] = {"keep all": False, "selective": "selective", "recompute all": True}
 
 
@@ -61,8 +61,11 @@ class Setting:
             return None
         return cost.Speed(mfu=self.mfu, tflops=self.accelerator.tflops * self.world_size)
 
-    def check_precision(self, settings: "TrainerSettings") -> None:
-        """UserError where the time would follow from a peak that no data sheet has."""
+    def check(self, settings: "TrainerSettings") -> None:
+        """UserError where the ranks cannot share the batch, or a number would follow from what is not known."""
+        settings.check_ranks(self.world_size)
+        if settings.micro_batch_size == "auto" and not self.accelerator:
+            raise UserError("trainer.micro_batch_size=auto needs a card=NAME, whose memory decides")
         if self.speed and settings.precision != "bfloat16":
             raise UserError(
                 f"mfu={self.mfu:g} is a share of a card's peak, which is known for trainer.precision=bfloat16, not for "
@@ -108,7 +111,9 @@ def main(arguments: list[str]) -> int:
 
 
 def split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The keys of the plan itself, and the rest."""
+    """The keys of the plan itself, and the rest; UserError for a flag, of which a plan has none."""
+    if flags := [argument for argument in arguments if argument.startswith("-")]:
+        raise UserError(unknown_flag(flags[0], []))
     own = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in OWN and "=" in a)
     return own, [argument for argument in arguments if argument.partition("=")[0] not in own]
 
@@ -153,8 +158,7 @@ def plan_run(config: dict[str, Any], setting: Setting) -> None:
     from quack_lm.training.build import count_attention_flops_per_token, count_flops_per_token, make_model
 
     settings: TrainerSettings = instantiate(config["trainer"])
-    settings.check_ranks(setting.world_size)
-    setting.check_precision(settings)
+    setting.check(settings)
     flops, in_attention = count_flops_per_token(config), count_attention_flops_per_token(config)
     step_tokens = settings.global_batch_size * settings.seq_len
     parameters = count_parameters(make_model(config))["total"]
@@ -197,8 +201,6 @@ def _memory(
         budget, own = setting.budget, settings.activation_checkpointing
         largest = {name: step.largest_micro_batch(budget, way) for name, way in CHECKPOINTING.items()} if budget else {}
         if settings.micro_batch_size == "auto":
-            if budget is None:
-                raise UserError("trainer.micro_batch_size=auto needs a card=NAME, whose memory decides")
             chosen = largest[next(name for name, way in CHECKPOINTING.items() if way == own)]
             settings = replace(settings, micro_batch_size=chosen[0] if chosen else 1)
         size = settings.sequences_at_once
@@ -206,13 +208,14 @@ def _memory(
             name: step.memory(micro_batch_size=size, activation_checkpointing=way)
             for name, way in CHECKPOINTING.items()
         }
-    rows = [(part, *(_gib(one.parts.get(part, 0)) for one in taken.values())) for part in CATEGORIES]
-    rows.append(("total", *(_gib(one.total) for one in taken.values())))
-    rows.append(("kept by a probe beside it", *[_gib(step.probe_bytes)] * len(taken)))
+    unit, in_unit = _unit(one.total for one in taken.values())
+    rows = [(part, *(in_unit(one.parts.get(part, 0)) for one in taken.values())) for part in CATEGORIES]
+    rows.append(("total", *(in_unit(one.total) for one in taken.values())))
+    rows.append(("kept by a probe beside it", *[in_unit(step.probe_bytes)] * len(taken)))
     if budget:
-        rows.append((f"largest micro-batch in {budget / GIB:.1f}", *(_size(found) for found in largest.values())))
-        rows.append(("its total", *(_gib(found[1].total) if found else NO_NUMBER for found in largest.values())))
-    header = (f"GiB of a rank, micro-batch {size}", *CHECKPOINTING)
+        rows.append((f"largest micro-batch in {budget / GIB:.1f} GiB", *(_size(found) for found in largest.values())))
+        rows.append(("its total", *(in_unit(found[1].total) if found else NO_NUMBER for found in largest.values())))
+    header = (f"{unit} of a rank, micro-batch {size}", *CHECKPOINTING)
     lines = [*Table(header=header, rows=rows, numeric=range(1, 4)).as_text().splitlines(), ""]
     if budget:
         fitting = [(CHECKPOINTING[name], found[0]) for name, found in largest.items() if found]
@@ -243,8 +246,11 @@ def _as_yaml(value: Any) -> str:
     return json.dumps(value).strip('"')
 
 
-def _gib(n_bytes: float) -> str:
-    return f"{n_bytes / GIB:.2f}"
+def _unit(totals: Iterable[int]) -> tuple[str, Callable[[float], str]]:
+    """The unit of a table of memory, and how a number is written in it: MiB where none of the totals is a GiB."""
+    if max(totals) < GIB:
+        return "MiB", lambda n_bytes: f"{n_bytes / MIB:.2f}"
+    return "GiB", lambda n_bytes: f"{n_bytes / GIB:.2f}"
 
 
 def _size(found: "tuple[int, StepMemory] | None") -> str:
@@ -258,22 +264,20 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
     """Print a row for each kind of run, and the cost of all."""
     from quack_lm.model import count_parameters
     from quack_lm.training.build import count_flops_per_token, make_model
-    from quack_lm.training.step_memory import plan_memory
 
     kinds: dict[str, list[Cell]] = {}
     for cell in cells:
         kinds.setdefault(_kind(cell.config), []).append(cell)
     for own in kinds.values():
-        settings: TrainerSettings = instantiate(own[0].config["trainer"])
-        settings.check_ranks(setting.world_size)
-        setting.check_precision(settings)
+        setting.check(instantiate(own[0].config["trainer"]))
     flops = cost.count_flops(cells, count_flops_per_token)
+    memory = [_step_memory(own[0].config, setting).total for own in kinds.values()]
+    unit, in_unit = _unit(memory)
     rows = []
-    for own in kinds.values():
+    for own, taken in zip(kinds.values(), memory, strict=True):
         config = own[0].config
         per_token = flops[own[0].name] / own[0].total_tokens
         total = cost.estimate(own, {cell.name: flops[cell.name] for cell in own}, setting.speed)
-        (taken,) = plan_memory([config], world_size=setting.world_size, device=_device(config))
         hours = total.hours
         rows.append(
             (
@@ -281,13 +285,22 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
                 str(len(own)),
                 count(count_parameters(make_model(config))["total"]),
                 f"{per_token:.3g}",
-                _gib(taken.total),
+                in_unit(taken),
                 count(setting.tokens_per_s(per_token)),
                 significant(hours / len(own) if hours else None),
                 significant(hours * setting.world_size if hours else None),
             )
         )
-    header = ("attention", "stabilizer", "runs", "parameters", "FLOPs/token", "GiB of a rank", "tokens/s", "hours each")
+    header = (
+        "attention",
+        "stabilizer",
+        "runs",
+        "parameters",
+        "FLOPs/token",
+        f"{unit} of a rank",
+        "tokens/s",
+        "hours each",
+    )
     echo(*Table(header=(*header, "card-hours"), rows=rows, numeric=range(2, 9)).as_text().splitlines(), "")
     all_of_it = cost.estimate(cells, flops, setting.speed)
     echo(f"{len(cells)} runs, {all_of_it.tokens:.3g} tokens, {all_of_it.flops:.3g} FLOPs")
@@ -298,6 +311,18 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
         f"{all_of_it.hours * setting.world_size:.3g} card-hours, {all_of_it.hours:.3g} hours one run after another on "
         f"{setting.world_size} x {setting.card} at an MFU of {setting.mfu:.3g}, without validation, probes, checkpoints"
     )
+
+
+def _step_memory(config: dict[str, Any], setting: Setting) -> "StepMemory":
+    """At the config's micro-batch; where that is auto, at the largest that fits, or 1."""
+    from quack_lm.training.step_memory import fake_step
+
+    with fake_step(config, world_size=setting.world_size, device=_device(config)) as step:
+        size = step.settings.micro_batch_size
+        if size != "auto":
+            return step.memory(micro_batch_size=size)
+        found = step.largest_micro_batch(setting.budget or 0)
+        return found[1] if found else step.memory(micro_batch_size=1)
 
 
 def _kind(config: dict[str, Any]) -> str:

@@ -175,6 +175,13 @@ def place_model(
     """Shard a model of the meta device and draw its weights; without a seed they wait for those of a checkpoint."""
     if is_compiled:
         model.compile_parts()
+    shard_model(model, settings, world)
+    initial = None if seed is None else partial(model.initial_value, seed=seed, device=world.device)
+    materialize(model, initial, world.device)
+
+
+def shard_model(model: Transformer, settings: TrainerSettings, world: World) -> None:
+    """Shard a model as the settings ask for, where the world has several ranks or weights are gathered in bfloat16."""
     shard(
         model,
         list(model.blocks),
@@ -185,8 +192,6 @@ def place_model(
             sum(p.numel() for p in model.blocks.parameters())
         ),
     )
-    initial = None if seed is None else partial(model.initial_value, seed=seed, device=world.device)
-    materialize(model, initial, world.device)
 
 
 def initialize_stabilizer(stabilizer: Stabilizer, weights: LogitWeights) -> None:

@@ -16,7 +16,7 @@ def check_compiler(settings: TrainerSettings, *, device: str) -> None:
     """Raise UserError where a run that is to be compiled cannot be."""
     missing = _missing(device)
     if settings.compile is True and missing:
-        raise UserError(f"trainer.compile=true needs {missing}; install it, or use trainer.compile=auto")
+        raise UserError(f"trainer.compile=true needs {missing}; install it, or use trainer.compile=false")
 
 
 def is_compiled(settings: TrainerSettings, *, device: str, flops_per_token: float, ranks: int) -> bool:

@@ -112,13 +112,17 @@ def _marking(module: nn.Module, name: str) -> list[Any]:
     """Make the forward of a module a region, until the hooks are removed."""
     open_regions: list[record_function] = []
 
+    def is_counted() -> bool:
+        """Not in a probe or a validation, and not where a backward computes activations again."""
+        return module.training and torch._C._current_graph_task_id() == -1
+
     def enter(*_: Any) -> None:
-        if module.training:  # neither a probe nor a validation
+        if is_counted():
             open_regions.append(record_function(name))
             open_regions[-1].__enter__()
 
     def leave(*_: Any) -> None:
-        if module.training:
+        if is_counted():
             open_regions.pop().__exit__(None, None, None)
 
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]

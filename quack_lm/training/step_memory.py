@@ -25,10 +25,10 @@ from quack_lm.config import instantiate
 from quack_lm.loss import automatic_chunk
 from quack_lm.model import ActivationCheckpointing, Transformer
 from quack_lm.optim.recipe import Recipe
-from quack_lm.parallel import World, clip_gradients, fake_world, local, set_gradient_reduction
+from quack_lm.parallel import World, clip_gradients, fake_world, local, materialize, set_gradient_reduction
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights, stabilized_step
-from quack_lm.training.build import initialize_stabilizer, make_model, place_model
+from quack_lm.training.build import initialize_stabilizer, make_model, shard_model
 from quack_lm.training.settings import TrainerSettings
 
 T = TypeVar("T")
@@ -73,9 +73,11 @@ class FakeStep:
             _fuse_norms(self.model)
         if self.model.loss_chunk == "auto":  # which goes by the device of the tensors, and fake ones are on a CPU
             self.model.loss_chunk = automatic_chunk(self.model.sizes.vocab_size, device)
+        # A compiled block keeps fewer activations; which ones is not known before it is compiled. Sharded before the
+        # tensors are fake: FSDP makes a tensor for every rank of the world.
+        shard_model(self.model, self.settings, world)
         with self.fake_mode, self.storages:
-            # A compiled block keeps fewer activations; which ones is not known before it is compiled.
-            place_model(self.model, self.settings, world, seed=None, is_compiled=False)
+            materialize(self.model, None, world.device)
             self.parameters = list(self.model.parameters())
             self.storages.label("weights", self.parameters)
             self.optimizers = recipe.build(self.model)

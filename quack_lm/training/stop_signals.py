@@ -25,7 +25,13 @@ def follow_launcher() -> None:
 
     Called first of all, since they may wait for each other for minutes. A sweep that is killed lets its runs go on.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        follow_parent()
+
+
+def follow_parent() -> None:
+    """From now on, the end of the process that started this one sends it SIGTERM, on Linux."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -64,7 +70,13 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 def leaving() -> AbstractContextManager[None]:
     """Within, a stop signal ends the process as an error would, so that what it started and wrote is cleared up."""
-    return handled(lambda number, _: sys.exit(128 + number))
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    return handled(leave)
 
 
 @contextmanager
