@@ -339,9 +339,8 @@ def test_an_export_that_is_interrupted_is_no_directory_and_leaves_nothing(number
             assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
             signal.raise_signal(number)
 
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
         interrupt()
-    assert end.value.code == 128 + number
     assert list(tmp_path.iterdir()) == []
 
 
