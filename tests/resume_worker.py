@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 tests/resume_worker.py DIRECTORY attention/stabilize
 import sys
 
 from quack_lm.config import compose
+from quack_lm.parallel import start_world
 from quack_lm.training import build
 from quack_lm.training.check import check_run
 from quack_lm.training.loop import train
@@ -17,8 +18,8 @@ EXTRA = {"qk_clip": ["stabilizer.threshold=0.1"]}
 def main(directory: str, pairs: list[str], overrides: list[str]) -> None:
     """Each pair straight to the end, and in two pieces."""
     # A process group each would take longer than its run.
-    world = build.start_world(device="cpu", is_wrapped=True)
-    build.start_world = lambda **_: world
+    world = start_world(device="cpu", is_wrapped=True)
+    build.start_process = lambda *_, **__: world
     for pair in pairs:
         attention, stabilizer = pair.split("/")
         for name, more in (("straight", []), ("stopped", ["trainer.steps=4"]), ("stopped", [])):

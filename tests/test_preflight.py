@@ -45,6 +45,7 @@ def test_two_ranks_measure_their_all_reduce_and_clocks(tmp_path: Path, tiny_data
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_login_node_checks_the_batch_for_the_ranks_of_the_job(tmp_path: Path, tiny_data: list[str]) -> None:
     own = [*tiny_data, f"run_dir={tmp_path / 'run'}", "trainer.replicas=2"]
     done = preflight([*own, "ranks=6"])

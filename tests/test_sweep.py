@@ -536,6 +536,7 @@ def test_a_sweep_trains_its_cells_and_a_second_call_reuses_them(start, tmp_path)
     assert not (copy / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_only_settings_that_the_tuning_seeds_select_are_judged(start, tmp_path):
     text = """# Why?
 base: [experiment=tiny, optimizer.lr=0.3]
@@ -650,7 +651,7 @@ MOMENTS = {
     ("verb", "moment", "number"),
     [
         ("run", "its log is made", signal.SIGINT),
-        ("run", "its directory is claimed", signal.SIGHUP),
+        pytest.param("run", "its directory is claimed", signal.SIGHUP, marks=pytest.mark.slow),
         ("task", "its log is made", signal.SIGTERM),
         ("task", "torch is imported", signal.SIGTERM),
         pytest.param("run", "torch is imported", signal.SIGTERM, marks=pytest.mark.slow),
@@ -729,6 +730,7 @@ def test_a_run_that_is_killed_before_it_got_anywhere_counts_as_stopped_and_is_co
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or os.cpu_count() == 1, reason="needs two cores to tell apart")
+@pytest.mark.slow
 def test_runs_are_pinned_to_disjoint_cores_with_their_own_threads(start, tmp_path):
     process = start(TWO, "jobs=2", steps=3000)
     wait_for_steps(tmp_path / "runs", 1)

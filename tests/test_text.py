@@ -390,6 +390,7 @@ def structure_of_plain_report() -> list[Any]:
 @given(st.lists(HOSTILE, min_size=N_TEXTS, max_size=N_TEXTS))
 @settings(SLOW, max_examples=3)
 @pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.slow
 def test_a_report_of_hostile_texts_has_the_structure_of_one_of_plain_texts(texts: list[str]) -> None:
     # In plan.json, half a surrogate pair is refused; here everything is shown. Each text is another one.
     whole = [f"{text.encode(errors='ignore').decode()} {number}" for number, text in enumerate(texts)]
@@ -601,6 +602,7 @@ def test_a_library_that_repeats_what_it_has_read_steers_no_terminal(tiny_data: l
     assert is_printable(shown)
 
 
+@pytest.mark.slow
 def test_the_end_of_a_log_steers_no_terminal(tiny_data: list[str], tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("# Why?\nbase: [experiment=tiny]\ngrid: {stabilizer: [quack]}\n")
     settings = [f"sweep={tmp_path}/mine.yaml", f"dir={tmp_path}/runs", "jobs=1", *tiny_data, "trainer.device=cpu"]
