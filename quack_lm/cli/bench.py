@@ -387,15 +387,11 @@ def read(arguments: list[str]) -> Command:
 
 def _refuse_equal(suite: str, variants: Mapping[str, Variant], configs: Mapping[str, dict[str, Any]]) -> None:
     """UserError where a setting of all variants is the one by which they differ."""
-    seen: list[tuple[Variant, dict[str, Any], str]] = []
+    seen: dict[str, str] = {}
     for name, variant in variants.items():
-        kind = replace(variant, settings=(), baseline=None)
-        for other_kind, other, other_name in seen:
-            if (kind, configs[name]) == (other_kind, other):
-                raise UserError(
-                    f"with these settings {name} equals {other_name}; leave out the key that suite={suite} varies"
-                )
-        seen.append((kind, configs[name], name))
+        other = seen.setdefault(repr((replace(variant, settings=(), baseline=None), configs[name])), name)
+        if other != name:
+            raise UserError(f"with these settings {name} equals {other}; leave out the key that suite={suite} varies")
 
 
 def _base(suite: Suite, overrides: Sequence[str]) -> list[str]:
