@@ -19,14 +19,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from quack_lm.cli.flags import check_writable
 from quack_lm.config import choice, compose, groups, unknown_flag
 from quack_lm.errors import UserError, explaining
-from quack_lm.files import finite, nearest_existing_parent, user_path, write_together
+from quack_lm.files import finite, user_path, write_together
 from quack_lm.text import echo
 
 DEFAULTS = {"from": "1e-5", "to": "1", "steps": "200"}
@@ -68,8 +68,7 @@ def main(arguments: list[str]) -> int:
     out = out or user_path("runs/lr_find") / "-".join(names)
     if taken := [name for name in FILES if (out / name).exists()]:
         raise UserError(f"out={out} has {taken[0]} of an earlier ramp; choose another out")
-    with explaining(f"out={out}", "or choose another out"):
-        TemporaryFile(dir=nearest_existing_parent(out)).close()
+    check_writable(out / FILES[0], f"out={out}")
     points, is_main = ramp({**config, "run_dir": str(out / "run")}, start, end, steps)  # which is not made
     if is_main:
         with explaining(f"out={out}", "or choose another out"):
