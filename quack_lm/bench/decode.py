@@ -25,7 +25,7 @@ _MODELS: WeakValueDictionary[str, Transformer] = WeakValueDictionary()
 class DecodeStep:
     """A token for each of `trainer.micro_batch_size` sequences, of which a cache has `trainer.seq_len` tokens already.
 
-    The cache has random contents, on which the time of a token does not depend. `keeps_keys`: full keys and values.
+    The cache has random contents of a unit scale, as that of an initial model has. `keeps_keys`: full keys and values.
     """
 
     def __init__(self, config: dict[str, Any], world: World, *, keeps_keys: bool) -> None:
