@@ -614,7 +614,12 @@ TRAIN: dict[str, Bad] = {
     ),
     "init_from_no_weights": foreign_source(r"TMP/source has neither model\.safetensors nor", config=LLAMA),
     "init_from_another_class": foreign_source(
-        r"is a model of the type gpt2, and .* llama", config={"model_type": "gpt2"}
+        r"is a model of the type gpt2, and .* llama; take weights of the type llama or qwen3 or deepseek_v3",
+        config={"model_type": "gpt2"},
+    ),
+    "init_from_a_class_with_another_norm": foreign_source(
+        r"is a model of the type qwen3, and .* llama; choose attention=mha and stabilizer=qk_norm",
+        config={"model_type": "qwen3"},
     ),
     "init_from_remote_code": foreign_source(
         r"TMP/source/config\.json is no config of a known model",

@@ -28,6 +28,12 @@ from quack_lm.attention.mla import MLA
 from quack_lm.model import Transformer
 from quack_lm.stabilizers.qk_norm import QueryKeyNorm
 
+# The settings with which a run has the weights of a stock class as they are.
+SETTINGS = {
+    "llama": "attention=mha and a stabilizer other than qk_norm",
+    "qwen3": "attention=mha and stabilizer=qk_norm",
+    "deepseek_v3": "attention=mla, attention.latent_norm=true and a stabilizer other than qk_norm",
+}
 # The epsilon of DeepSeek-V3's latent norms, which no config sets.
 LATENT_EPS = 1e-6
 

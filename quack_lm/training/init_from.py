@@ -117,15 +117,17 @@ def _of_transformers(
     path: Path, what: str, config: dict[str, Any], meta_model: Transformer, data: DataSources
 ) -> InitialWeights:
     # Imported late, for it loads transformers.
-    from quack_lm.hf.counterpart import as_it_is, counterpart
+    from quack_lm.hf.counterpart import SETTINGS, as_it_is, counterpart
     from quack_lm.hf.directory import WeightFiles, compared, read_config
 
     theirs = read_config(path, what)
     ours = as_it_is(meta_model, config, "") if theirs.model_type == "quack_lm" else counterpart(meta_model, config)
     if theirs.model_type != ours.model_type:
+        settings = SETTINGS.get(theirs.model_type)
+        fix = f"choose {settings}" if settings else f"take weights of the type {' or '.join(SETTINGS)}"
         raise UserError(
             f"{what} is a model of the type {theirs.model_type}, and attention and stabilizer of this run make one of "
-            f"the type {ours.model_type}; choose others, or other weights (docs, Hugging Face)"
+            f"the type {ours.model_type}; {fix} (docs, Hugging Face)"
         )
     if ours.is_folded:
         raise UserError(f"{what} has products of this model's weights; begin with the checkpoint that it was made of")
