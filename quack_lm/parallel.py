@@ -44,13 +44,13 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Before: one tensor per rank. After: their sum, on every rank, in place."""
-        if self.mesh is not None:
+        if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
         """Before: one tensor per rank. After: their maximum, on every rank, in place."""
-        if self.mesh is not None:
+        if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
@@ -329,7 +329,7 @@ def local_rows(tensor: Tensor) -> tuple[int, int]:
 
 def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
     """Before: one tensor per rank of a shard group. After: their sum on each. `like` is any tensor sharded that way."""
-    if isinstance(like, DTensor):
+    if isinstance(like, DTensor) and like.device_mesh.size() > 1:
         dist.all_reduce(values, group=_shard_group(like))
     return values
 

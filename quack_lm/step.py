@@ -60,16 +60,20 @@ class LogitWeights:
 
     @torch.no_grad()
     def rescale_step(self, before: dict[str, Tensor], scales: Scales) -> None:
-        """Move every scaled weight from where it was only `scale` of its way to where the optimizer put it."""
+        """Move every scaled weight from where it was only `scale` of its way to where the optimizer put it.
+
+        Overwrites `before`.
+        """
         for name, start in before.items():
             # At a scale of one, lerp gives its end bit for bit.
-            self.write({name: torch.lerp(start, self.stack(name), self._per_row(name, scales[name]))})
+            torch._foreach_lerp_(start.unbind(), self._rows[name], self._by_layer(name, scales[name]))
+        self.write(before)
 
     @torch.no_grad()
     def multiply(self, scales: Scales) -> None:
         """Multiply blocks of the float32 master weights."""
         for name, scale in scales.items():
-            self.write({name: self.stack(name) * self._per_row(name, scale)})
+            torch._foreach_mul_(self._rows[name], self._by_layer(name, scale))
 
     @torch.no_grad()
     def take_max_logits(self, world: World) -> Tensor:
@@ -79,23 +83,21 @@ class LogitWeights:
             attention.max_logits_H.fill_(-torch.inf)
         return world.max(maxima_LH)
 
-    def _per_row(self, name: str, scale_LN: Tensor | float) -> Tensor | float:
-        """[layers, blocks] -> this rank's rows, [layers or 1, local rows, 1]: shard edges may cut a head anywhere."""
+    def _by_layer(self, name: str, scale_LN: Tensor | float) -> tuple[Tensor, ...] | float:
+        """[layers or 1, blocks] -> for each layer, this rank's rows [local rows, 1]: a shard's edge may cut a head."""
         if not isinstance(scale_LN, Tensor):
             return scale_LN
-        weight = self.parameters[name][0]
+        rows, weight = self._rows[name], self.parameters[name][0]
         start, stop = local_rows(weight)
-        per_row = scale_LN.to(local(weight.detach()).device).repeat_interleave(
-            weight.shape[0] // scale_LN.shape[-1], dim=-1
-        )
-        return per_row[:, start:stop, None]
+        per_row = scale_LN.to(rows[0].device).repeat_interleave(weight.shape[0] // scale_LN.shape[-1], dim=-1)
+        return per_row[:, start:stop, None].expand(len(rows), -1, -1).unbind()
 
     def frobenius(self, stacks: dict[str, Tensor]) -> dict[str, Tensor]:
         """The Frobenius norm of every block of stacks shaped and sharded like the declared weights."""
         squares = []
         for name, parameters in self.parameters.items():
             start, stop = local_rows(parameters[0])
-            rows = stacks[name].square().sum(-1)
+            rows = torch.linalg.vector_norm(stacks[name], dim=-1).square()
             full = rows.new_zeros(len(parameters), parameters[0].shape[0])
             full[:, start:stop] = rows
             squares.append(full)
