@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from quack_lm.errors import UserError
+from quack_lm.errors import UserError, explaining
 
 LOCK_POLL_S = 0.2
 # What a node that died had locked is free again when the file server has noticed.
@@ -61,7 +61,9 @@ def write_together(files: Mapping[Path, bytes]) -> None:
 
 def refuse_other_than_file(what: str, path: Path) -> None:
     """UserError where a result would go to a directory, or replace a link, a pipe or a device."""
-    if not path.name or path.is_symlink() or (path.exists() and not path.is_file()):
+    with explaining(what, "choose another"):
+        is_other = not path.name or path.is_symlink() or (path.exists() and not path.is_file())
+    if is_other:
         raise UserError(f"{what} must name a file, not a directory, a link, a pipe or a device; choose another")
 
 

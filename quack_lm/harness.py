@@ -4,7 +4,8 @@
     lm_eval.simple_evaluate(lm, tasks=["lambada_openai"])
 
 Scores are those of lm-eval's own model `hf` on the exported directory: the end-of-text token stands before an empty
-context alone, and what is longer than `trainer.seq_len` keeps its end.
+context alone, and what is longer than `trainer.seq_len` keeps its end. Where documents are masked, a text does not see
+that token here, and does there.
 """
 
 from collections.abc import Sequence

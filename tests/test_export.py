@@ -253,8 +253,8 @@ def test_the_exported_run_has_the_validation_loss_of_the_run_and_loads_without_t
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer; "
         f"model, tokenizer = (kind.from_pretrained({str(out)!r}) for kind in (AutoModelForCausalLM, AutoTokenizer)); "
-        "prompt = tokenizer('def main(', return_tensors='pt'); "
-        "print(*model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)[0].tolist()); "
+        "prompt = tokenizer(['x', 'def main('], padding=True, return_tensors='pt'); "
+        "print(*model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)[1].tolist()); "
         "assert not any(name.startswith('quack_lm') for name in sys.modules); assert model.dtype.is_floating_point"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

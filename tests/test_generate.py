@@ -248,7 +248,7 @@ def test_the_command_shows_prompt_and_text(run: Path, language_model: LanguageMo
 def test_the_command_takes_prompts_from_files_and_writes_texts(
     run: Path, tmp_path: Path, language_model: LanguageModel
 ) -> None:
-    (tmp_path / "prompts.txt").write_text("import\n\nclass A:\n")
+    (tmp_path / "prompts.txt").write_text("\ufeffimport\n\nclass A:\n")  # with a byte-order mark
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import"}\n{"prompt": "class A:"}\n')
     flags = ("--max-new-tokens", "9", "--seed", "3", "--top-k", "20", "--top-p", "0.9", "--device", "cpu")
     sampling = Sampling(seed=3, top_k=20, top_p=0.9)

@@ -487,6 +487,10 @@ TRAIN: dict[str, Bad] = {
     "choice_of_other_data": one(
         "data=fineweb_edu", r"was made with data=local, not fineweb_edu; leave data=fineweb_edu"
     ),
+    "init_stabilizer_alone": one(
+        "trainer.init_stabilizer=checkpoint",
+        r"trainer\.init_stabilizer=checkpoint has no effect without trainer\.init_from",
+    ),
     "trace_after_the_end": one("trainer.profile=[2,3]", r"trainer\.profile=\[2, 3\] begins after .*trainer\.steps=1:"),
     "evaluation_on_nothing": Bad(["eval.every=1", "eval.tasks=[]"], r"eval\.every=1 has no eval\.tasks: .*every=0"),
     "gpu_without_a_gpu": one("trainer.device=cuda", r"trainer\.device=cuda: .*no GPU.*trainer\.device=cpu"),

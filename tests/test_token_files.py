@@ -18,7 +18,7 @@ from quack_lm.data import token_files
 from quack_lm.data.corpus import TokenCorpus
 from quack_lm.data.manifest import SPLITS, TokenData
 from quack_lm.data.prepare import prepare
-from quack_lm.data.token_files import TokenFile, open_token_file
+from quack_lm.data.token_files import TokenFile, open_token_file, refuse_wider_numbers
 from quack_lm.errors import UserError
 
 EOT = 9
@@ -302,6 +302,17 @@ def test_a_file_that_is_not_what_it_says_is_refused(
     damaged(tmp_path / f"source{suffix}", edit)
     with pytest.raises(UserError, match=rf"data\.files: {path}.* cannot be read: .*{message}"):
         open_token_file(path, "uint16")
+
+
+@pytest.mark.parametrize("wider", ["uint32", "int64"])
+def test_bare_tokens_that_look_wider_than_the_vocabulary_asks_for_are_refused(tmp_path: Path, wider: str) -> None:
+    path = tmp_path / "x.bin"
+    np.arange(1, 400).astype(wider).tofile(path)
+    with pytest.raises(UserError, match=rf"{path} is 0, as if its numbers were {wider} .*: set data\.dtype={wider}"):
+        refuse_wider_numbers(open_token_file(path, "uint16"))
+    refuse_wider_numbers(open_token_file(path, wider))
+    np.arange(400).astype("uint16").tofile(path)
+    refuse_wider_numbers(open_token_file(path, "uint16"))
 
 
 @given(st.sampled_from(sorted(WRITERS)), st.data())

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from quack_lm.bench import suites
 from quack_lm.bench.suites import Suite, Variant
+from quack_lm.cli.flags import check_writable
 from quack_lm.config import compose, instantiate, unknown_flag
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import refuse_other_than_file, user_path, write_atomically, write_together
@@ -66,6 +67,8 @@ PHASES = {
     "checkpoint": "checkpoint",
 }
 MIB = 2**20
+# Settings that the models of other libraries do not follow.
+UNEQUAL = ("stabilizer", "attention.latent_norm", "trainer.activation_checkpointing")
 # Of the table of `kernels`.
 LEGEND = """\
 fwd, bwd     kernels that inductor generates for forward and backward of one micro-batch, each as one graph
@@ -148,6 +151,9 @@ def main(arguments: list[str]) -> int:
         model = make_model(config)
         if not variant.decode:
             check_memory(config, model, device=device, ranks_of_a_copy=ranks // trainer.replicas)
+    for key, path in (("out", command.out), ("trace", command.trace), ("plot", command.plot)):
+        if path:
+            check_writable(path, f"{key}={path}")
     for note in command.notes:
         echo(note, err=True)
     world = start_process(trainers, device=device)
@@ -200,16 +206,19 @@ def measure(command: Command, world: "World", directory: Path) -> None:
         steps=command.counts["steps"],
         after_round=write_turns,
     )
-    operations = trace(next(iter(warm.values())).step, command.trace, world) if command.trace else []
     if world.is_main:
         kept = rounds.quiet_rounds(turns)
         found = rounds.summarize(suites.baselines(command.variants), turns, kept)
         echo(*_table(found, scales).splitlines(), "")
         left_out = command.counts["rounds"] - len(kept)
         echo(f"{len(kept)} rounds, {left_out} left out because the machine was busy; {_machine(world)}")
-        echo(f"each turn is in {command.out}", *operations)
+        echo(f"each turn is in {command.out}")
         if command.plot:
             _write_plot(command, found, scales)
+    if command.trace:
+        operations = trace(next(iter(warm.values())).step, command.trace, world)
+        if world.is_main:
+            echo(*operations)
 
 
 @dataclass(frozen=True)
@@ -366,6 +375,9 @@ def read(arguments: list[str]) -> Command:
             settings[name] += variant.share_batch(configs[name]["trainer"])
             configs[name] = compose([*base, *settings[name]])
         variant.check_config(name, configs[name])
+        for key in (override.lstrip("+~").partition("=")[0] for override in overrides if variant.is_isolated):
+            if key in UNEQUAL or key.startswith("stabilizer."):
+                raise UserError(f"{key} changes our model and not that of {name}; leave it out, as models are compared")
         variant.check_turn(configs[name], counts["steps"])
     _refuse_equal(own["suite"], variants, configs)
     out = user_path(own.get("out", f"runs/bench/{own['suite']}.jsonl"))
@@ -379,9 +391,12 @@ def read(arguments: list[str]) -> Command:
     plot = user_path(own["plot"]) if "plot" in own else None
     if plot and (own["suite"] != "decode" or plot.suffix not in (".png", ".pdf")):
         raise UserError(f"plot={own['plot']} is for suite=decode and must name a file that ends in .png or .pdf")
+    places: dict[Path, str] = {}
     for key, path in (("out", out), ("trace", trace), ("plot", plot)):
         if path:
             refuse_other_than_file(f"{key}={path}", path)
+            if (other := places.setdefault(path.absolute(), key)) != key:
+                raise UserError(f"{key}={path} is the file of {other}=, too; choose another")
     return Command(own["suite"], counts, out, trace, plot, variants, settings, configs, notes)
 
 
@@ -412,6 +427,9 @@ def _chosen(suite: Suite, only: str | None) -> tuple[dict[str, Variant], list[st
     notes = [f"{name} is left out, for {package} is missing: {suites.INSTALL}" for name, package in missing.items()]
     if only and notes:
         raise UserError(f"only={only}: {notes[0]}")
+    for name, one in variants.items():
+        if len(variants) > 1 and one.baseline and one.baseline not in variants:
+            raise UserError(f"only={only}: {name} is relative to {one.baseline}; name that, too")
     return {name: one for name, one in variants.items() if name not in missing}, notes
 
 

@@ -4,7 +4,8 @@
     quack-lm eval runs/mine --tasks my_task --include-path tasks/ -o eval.json  # a task of your own, from local files
 
 A run's directory stands for its last valid checkpoint. An exported directory needs none of this: lm_eval --model hf
---model_args pretrained=DIR gives the same numbers. Needs pip install -e '.[lm-eval]'.
+--model_args pretrained=DIR gives the same numbers, but for a model that masks documents where a text stands behind an
+end-of-text token. Needs pip install -e '.[lm-eval]'.
 """
 
 import json
@@ -62,6 +63,9 @@ def main(arguments: list[str]) -> int:
 
     from quack_lm.harness import CheckpointLM
 
+    language_model = load_model(options)  # first: tasks take time, and say things
+    if language_model.model.eot_id is not None:
+        echo("note: this model masks documents, so that no text sees an end-of-text token in front of it", err=True)
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     names, manager = options.tasks.split(","), TaskManager(include_path=options.include_path)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
@@ -79,7 +83,6 @@ def main(arguments: list[str]) -> int:
                 f"--tasks {name}: lm-eval cannot load it ({reason}); correct that, or choose another"
             ) from None
         tasks += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
-    language_model = load_model(options)
     found = lm_eval.simple_evaluate(
         CheckpointLM(language_model, batch_size=options.batch_size),
         tasks=tasks,

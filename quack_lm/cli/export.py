@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from quack_lm.cli.flags import Parser, check_writable
 from quack_lm.config import identity
 from quack_lm.errors import UserError, explaining
-from quack_lm.files import sync_directory, take_lock, user_path, write_atomically
+from quack_lm.files import read_json, sync_directory, take_lock, user_path, write_atomically, write_json
 from quack_lm.text import echo
 from quack_lm.training.stop_signals import leaving
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from quack_lm.training.state import TrainState
 
 LOCK = ".lock"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def read(arguments: list[str]) -> argparse.Namespace:
@@ -96,6 +97,8 @@ def main(arguments: list[str]) -> int:
     with writing(options.out) as staging:
         for file in tokenizer_files:  # which have been compared with the manifest
             shutil.copyfile(file, staging / file.name)
+        if (settings_file := staging / TOKENIZER_CONFIG).exists():
+            write_json(settings_file, padded(read_json(settings_file), seq_len=config["trainer"]["seq_len"]))
         write_config(staging, theirs, dtype, generation={**ids, "pad_token_id": eot_id})
         files, n_params = write_weights(staging, theirs, chosen, weight, dtype)
         card = Card(
@@ -120,6 +123,12 @@ def main(arguments: list[str]) -> int:
         echo(f"no tokenizer: {data[0]} has none, for its tokens were made elsewhere")
     echo(f"exported to {options.out}")
     return 0
+
+
+def padded(settings: dict[str, Any], *, seq_len: int) -> dict[str, Any]:
+    """Those of a tokenizer that prepares batches for `generate`, which continues the ends of its rows."""
+    length = min(settings.get("model_max_length", seq_len), seq_len)
+    return {"pad_token": settings.get("eos_token"), "padding_side": "left", **settings, "model_max_length": length}
 
 
 def check_new(out: Path) -> None:
@@ -156,7 +165,9 @@ def writing(out: Path) -> Iterator[Path]:
                 raise UserError(f"{out} is being written by another process; wait for it, or choose another directory")
             try:
                 for path in staging.iterdir():
-                    if path.name != LOCK:
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    elif path.name != LOCK:
                         path.unlink()
                 yield staging
                 for path in staging.iterdir():

@@ -65,8 +65,10 @@ def main(arguments: list[str]) -> int:
     start = time.perf_counter()
     how: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "sampling": sampling}
     if len(prompts) == 1 and not options.out:
-        echo_piece(prompts[0])
-        for (piece,) in language_model.stream(prompts, **how):
+        pieces = language_model.stream(prompts, **how)
+        (first,) = next(pieces)  # or an error, before anything is shown
+        echo_piece(prompts[0] + first)
+        for (piece,) in pieces:
             echo_piece(piece)
         echo("")
     else:
@@ -94,6 +96,7 @@ def read_prompts(file: Path) -> list[str]:
     with explaining(f"--prompts {file}", "or choose another file"), open_regular(file) as opened:
         try:
             lines = [line.rstrip("\n") for line in opened]
+            lines[:1] = [line.removeprefix("\ufeff") for line in lines[:1]]  # a byte-order mark
         except UnicodeDecodeError:
             raise UserError(f"--prompts {file} is not UTF-8 text; choose another file") from None
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]

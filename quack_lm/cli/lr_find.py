@@ -43,6 +43,12 @@ ELSEWHERE = {
     "trainer.steps": "is steps=... here",
     "run_dir": "is out=... here",
     "trainer.init_from": "has no effect: a ramp begins with random weights; leave it out",
+    "trainer.init_stabilizer": "has no effect: a ramp begins with random weights; leave it out",
+    "trainer.profile": "has no effect: a ramp writes no trace; leave it out",
+    "eval.every": "has no effect: a ramp has no evaluation; leave it out",
+    "logger.tensorboard": "has no effect: a ramp writes its own files alone; leave it out",
+    "logger.trackio": "has no effect: a ramp writes its own files alone; leave it out",
+    "logger.wandb": "has no effect: a ramp writes its own files alone; leave it out",
     "trainer.val_every": "has no effect: a ramp has no validation; leave it out",
     "trainer.checkpoint_every": "has no effect: a ramp writes no checkpoints; leave it out",
 }
@@ -168,7 +174,9 @@ def conclusions(points: Sequence[Point], unstable_logit: float) -> list[str]:
     """What the ramp shows, as lines."""
     best, turned, unstable = lowest(points), turning(points), first_above(points, unstable_logit)
     top = (turned or points[-1]).lr
-    grid = ",".join(f"{top * 10 ** (-k / 2):.1g}" for k in range(4, -1, -1))
+    # Two rates a decade, 1 and 3, the last of which is below the rate at which the loss turns up.
+    last = math.floor(2 * math.log10(top))
+    grid = ",".join(f"{10.0 ** (k // 2) * (3 if k % 2 else 1):g}" for k in range(last - 4, last + 1))
     has_learned = best.smoothed < points[0].smoothed - TURNED
     return [
         f"lowest loss      {best.smoothed:.3f} at optimizer.lr={best.lr:.2g} (running mean)",

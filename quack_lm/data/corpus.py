@@ -41,7 +41,7 @@ from quack_lm.data.documents import (
 )
 from quack_lm.data.manifest import MANIFEST, Manifest, SplitName, damaged, read_manifest
 from quack_lm.data.settings import DataSettings, VocabSize
-from quack_lm.data.token_files import TokenFile, open_token_file
+from quack_lm.data.token_files import TokenFile, open_token_file, refuse_wider_numbers
 from quack_lm.errors import UserError
 from quack_lm.files import relative_note
 
@@ -464,7 +464,11 @@ class TokenCorpus(Corpus):
     def open_files(self, first: int = 0) -> Iterator[TokenFile]:
         """The files from a number on, opened one after the other; UserError for one that is not what it says."""
         raw = self.dtype if self.dtype != "auto" else "uint16" if self.vocab_size <= 2**16 else "uint32"
-        return (open_token_file(path, raw) for path in self.input_files()[first:])
+        for path in self.input_files()[first:]:
+            file = open_token_file(path, raw)
+            if self.dtype == "auto":
+                refuse_wider_numbers(file)
+            yield file
 
     @property
     def more_documents(self) -> str:

@@ -24,6 +24,7 @@ from quack_lm.errors import UserError
 
 WINDOW = 1 << 20  # tokens that are read at once
 LONGEST = 1 << 26  # tokens of a document
+LOOKED_AT = 1 << 16  # tokens by which their type is checked
 
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_TYPES = {1: "uint8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
@@ -124,6 +125,19 @@ def open_token_file(path: Path, raw_dtype: str) -> TokenFile:
     if size % raw.itemsize:
         raise _odd(path, f"its {size} bytes are not a whole number of {raw_dtype}: set data.dtype")
     return TokenFile(path, "bare tokens", _map(path, raw, 0), _NO_ENDS)
+
+
+def refuse_wider_numbers(file: TokenFile) -> None:
+    """UserError where bare numbers of 2 bytes look like halves or quarters of wider ones: the others are all zero."""
+    start = np.asarray(file.tokens[:LOOKED_AT])
+    if file.kind != "bare tokens" or start.dtype.itemsize != 2 or len(start) < 8 or not start[::4].any():
+        return
+    if not start[1::2].any():
+        wider = "uint32" if start[2::4].any() else "int64"
+        raise UserError(
+            f"data.files: every second number of {file.path} is 0, as if its numbers were {wider} and not uint16: set "
+            f"data.dtype={wider}, or data.dtype=uint16 if they are right"
+        )
 
 
 _NO_ENDS: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)

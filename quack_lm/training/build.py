@@ -471,6 +471,8 @@ def _environment(plan: RunPlan, world: World, n_params: int, attention_kernel: s
         "attention_kernel": attention_kernel,
         "micro_batch_size": plan.settings.micro_batch_size,
         "data": plan.data.description(),
+        # The checkpoint itself, of which there are several in a run directory; a run that goes on has chosen before.
+        "init_from": str(plan.initial.path) if plan.initial else plan.run_dir.environment().get("init_from"),
     }
 
 

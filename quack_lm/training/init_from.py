@@ -5,7 +5,7 @@ each that does not is named. A run that is continued from its own checkpoint rea
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,12 @@ def _of_checkpoint(
     shapes = checkpoint.stored_shapes(path)
     _check_fit(
         what,
-        (there, {key: value for key, value in here.items() if key not in derived}),
+        (there, here),
         (
             {name.removeprefix(OF_MODEL): shape for name, shape in shapes.items() if name.startswith(OF_MODEL)},
             {name: tuple(parameter.shape) for name, parameter in meta_model.named_parameters()},
         ),
+        derived,
     )
     if stabilizer is not None:
         state = checkpoint.stabilizer_tensors(stabilizer, torch.device("meta"))
@@ -156,11 +157,18 @@ def _of_transformers(
     )
 
 
-def _check_fit(what: str, settings: tuple[Settings, Settings], shapes: tuple[Shapes, Shapes]) -> None:
-    """UserError that names each setting and each shape, of all layers together, that is another one (there, here)."""
+def _check_fit(
+    what: str, settings: tuple[Settings, Settings], shapes: tuple[Shapes, Shapes], derived: Collection[str] = ()
+) -> None:
+    """UserError that names each setting and each shape, of all layers together, that is another one (there, here).
+
+    Settings that are `derived` where they are null count where shapes differ.
+    """
     there, here = map(_by_choice, settings)
     names = dict.fromkeys([*shapes[1], *shapes[0]])
     free = [*FREE, *(key for key in here if key.startswith("stabilizer."))]
+    if shapes[0] == shapes[1]:
+        free += derived
     # A stabilizer without weights of its own does with any others.
     if not any(SEAM in name for name in names if shapes[0].get(name) != shapes[1].get(name)):
         free.append("stabilizer")
@@ -178,7 +186,9 @@ def _check_fit(what: str, settings: tuple[Settings, Settings], shapes: tuple[Sha
                 problems.append(f"{in_all_layers} is not {'here' if found else 'there'}")
     if problems:
         fixes = " ".join(
-            f"{key}={as_yaml(there[key])}" for key in wrong if _is_ours(key) and there.get(key) is not None
+            f"{key}={as_yaml(there[key])}"
+            for key in wrong
+            if _is_ours(key) and (there.get(key) is not None or (key in derived and key in there))
         )
         fix = f"set {fixes}" if fixes else "choose other weights, attention or stabilizer"
         raise UserError(f"{what} does not fit this run: {'; '.join(dict.fromkeys(problems))}; {fix}")

@@ -99,7 +99,12 @@ class TrainerSettings(StabilityRules):
     probe_parts: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a trace that ends before it begins, or begins after the last step."""
+        """Refuse a trace that ends before it begins, or begins after the last step; and settings without effect."""
+        if self.init_stabilizer != "weights" and self.init_from is None:
+            raise UserError(
+                f"trainer.init_stabilizer={self.init_stabilizer} has no effect without trainer.init_from; give it, or "
+                "leave it out"
+            )
         if self.profile and self.profile[0] > self.profile[1]:
             raise UserError(
                 f"trainer.profile={self.profile} must be a first step and a last one, which is not before it"

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -156,7 +156,7 @@ class TrackioSink(Sink):
         self._run.log({name: value for name, value in values.items() if name != "step"}, step=step)
 
     def _close(self, summary: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
-        with redirect_stdout(StringIO()):
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             self._run.finish()
 
 
