@@ -44,13 +44,13 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Before: one tensor per rank. After: their sum, on every rank, in place."""
-        if self.size > 1:
+        if self.mesh is not None and self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
         """Before: one tensor per rank. After: their maximum, on every rank, in place."""
-        if self.size > 1:
+        if self.mesh is not None and self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 

@@ -350,6 +350,7 @@ def test_a_job_in_a_directory_that_cannot_be_written_to_is_still_requeued_when_i
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_preempted_run_saves_and_is_requeued_once_to_the_same_end(
     site: Site, tmp_path: Path, tiny_data: list[str]
 ) -> None:
