@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 SMALL = (
     "experiment=tiny",
     "data.dir=none",  # whatever a checkout holds
-    "model.vocab_size=37",
+    "data.vocab_size=37",
     "model.d_model=12",
     "model.n_heads=3",
     "model.n_layers=3",
@@ -188,7 +188,7 @@ def test_initial_values_are_normal_with_the_configured_deviations(attention: str
     wide = (
         "model.d_model=66",
         "model.d_ff=100",
-        "model.vocab_size=500",
+        "data.vocab_size=500",
     )
     model = make(*wide, f"attention={attention}", "model.init_std=0.3", "model.embedding_std=0.07")
     for name, parameter in model.named_parameters():

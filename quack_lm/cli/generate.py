@@ -95,8 +95,7 @@ def read_prompts(file: Path) -> list[str]:
     """The prompts of a file, one in each line; UserError where there is none, or a line is not one."""
     with explaining(f"--prompts {file}", "or choose another file"), open_regular(file) as opened:
         try:
-            lines = [line.rstrip("\n") for line in opened]
-            lines[:1] = [line.removeprefix("\ufeff") for line in lines[:1]]  # a byte-order mark
+            lines = opened.read().removeprefix("\ufeff").split("\n")  # without a byte-order mark
         except UnicodeDecodeError:
             raise UserError(f"--prompts {file} is not UTF-8 text; choose another file") from None
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
