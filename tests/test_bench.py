@@ -11,11 +11,11 @@ from calls import call
 
 from quack_lm.bench import suites
 from quack_lm.bench.build import make_step
-from quack_lm.bench.decode import plot
 from quack_lm.bench.isolated import IsolatedStep
 from quack_lm.bench.kernels import count_kernels, count_stabilizer_calls
 from quack_lm.bench.muon import MuonStep
 from quack_lm.bench.peers import make_peer_step
+from quack_lm.bench.plot import decode_plot
 from quack_lm.bench.ranks import LaunchedStep
 from quack_lm.bench.rounds import Summary, Turn, measure, quiet_rounds, summarize
 from quack_lm.bench.run_step import RunStep
@@ -40,9 +40,10 @@ HERE = World(0, 1, 0, torch.device("cpu"))
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_every_variant_of_a_suite_is_a_run_that_could_be_made(suite: str) -> None:
     command = read([f"suite={suite}"])
-    assert len({json.dumps([vars(one), command.configs[name]]) for name, one in command.variants.items()}) == len(
-        command.variants
-    )
+    seen = {
+        json.dumps([{**vars(one), "settings": None}, command.configs[name]]) for name, one in command.variants.items()
+    }
+    assert len(seen) == len(command.variants)
     assert set(suites.baselines(command.variants).values()) <= set(command.variants)
 
 
@@ -56,7 +57,9 @@ def test_a_chosen_model_or_experiment_has_its_own_sizes() -> None:
 
 def test_ratios_are_taken_within_a_round_so_that_a_slow_machine_changes_none() -> None:
     speed = (1.0, 3.0, 1.5, 1.2, 2.0, 5.0)
-    turns = [Turn(name, i, s * t, {"forward": s * t}, 1.0) for i, s in enumerate(speed) for name, t in TIMES.items()]
+    turns = [
+        Turn(name, i, s * t, {"forward": s * t}, None, 1.0) for i, s in enumerate(speed) for name, t in TIMES.items()
+    ]
     first, second = summarize({"a": "a", "b": "a"}, turns, set(range(6)))
     assert (first.ratio, first.interval, first.step_s) == (1.0, None, 3.5)
     assert second.ratio == pytest.approx(1.25)
@@ -70,22 +73,22 @@ TIMES = {"a": 2.0, "b": 2.5}
 def test_the_fastest_ratio_is_of_the_fastest_time_of_each_phase() -> None:
     phases = {"a": [(1.0, 4.0), (3.0, 2.0)], "b": [(2.0, 9.0), (2.5, 3.0)]}
     turns = [
-        Turn(name, i, sum(own), dict(zip(("forward", "backward"), own, strict=True)), 1.0)
+        Turn(name, i, sum(own), dict(zip(("forward", "backward"), own, strict=True)), None, 1.0)
         for name, rounds in phases.items()
         for i, own in enumerate(rounds)
     ]
     (_, found) = summarize({"a": "a", "b": "a"}, turns, {0, 1})
     assert found.fastest_ratio == pytest.approx((2.0 + 3.0) / (1.0 + 2.0))
-    without = [Turn(turn.variant, turn.round, turn.step_s, {}, 1.0) for turn in turns]
+    without = [Turn(turn.variant, turn.round, turn.step_s, {}, None, 1.0) for turn in turns]
     (_, found) = summarize({"a": "a", "b": "a"}, without, {0, 1})
     assert found.fastest_ratio == pytest.approx(5.5 / 5.0)
 
 
 def test_a_round_in_which_the_machine_was_busy_is_left_out() -> None:
-    turns = [Turn(name, i, 1.0, {}, 2.0 if (name, i) == ("b", 1) else 1.0) for i in range(5) for name in "ab"]
+    turns = [Turn(name, i, 1.0, {}, None, 2.0 if (name, i) == ("b", 1) else 1.0) for i in range(5) for name in "ab"]
     assert quiet_rounds(turns) == {0, 2, 3, 4}
     # If nearly every round is busy, that is how the machine is.
-    assert quiet_rounds([Turn("a", i, 1.0, {}, 1.0 + i % 2) for i in range(4)]) == {0, 1, 2, 3}
+    assert quiet_rounds([Turn("a", i, 1.0, {}, None, 1.0 + i % 2) for i in range(4)]) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("attention", choices("attention"))
@@ -171,8 +174,8 @@ def test_a_peer_trains_the_parameters_of_our_model(peer: str, tmp_path: Path) ->
 
 
 def test_a_turn_of_several_ranks_is_made_by_so_many_processes(tmp_path: Path) -> None:
-    command = read(["suite=ranks", "only=2 ranks weak", *SMALL])
-    config, settings = command.configs["2 ranks weak"], command.settings["2 ranks weak"]
+    command = read(["suite=ranks", "only=ranks weak 2", *SMALL])
+    config, settings = command.configs["ranks weak 2"], command.settings["ranks weak 2"]
     step = LaunchedStep(settings, config["trainer"], 2, tmp_path)
     assert step.tokens_per_step == 2 * 4 * 16
     assert step.turn(1).phases_s.keys() == {"data", "forward", "backward", "optimizer", "stabilizer"}
@@ -183,11 +186,11 @@ def test_ranks_share_a_batch_or_have_as_much_each() -> None:
     trainers = {name: config["trainer"] for name, config in read(["suite=ranks"]).configs.items()}
     batches = {name: (one["global_batch_size"], one["micro_batch_size"]) for name, one in trainers.items()}
     assert batches == {
-        "1 rank": (8, 8),
-        "2 ranks strong": (8, 4),
-        "4 ranks strong": (8, 2),
-        "2 ranks weak": (16, 8),
-        "4 ranks weak": (32, 8),
+        "ranks strong 1": (8, 8),
+        "ranks strong 2": (8, 4),
+        "ranks strong 4": (8, 2),
+        "ranks weak 2": (16, 8),
+        "ranks weak 4": (32, 8),
     }
 
 
@@ -272,10 +275,9 @@ def test_the_plot_of_decoding_has_a_line_for_each_cache(tmp_path: Path) -> None:
     assert {(line["variant"], line["cache_bytes"]) for line in lines} == {
         *(("mla 128", 96), ("mla 512", 96), ("mha 128", 256), ("mha 512", 256))
     }
-    found = [Summary(name, 1 / (i + 1), {}, "mla 128", 1.0, None, 1.0) for i, name in enumerate(names.split(","))]
-    contexts = {name: int(name.split()[1]) for name in names.split(",")}
+    found = [Summary(name, 1 / (i + 1), {}, None, "mla 128", 1.0, None, 1.0) for i, name in enumerate(names.split(","))]
     first, second = (
-        plot(found, contexts, {**dict.fromkeys(contexts, 96), "mha 128": 256, "mha 512": 256}).panels[0].lines
+        decode_plot(found, {name: 96 if "mla" in name else 256 for name in names.split(",")}).panels[0].lines
     )
     assert (first.label, first.points) == ("mla: 96 B/token", [(128, 1.0), (512, 2.0)])
     assert (second.label, second.points) == ("mha: 256 B/token", [(128, 3.0), (512, 4.0)])
@@ -327,10 +329,12 @@ def small_model() -> Transformer:
         (["suite=probe", "steps=60"], "steps=60 must be a multiple of trainer.probe_every=50"),
         (["suite=ranks", "trainer.global_batch_size=12"], "trainer.global_batch_size=12 must be a multiple of"),
         (["suite=compile", "model.width=3"], "model.width"),
-        (["suite=compile", "trainer.compile=true"], "with these settings compiled equals eager; leave out"),
+        (["suite=compile", "trainer.compile=true"], "trainer.compile is what suite=compile varies; leave it out"),
         (["suite=compile", "--fast"], "--fast"),
-        (["suite=compile", "plot=a.png"], "plot=a.png is for suite=decode and must name a file that ends in .png"),
-        (["suite=decode", "plot=a.svg"], "plot=a.svg is for suite=decode"),
+        (["suite=compile", "plot=a.png"], "plot=a.png: suite=compile has no figure; decode and scaling have one"),
+        (["suite=decode", "plot=a.svg"], "plot=a.svg must name a file that ends in .png or .pdf"),
+        (["suite=compile", "suite=loss"], "suite=loss: suite=compile is given, too; choose one"),
+        (["suite=loss", "trainer.seq_len=64"], "in pieces of 1024: a micro-batch has 512 tokens, which"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
@@ -346,7 +350,15 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
         (["suite=peers", "only=llama", "attention=mla"], "llama has attention=mha; leave attention out"),
         (["suite=peers", "only=llama", "optimizer=muon"], "llama has optimizer=adamw; leave optimizer out"),
         (["suite=peers", "only=llama", "attention.head_dim=7"], "attention.head_dim=7 must be even"),
-        (["suite=peers", "only=llama", "stabilizer=qk_norm"], "stabilizer changes our model and not that of llama"),
+        (["suite=peers", "only=llama", "stabilizer=qk_norm"], "llama has stabilizer=none; leave stabilizer out"),
+        (
+            ["suite=step", "trainer.seq_len=1000000000"],
+            "trainer.micro_batch_size=2 sequences of trainer.seq_len=1000000",
+        ),
+        (
+            ["suite=step", "trainer.global_batch_size=4000000000000"],
+            "trainer.global_batch_size=4000000000000 sequences",
+        ),
         (["suite=muon", "only=mha torch,mla ours"], "mla ours is relative to mla torch; name that, too"),
         (["suite=step", "out=a.json", "trace=a.json"], "trace=a.json is the file of out=, too"),
         (["suite=step", f"out={'a' * 300}"], "File name too long"),

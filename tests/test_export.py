@@ -472,6 +472,10 @@ def test_every_shape_and_setting_that_does_not_fit_is_named(
         with pytest.raises(UserError) as error:
             check_run(compose([*RUN, *tiny_data, *overrides, f"trainer.init_from={source}"]))
         assert not [message for message in (*in_both, *messages) if message not in str(error.value)], error.value
+    # A size that the run has left to a default.
+    wider = ["attention.head_dim=12", f"trainer.init_from={quack_run}", f"run_dir={tmp_path}/run"]
+    with pytest.raises(UserError, match=r"set attention\.head_dim=null$"):
+        check_run(compose([*RUN, *tiny_data, *wider]))
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:

@@ -144,6 +144,13 @@ def test_the_plan_of_a_sweep_is_the_cost_of_its_runs() -> None:
     assert float(found[2]) == pytest.approx(hours / 2, rel=0.02)
 
 
+def test_runs_of_a_sweep_that_differ_in_more_than_attention_and_stabilizer_have_a_column_for_it() -> None:
+    code, stdout, _ = call("plan", "experiment=tiny", "model.n_layers=2,3", "optimizer.lr=0.1,0.2")
+    header, _, most, other = [line.split() for line in stdout.splitlines()[:4]]
+    assert (code, header[:4]) == (0, ["attention", "stabilizer", "settings", "runs"])
+    assert (most[:3], other[:4]) == (["mha", "none", "2"], ["mha", "none", "n_layers=3", "2"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -26,18 +26,15 @@ def make_step(
     if variant.ranks:
         return LaunchedStep(settings, config["trainer"], variant.ranks, directory)
     if variant.is_isolated:
-        is_cpu = world.device.type == "cpu"
-        # Other libraries leave freed memory to the system.
-        keeps = is_cpu and not variant.peer
-        make = partial(make_here, variant, config, directory)
-        return IsolatedStep(make, config["trainer"], device=world.device.type, keeps_freed_memory=keeps)
+        make, device = partial(make_here, variant, config, directory), world.device.type
+        return IsolatedStep(make, config["trainer"], device=device, keeps_freed_memory=variant.keeps_freed_memory)
     return make_here(variant, config, directory, world)
 
 
 def make_here(variant: Variant, config: dict[str, Any], directory: Path, world: World) -> TimedStep:
     """The step in this process."""
     if variant.muon:
-        return MuonStep(config, world, is_ours=variant.muon == "ours")
+        return MuonStep(config, world, is_ours=variant.muon == "ours", shape=variant.shape)
     if variant.decode:
         return DecodeStep(config, world, keeps_keys=variant.decode == "keys")
     if variant.peer:

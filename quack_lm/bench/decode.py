@@ -1,9 +1,8 @@
 """Decoding: one token after another behind a context of a given length."""
 
 import json
-from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -12,11 +11,7 @@ from quack_lm.bench.step import Phases, Timing, timed
 from quack_lm.errors import UserError
 from quack_lm.model import Transformer
 from quack_lm.parallel import World, materialize
-from quack_lm.report.figures import Line, Panel, Plot
 from quack_lm.training.build import make_model
-
-if TYPE_CHECKING:
-    from quack_lm.bench.rounds import Summary
 
 # Those in use, by their config: variants that differ in the length of the context alone share one.
 _MODELS: WeakValueDictionary[str, Transformer] = WeakValueDictionary()
@@ -76,34 +71,3 @@ def _model(config: dict[str, Any], device: torch.device, *, keeps_keys: bool) ->
     materialize(model, partial(model.initial_value, seed=config["seed"], device=device), device)
     _MODELS[key] = model.to(getattr(torch, precision)).eval()
     return model
-
-
-def plot(found: "Sequence[Summary]", contexts: Mapping[str, int], cache_bytes: Mapping[str, int]) -> Plot:
-    """Tokens per second against the length of the context; a variant's name ends with that length."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for one in found:
-        name = f"{one.variant.rpartition(' ')[0]}: {cache_bytes[one.variant]:,} B/token"
-        points.setdefault(name, []).append((contexts[one.variant], 1 / one.step_s))
-    lines = [
-        Line(
-            name=name,
-            label=name,
-            stabilizer=name,
-            settings="",
-            points=sorted(own),
-            diverged=[],
-            unstable=[],
-            band=[],
-        )
-        for name, own in points.items()
-    ]
-    return Plot(
-        name="decode",
-        title="Decoding",
-        caption="",
-        x_label="tokens of context",
-        y_label="decode steps per second",
-        panels=[Panel(title="", lines=lines)],
-        columns=1,
-        log_x=True,
-    )

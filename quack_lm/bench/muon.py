@@ -14,19 +14,29 @@ from quack_lm.training.build import make_model
 
 
 class MuonStep:
-    """A step of Muon over random matrices and gradients of the shapes that a config's blocks have."""
+    """A step of Muon over random matrices and gradients of the shapes that a config's blocks have.
+
+    `shape`: of a single one in each block instead, rows and columns in multiples of the model's width.
+    """
 
     tokens_per_step = 0
 
-    def __init__(self, config: dict[str, Any], world: World, *, is_ours: bool) -> None:
+    def __init__(
+        self, config: dict[str, Any], world: World, *, is_ours: bool, shape: tuple[float, float] | None = None
+    ) -> None:
         recipe = instantiate(config["optimizer"])
         if not isinstance(recipe, MuonRecipe) or world.mesh is not None:
             raise UserError("suite=muon needs optimizer=muon and trainer.precision=float32, in one process")
         self.device = world.device
         generator = torch.Generator(self.device).manual_seed(config["seed"])
         blocks = nn.Module()
-        for number, shape in enumerate(p.shape for p in make_model(config).blocks.parameters() if p.ndim == 2):
-            weight, gradient = (torch.randn(shape, device=self.device, generator=generator) for _ in range(2))
+        if shape is None:
+            shapes = [tuple(p.shape) for p in make_model(config).blocks.parameters() if p.ndim == 2]
+        else:
+            size = tuple(round(times * config["model"]["d_model"]) for times in shape)
+            shapes = [size] * config["model"]["n_layers"]
+        for number, size in enumerate(shapes):
+            weight, gradient = (torch.randn(size, device=self.device, generator=generator) for _ in range(2))
             blocks.register_parameter(str(number), nn.Parameter(weight))
             blocks.get_parameter(str(number)).grad = gradient
         if is_ours:

@@ -48,4 +48,4 @@ class LaunchedStep:
             raise UserError(errors[0].removeprefix("error: ") if errors else f"torchrun failed: {stderr[-1000:]}")
         line = json.loads(self.out.read_text())
         self.memory_bytes = line["memory_bytes"]
-        return Timing(line["step_s"], line["phases_s"])
+        return Timing(line["step_s"], line["phases_s"], line["page_faults"])

@@ -28,12 +28,13 @@ FEWEST_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Turn:
-    """One variant in one round: the mean time of a step and of its phases, and the slowest product around it."""
+    """One variant in one round: the means of a step, and the slowest product around it."""
 
     variant: str
     round: int
     step_s: float
     phases_s: dict[str, float]
+    page_faults: float | None
     product_s: float
 
 
@@ -44,6 +45,7 @@ class Summary:
     variant: str
     step_s: float  # median
     phases_s: dict[str, float]  # medians
+    page_faults: float | None  # median
     baseline: str
     ratio: float  # of the times of a step: the median of the geometric means of pairs of rounds
     interval: tuple[float, float] | None  # 95%, by Wilcoxon's signed-rank test
@@ -95,8 +97,8 @@ def measure(
             for name in order:
                 bar.set_postfix_str(f"round {number + 1} of {rounds}, {name}")
                 before = product.seconds()
-                step_s, phases_s = variants[name].turn(steps)
-                turns.append(Turn(name, number, step_s, phases_s, max(before, product.seconds())))
+                made = variants[name].turn(steps)
+                turns.append(Turn(name, number, *made, product_s=max(before, product.seconds())))
                 bar.update()
             after_round(turns)
     return turns
@@ -155,6 +157,7 @@ def summarize(baselines: Mapping[str, str], turns: Sequence[Turn], kept: set[int
                 variant=name,
                 step_s=median(turn.step_s for turn in own),
                 phases_s={phase: median(turn.phases_s[phase] for turn in own) for phase in own[0].phases_s},
+                page_faults=_median_if_known([turn.page_faults for turn in own]),
                 baseline=baseline,
                 ratio=math.exp(typical(logs)),
                 interval=(math.exp(bounds[0]), math.exp(bounds[1])) if bounds else None,
@@ -162,3 +165,8 @@ def summarize(baselines: Mapping[str, str], turns: Sequence[Turn], kept: set[int
             )
         )
     return found
+
+
+def _median_if_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None

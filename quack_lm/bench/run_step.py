@@ -112,7 +112,7 @@ class RunStep(TrainingStep):
         waiting.mark("checkpoint")
         waited_s = waiting.seconds()["checkpoint"] / steps
         phases_s = {**made.phases_s, "checkpoint": made.phases_s["checkpoint"] + waited_s}
-        return Timing(made.step_s + waited_s, phases_s)
+        return Timing(made.step_s + waited_s, phases_s, made.page_faults)
 
     def __call__(self, phases: Phases) -> tuple[Tensor, Tensor | float]:
         """One step, with the parts in the order of the loop."""

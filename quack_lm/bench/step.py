@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from resource import RUSAGE_SELF, getrusage
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from quack_lm.config import instantiate
 from quack_lm.data.batches import Sequences, TrainBatches
+from quack_lm.errors import UserError
 from quack_lm.optim.recipe import Recipe, set_lr
-from quack_lm.parallel import World, clip_gradients, set_gradient_reduction
+from quack_lm.parallel import World, clip_gradients, memory_of_a_rank, set_gradient_reduction
 from quack_lm.stabilizers.base import Stabilizer
 from quack_lm.step import LogitWeights, stabilized_step
 from quack_lm.training.build import choose_kernels, initialize_stabilizer, make_model, place_model
@@ -24,10 +26,11 @@ DOCUMENT_TOKENS, EOT_ID = 512, 0
 
 
 class Timing(NamedTuple):
-    """The mean time of a step of a turn, and of each of its phases."""
+    """The mean time of a step of a turn, and of each of its phases; and its minor page faults, where they are known."""
 
     step_s: float
     phases_s: dict[str, float]
+    page_faults: float | None = None
 
 
 class TimedStep(Protocol):
@@ -69,12 +72,13 @@ class Phases:
 
 def timed(step: Callable[[Phases], object], device: torch.device, steps: int) -> Timing:
     """The mean of so many steps in a row."""
-    phases = Phases(device)
+    phases, faults = Phases(device), getrusage(RUSAGE_SELF).ru_minflt
     start = time.perf_counter()
     for _ in range(steps):
         step(phases)
     phases_s = {name: seconds / steps for name, seconds in phases.seconds().items()}
-    return Timing((time.perf_counter() - start) / steps, phases_s)
+    step_s = (time.perf_counter() - start) / steps
+    return Timing(step_s, phases_s, (getrusage(RUSAGE_SELF).ru_minflt - faults) / steps)
 
 
 class TrainingStep:
@@ -150,15 +154,31 @@ class TrainingStep:
         return self.model(tokens[:, :-1], tokens[:, 1:], n_documents).sum() / self.tokens_per_step
 
 
+def check_memory_of_tokens(config: dict[str, Any]) -> None:
+    """UserError where the sequences of a step do not fit into the memory of a process."""
+    batch, seq_len = (config["trainer"][key] for key in ("global_batch_size", "seq_len"))
+    needed, available = batch * seq_len * _dtype(config).itemsize, memory_of_a_rank("cpu")
+    if needed > available:
+        raise UserError(
+            f"trainer.global_batch_size={batch} sequences of trainer.seq_len={seq_len}, which a benchmark keeps, "
+            f"take {needed / 2**30:,.0f} GiB of the {available / 2**30:,.0f} GiB that each process has"
+        )
+
+
 def random_tokens(config: dict[str, Any], *, n_sequences: int) -> np.ndarray:
     """Ids of the vocabulary, as many as the sequences have together; the same on every rank."""
     vocab_size, seq_len = config["model"]["vocab_size"], config["trainer"]["seq_len"]
-    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32  # as in prepared data
+    dtype = _dtype(config)
     generator, count = np.random.default_rng(config["seed"]), n_sequences * seq_len + 1
     tokens = generator.integers(vocab_size, size=count, dtype=dtype)
     if config["data"]["mask_documents"]:
         tokens[generator.integers(DOCUMENT_TOKENS, size=count) == 0] = EOT_ID
     return tokens
+
+
+def _dtype(config: dict[str, Any]) -> np.dtype:
+    """As in prepared data."""
+    return np.dtype(np.uint16 if config["model"]["vocab_size"] <= 1 << 16 else np.uint32)
 
 
 def _marking(optimizer: torch.optim.Optimizer, phases: Phases) -> list[Any]:

@@ -1,11 +1,12 @@
 """What each suite compares: variants of one config, the first of which the others are relative to."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from quack_lm.config import choice, choices
+from quack_lm.config import choices, chosen_groups, compose, flatten, groups
 from quack_lm.errors import UserError
 
 # The tiny experiment's matrices start larger, for its width of 64. Here logits would be so large that attention weights
@@ -47,6 +48,14 @@ INTERVALS = ("logger.log_every=10", "trainer.probe_every=50", "trainer.checkpoin
 # What some peers need besides the project's own dependencies, and the extra that installs it.
 PACKAGES = {"llama Trainer": "accelerate", "litgpt": "litgpt", "torchtitan": "torchtitan"}
 INSTALL = "pip install -e '.[peers]'"
+# Settings that the models and optimizers of other libraries do not follow.
+UNEQUAL = (
+    "attention._target_",
+    "attention.latent_norm",
+    "optimizer._target_",
+    "stabilizer.",
+    "trainer.activation_checkpointing",
+)
 
 Part = Literal["data", "log", "probe", "checkpoint"]
 Scaling = Literal["strong", "weak"]
@@ -65,10 +74,12 @@ class Variant:
         peer: whose step it is, a name in `peers.py`.
         package: what it needs besides the project's own dependencies.
         muon: whose optimizer makes a step, without a model.
+        shape: of a matrix in each layer, in multiples of the model's width; None: the matrices of the blocks.
         decode: what the cache of a step has that decodes one token.
         ranks: how many processes torchrun starts for it.
         scaling: strong: they share the batch of one rank; weak: each has as much.
-        is_isolated: whether its steps are made in a process of their own, with the memory settings of its library.
+        is_isolated: whether its steps are made in a process of their own, with memory settings of their own.
+        keeps_freed_memory: whether that process keeps what it has freed, on a CPU.
         needs_gpu: whether its kernels, or those of its backward pass, run on GPUs alone.
     """
 
@@ -78,11 +89,13 @@ class Variant:
     peer: str | None = None
     package: str | None = None
     muon: Literal["ours", "torch"] | None = None
+    shape: tuple[float, float] | None = None
     decode: Kept | None = None
     ranks: int = 0
     scaling: Scaling = "strong"
     needs_gpu: bool = False
     is_isolated: bool = False
+    keeps_freed_memory: bool = True
 
     def check_turn(self, config: dict[str, Any], steps: int) -> None:
         """UserError where a turn would have another share of an interval than its neighbors."""
@@ -98,14 +111,21 @@ class Variant:
                 raise UserError(f"steps={steps} must be a multiple of {key}={every}; set steps or {key}")
 
     def check_config(self, name: str, config: dict[str, Any]) -> None:
-        """UserError where the config asks for what the variant does not do: a peer has its own attention, of its own
-        sizes, and AdamW."""
-        attention = "mla" if self.peer == "deepseek_v3" else "mha"
-        fix = "or choose others with only=..."
-        if self.peer and choice(config["attention"]) != attention:
-            raise UserError(f"{name} has attention={attention}; leave attention out, {fix}")
-        if self.peer and not config["optimizer"]["_target_"].endswith(".AdamWRecipe"):
-            raise UserError(f"{name} has optimizer=adamw; leave optimizer out, {fix}")
+        """UserError where the config asks for what the variant does not do: a peer follows sizes alone."""
+        trainer, own_chunk = config["trainer"], any(one.startswith("trainer.loss_chunk=") for one in self.settings)
+        n_tokens, chunk = trainer["micro_batch_size"] * trainer["seq_len"], trainer["loss_chunk"]
+        if own_chunk and isinstance(chunk, int) and chunk >= n_tokens:
+            raise UserError(f"{name}: a micro-batch has {n_tokens} tokens, which are one piece; make it larger")
+        if self.peer:
+            alone = [*BASE, *self.settings]
+            own, given = (
+                {key: value for key, value in flatten(one).items() if key.startswith(UNEQUAL)}
+                for one in (compose(alone), config)
+            )
+            if changed := [key for key in sorted(own | given) if own.get(key) != given.get(key)]:
+                key = changed[0].removesuffix("._target_")
+                value = chosen_groups(alone)[key] if key in groups() else json.dumps(own.get(key))
+                raise UserError(f"{name} has {key}={value}; leave {key} out, or choose others with only=...")
         if config["data"]["mask_documents"] and (self.peer or self.decode):
             raise UserError(f"{name} masks no documents; leave data.mask_documents out")
 
@@ -140,6 +160,11 @@ def _stabilizers() -> dict[str, Sequence[str]]:
     return {name: [f"stabilizer={name}"] for name in ("none", *others)}
 
 
+def _sizes(name: str, numbers: Sequence[int], *keys: str) -> Suite:
+    """`keys` are settings in which `{}` is the number."""
+    return _each({f"{name} {n}": [key.format(n, 4 * n) for key in keys] for n in numbers})
+
+
 def _around(variants: Mapping[str, Variant]) -> Suite:
     """A turn is a whole number of intervals."""
     return Suite(variants, rounds=6, steps=50, warmup=50)
@@ -147,8 +172,8 @@ def _around(variants: Mapping[str, Variant]) -> Suite:
 
 def _ranks() -> Variants:
     scalings: tuple[Scaling, ...] = ("strong", "weak")
-    several = {f"{n} ranks {kind}": Variant(ranks=n, scaling=kind) for kind in scalings for n in (2, 4)}
-    return {"1 rank": Variant(ranks=1), **several}
+    several = {f"ranks {kind} {n}": Variant(ranks=n, scaling=kind) for kind in scalings for n in (2, 4)}
+    return {"ranks strong 1": Variant(ranks=1), **several}
 
 
 def _decode() -> Variants:
@@ -179,9 +204,48 @@ def _peers() -> dict[str, Variant]:
         ours = f"ours as {peers[0]}"
         variants[ours] = Variant(settings, ours, is_isolated=True)
         variants |= {
-            peer: Variant(settings, ours, peer=peer, package=PACKAGES.get(peer), is_isolated=True) for peer in peers
+            peer: Variant(
+                settings,
+                ours,
+                peer=peer,
+                package=PACKAGES.get(peer),
+                is_isolated=True,
+                keeps_freed_memory=False,  # as their users do
+            )
+            for peer in peers
         }
     return variants
+
+
+def _muon(owners: Mapping[str, Variant]) -> Suite:
+    """Ours relative to torch's, on the matrices of each of the given variants."""
+    whose: tuple[Literal["torch", "ours"], ...] = ("torch", "ours")
+    return Suite(
+        {
+            f"{name} {which}": replace(
+                one,
+                settings=[*one.settings, "optimizer=muon", "optimizer.ns_dtype=bfloat16"],
+                baseline=f"{name} torch",
+                muon=which,
+            )
+            for name, one in owners.items()
+            for which in whose
+        }
+    )
+
+
+def _scaling() -> Suite:
+    """All suites of one size, each relative to its own first variant."""
+    return Suite(
+        {
+            name: replace(one, baseline=next(iter(each.variants)))
+            for each in (*SIZES.values(), Suite(_ranks()))
+            for name, one in each.variants.items()
+        },
+        rounds=6,
+        steps=1,
+        warmup=1,
+    )
 
 
 def _kernels() -> Variants:
@@ -192,6 +256,16 @@ def _kernels() -> Variants:
     }
     return {**ours, **{name: one for name, one in _peers().items() if name != "llama Trainer"}}
 
+
+# How the cost grows; a name ends with the size.
+SIZES: Mapping[str, Suite] = {
+    "length": _sizes("length", (128, 256, 512, 1024, 2048), "trainer.seq_len={}"),
+    "layers": _sizes("layers", (2, 4, 8, 16), "model.n_layers={}"),
+    "width": _sizes("width", (128, 256, 512, 1024), "model.d_model={}", "model.d_ff={1}"),
+    "vocabulary": _sizes("vocabulary", (1024, 4096, 16384, 65536), "model.vocab_size={}"),
+}
+# Rows and columns of the matrices of the blocks of the 1B models, in multiples of their width; the rotary key's last.
+SHAPES = ((1, 1), (4, 1), (1, 4), (1, 2), (1, 0.25), (0.125, 1), (2, 0.125), (0.03125, 1))
 
 SUITES: Mapping[str, Suite] = {
     "stabilizers": _each(_stabilizers()),
@@ -222,18 +296,9 @@ SUITES: Mapping[str, Suite] = {
         }
     ),
     "compile": _each({"eager": [], "compiled": ["trainer.compile=true"]}),
-    # On the weights of the blocks alone, without forward and backward.
-    "muon": Suite(
-        {
-            f"{attention} {whose}": Variant(
-                [f"attention={attention}", "optimizer=muon", "optimizer.ns_dtype=bfloat16"],
-                baseline=f"{attention} torch",
-                muon=whose,
-            )
-            for attention in choices("attention")
-            for whose in ("torch", "ours")
-        }
-    ),
+    # On the weights of the blocks alone, without forward and backward; and on one matrix of each block.
+    "muon": _muon({name: Variant([f"attention={name}"]) for name in choices("attention")}),
+    "muon_shapes": _muon({f"{m:g}x{n:g}": Variant(shape=(m, n)) for m, n in SHAPES}),
     "precision": _each({"float32": [], "bfloat16": ["trainer.precision=bfloat16"]}),
     "checkpointing": _each(
         {
@@ -264,12 +329,16 @@ SUITES: Mapping[str, Suite] = {
             "synchronous": Variant([*INTERVALS, "trainer.async_checkpoints=false"], parts=("checkpoint",)),
         }
     ),
-    # How the cost grows.
-    "length": _each({f"{n} tokens": [f"trainer.seq_len={n}"] for n in (128, 256, 512, 1024, 2048)}),
-    "layers": _each({f"{n} layers": [f"model.n_layers={n}"] for n in (2, 4, 8, 16)}),
-    "width": _each({f"width {n}": [f"model.d_model={n}", f"model.d_ff={4 * n}"] for n in (128, 256, 512, 1024)}),
-    "vocabulary": _each({f"{n} tokens": [f"model.vocab_size={n}"] for n in (1024, 4096, 16384, 65536)}),
+    # What the process does with memory that it has freed, on a CPU.
+    "freed_memory": Suite(
+        {
+            "kept": Variant(is_isolated=True),
+            "given back": Variant(is_isolated=True, keeps_freed_memory=False),
+        }
+    ),
+    **SIZES,
     "ranks": Suite(_ranks(), rounds=6),
+    "scaling": _scaling(),
     "peers": Suite(_peers()),
     "kernels": Suite(_kernels()),
     "decode": Suite(_decode(), DECODE_BASE, steps=8),

@@ -16,7 +16,8 @@ out=FILE       a line of JSON for each turn, runs/bench/<suite>.jsonl unless giv
 only=A,B       some variants of the suite
 trace=FILE     after that, a trace of the first variant's steps for Perfetto or chrome://tracing (FILE.json.gz), and
                the operations that took longest
-plot=FILE      of suite=decode: decode steps per second against the length of the context (FILE.png or FILE.pdf)
+plot=FILE      suite=decode: decode steps per second against the length of the context; suite=scaling: step time
+               against each size (FILE.png or FILE.pdf)
 
 Every other key=value is a setting of all variants, as of quack-lm train; an experiment= or a model= that is given has
 its own sizes. Tokens are random, so no data set is needed; with data.mask_documents=true they are documents of 512
@@ -32,7 +33,7 @@ import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +44,7 @@ from tqdm import tqdm
 from quack_lm.bench import suites
 from quack_lm.bench.suites import Suite, Variant
 from quack_lm.cli.flags import check_writable
-from quack_lm.config import compose, instantiate, unknown_flag
+from quack_lm.config import compose, instantiate, take_keys
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import refuse_other_than_file, user_path, write_atomically, write_together
 from quack_lm.report.table import Table, significant
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from quack_lm.parallel import World
 
 COUNTS = ("rounds", "steps", "warmup")
+# The suites with a figure.
+PLOTTED = ("decode", "scaling")
 # The phases of a step, by the header of their column.
 PHASES = {
     "data": "data",
@@ -67,8 +70,7 @@ PHASES = {
     "checkpoint": "checkpoint",
 }
 MIB = 2**20
-# Settings that the models of other libraries do not follow.
-UNEQUAL = ("stabilizer", "attention.latent_norm", "trainer.activation_checkpointing")
+OWN = ("suite", "out", "only", "trace", "plot", *COUNTS)
 # Of the table of `kernels`.
 LEGEND = """\
 fwd, bwd     kernels that inductor generates for forward and backward of one micro-batch, each as one graph
@@ -135,6 +137,7 @@ def main(arguments: list[str]) -> int:
     command = read(arguments)
 
     # Imported late: a mistake in the settings need not wait for it.
+    from quack_lm.bench.step import check_memory_of_tokens
     from quack_lm.parallel import check_world, launched_world, resolve_device
     from quack_lm.training.build import make_model
     from quack_lm.training.check import check_memory
@@ -151,6 +154,7 @@ def main(arguments: list[str]) -> int:
         model = make_model(config)
         if not variant.decode:
             check_memory(config, model, device=device, ranks_of_a_copy=ranks // trainer.replicas)
+            check_memory_of_tokens(config)
     for key, path in (("out", command.out), ("trace", command.trace), ("plot", command.plot)):
         if path:
             check_writable(path, f"{key}={path}")
@@ -194,10 +198,13 @@ def measure(command: Command, world: "World", directory: Path) -> None:
         cache_bytes = step.cache_bytes if isinstance(step, DecodeStep) else None
         scales[name] = Scale(step.tokens_per_step, at_peak_s, memory_bytes, cache_bytes)
 
+    baselines = suites.baselines(command.variants)
+
     def write_turns(turns: "Sequence[Turn]") -> None:
         if world.is_main:
             quiet = rounds.quiet_rounds(turns)
-            _write(command, [{**_line(turn, scales[turn.variant]), "is_kept": turn.round in quiet} for turn in turns])
+            more = [{"baseline": baselines[turn.variant], "is_kept": turn.round in quiet} for turn in turns]
+            _write(command, [_line(turn, scales[turn.variant]) | own for turn, own in zip(turns, more, strict=True)])
 
     turns = rounds.measure(
         {name: one.step for name, one in warm.items()},
@@ -208,8 +215,9 @@ def measure(command: Command, world: "World", directory: Path) -> None:
     )
     if world.is_main:
         kept = rounds.quiet_rounds(turns)
-        found = rounds.summarize(suites.baselines(command.variants), turns, kept)
-        echo(*_table(found, scales).splitlines(), "")
+        found = rounds.summarize(baselines, turns, kept)
+        has_faults = any(variant.is_isolated for variant in command.variants.values())
+        echo(*_table(found, scales, has_faults=has_faults).splitlines(), "")
         left_out = command.counts["rounds"] - len(kept)
         echo(f"{len(kept)} rounds, {left_out} left out because the machine was busy; {_machine(world)}")
         echo(f"each turn is in {command.out}")
@@ -255,13 +263,12 @@ def _write(command: Command, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write_plot(command: Command, found: "Sequence[Summary]", scales: Mapping[str, Scale]) -> None:
-    from quack_lm.bench.decode import plot
+    from quack_lm.bench.plot import decode_plot, scaling_plot
     from quack_lm.report.draw import draw, save
 
     assert command.plot is not None
-    contexts = {name: config["trainer"]["seq_len"] for name, config in command.configs.items()}
     cache_bytes = {name: scale.cache_bytes for name, scale in scales.items() if scale.cache_bytes is not None}
-    figure = draw(plot(found, contexts, cache_bytes))
+    figure = draw(decode_plot(found, cache_bytes) if cache_bytes else scaling_plot(found))
     with explaining(f"plot={command.plot}", "or choose another"):
         command.plot.parent.mkdir(parents=True, exist_ok=True)
         write_together({command.plot: save(figure, command.plot.suffix.removeprefix("."))})
@@ -276,7 +283,7 @@ def _machine(world: "World") -> str:
     return f"{len(os.sched_getaffinity(0))} CPU cores, {torch.get_num_threads()} threads here"
 
 
-def _table(found: "Sequence[Summary]", scales: Mapping[str, Scale]) -> str:
+def _table(found: "Sequence[Summary]", scales: Mapping[str, Scale], *, has_faults: bool) -> str:
     has_cache = any(scale.cache_bytes is not None for scale in scales.values())
     phases = {short: name for short, name in PHASES.items() if any(name in one.phases_s for one in found)}
     rows = []
@@ -293,14 +300,15 @@ def _table(found: "Sequence[Summary]", scales: Mapping[str, Scale]) -> str:
                 "" if mfu is None else f"{100 * mfu:.3g}%",
                 *([f"{scale.cache_bytes:,}"] if has_cache else []),
                 significant(scale.memory_bytes / MIB),
+                *(["" if one.page_faults is None else format_count(one.page_faults)] if has_faults else []),
                 significant(1e3 * one.step_s),
                 *own,
                 ratio,
                 f"{one.fastest_ratio:.3f}" if one.variant != one.baseline else "",
             )
         )
-    cache = ["cache B"] if has_cache else []
-    header = ("variant", "tok/s", "MFU", *cache, "MiB", "ms", *phases, "relative step time", "fastest")
+    cache, faults = ["cache B"] if has_cache else [], ["faults"] if has_faults else []
+    header = ("variant", "tok/s", "MFU", *cache, "MiB", *faults, "ms", *phases, "relative step time", "fastest")
     return Table(header=header, rows=rows, numeric=range(1, len(header))).as_text()
 
 
@@ -312,7 +320,7 @@ def count(command: Command, world: "World", directory: Path) -> None:
 
     if world.size > 1:
         raise UserError("suite=kernels counts in one process; start it without torchrun")
-    lines: dict[str, dict[str, Any]] = {}
+    baselines, lines = suites.baselines(command.variants), dict[str, dict[str, Any]]()
     for name, variant in tqdm(command.variants.items(), disable=None, leave=False):
         config = command.configs[name]
         step: Any = make_here(variant, config, directory, world)
@@ -321,12 +329,12 @@ def count(command: Command, world: "World", directory: Path) -> None:
         n_tokens = config["trainer"]["micro_batch_size"] * config["trainer"]["seq_len"]
         lines[name] = {
             "variant": name,
+            "baseline": baselines[name],
             **found._asdict(),
             "bytes_per_token": found.bytes / n_tokens,
             "stabilizer_calls": calls,
             "n_layers": config["model"]["n_layers"],
         }
-    baselines = suites.baselines(command.variants)
     rows = [_kernel_row(name, line, lines[baselines[name]]) for name, line in lines.items()]
     header = ("variant", "fwd", "bwd", "+fwd", "+bwd", "GEMMs", "attention", "other", "B/token", "stabilizer")
     echo(*Table(header=header, rows=rows, numeric=range(1, len(header))).as_text().splitlines(), "")
@@ -357,12 +365,13 @@ def _kernel_row(name: str, line: dict[str, Any], baseline: dict[str, Any]) -> tu
 
 def read(arguments: list[str]) -> Command:
     """The command; UserError for a mistake in it."""
-    own, overrides = _split(arguments)
+    own, overrides = take_keys(arguments, OWN)
     if "suite" not in own:
         raise UserError(f"say what to compare: suite=stabilizers, or one of: {', '.join(suites.SUITES)}")
     suite = suites.suite(own["suite"])
     counts = {name: _count(own, name, getattr(suite, name)) for name in COUNTS}
     variants, notes = _chosen(suite, own.get("only"))
+    _refuse_varied(own["suite"], variants, overrides)
     base = _base(suite, overrides)
     settings, configs = {}, {}
     for name, variant in variants.items():
@@ -375,22 +384,21 @@ def read(arguments: list[str]) -> Command:
             settings[name] += variant.share_batch(configs[name]["trainer"])
             configs[name] = compose([*base, *settings[name]])
         variant.check_config(name, configs[name])
-        for key in (override.lstrip("+~").partition("=")[0] for override in overrides if variant.is_isolated):
-            if key in UNEQUAL or key.startswith("stabilizer."):
-                raise UserError(f"{key} changes our model and not that of {name}; leave it out, as models are compared")
         variant.check_turn(configs[name], counts["steps"])
-    _refuse_equal(own["suite"], variants, configs)
     out = user_path(own.get("out", f"runs/bench/{own['suite']}.jsonl"))
     trace = user_path(own["trace"]) if "trace" in own else None
-    if trace and own["suite"] in ("kernels", "peers", "ranks"):
+    first = next(iter(variants.values()), None)
+    if trace and first and (own["suite"] == "kernels" or first.is_isolated or first.ranks):
         raise UserError(
             f"trace={trace}: suite={own['suite']} has no steps to trace here; trace those of suite=stabilizers"
         )
     if trace and not trace.name.endswith((".json", ".json.gz")):
         raise UserError(f"trace={own['trace']} must name a file that ends in .json or .json.gz")
     plot = user_path(own["plot"]) if "plot" in own else None
-    if plot and (own["suite"] != "decode" or plot.suffix not in (".png", ".pdf")):
-        raise UserError(f"plot={own['plot']} is for suite=decode and must name a file that ends in .png or .pdf")
+    if plot and own["suite"] not in PLOTTED:
+        raise UserError(f"plot={own['plot']}: suite={own['suite']} has no figure; {' and '.join(PLOTTED)} have one")
+    if plot and plot.suffix not in (".png", ".pdf"):
+        raise UserError(f"plot={own['plot']} must name a file that ends in .png or .pdf")
     places: dict[Path, str] = {}
     for key, path in (("out", out), ("trace", trace), ("plot", plot)):
         if path:
@@ -400,13 +408,12 @@ def read(arguments: list[str]) -> Command:
     return Command(own["suite"], counts, out, trace, plot, variants, settings, configs, notes)
 
 
-def _refuse_equal(suite: str, variants: Mapping[str, Variant], configs: Mapping[str, dict[str, Any]]) -> None:
-    """UserError where a setting of all variants is the one by which they differ."""
-    seen: dict[str, str] = {}
-    for name, variant in variants.items():
-        other = seen.setdefault(repr((replace(variant, settings=(), baseline=None), configs[name])), name)
-        if other != name:
-            raise UserError(f"with these settings {name} equals {other}; leave out the key that suite={suite} varies")
+def _refuse_varied(suite: str, variants: Mapping[str, Variant], overrides: Sequence[str]) -> None:
+    """UserError where a setting of all variants is one in which they differ."""
+    own = [dict(setting.split("=", 1) for setting in variant.settings) for variant in variants.values()]
+    for key in (override.lstrip("+").partition("=")[0] for override in overrides):
+        if len({settings.get(key) for settings in own}) > 1:
+            raise UserError(f"{key} is what suite={suite} varies; leave it out, or choose one variant with only=...")
 
 
 def _base(suite: Suite, overrides: Sequence[str]) -> list[str]:
@@ -431,19 +438,6 @@ def _chosen(suite: Suite, only: str | None) -> tuple[dict[str, Variant], list[st
         if len(variants) > 1 and one.baseline and one.baseline not in variants:
             raise UserError(f"only={only}: {name} is relative to {one.baseline}; name that, too")
     return {name: one for name, one in variants.items() if name not in missing}, notes
-
-
-def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    own, overrides = {}, []
-    for argument in arguments:
-        if argument.startswith("-"):
-            raise UserError(unknown_flag(argument, []))
-        name, _, value = argument.partition("=")
-        if name in ("suite", "out", "only", "trace", "plot", *COUNTS):
-            own[name] = value
-        else:
-            overrides.append(argument)
-    return own, overrides
 
 
 def _count(own: dict[str, str], name: str, default: int) -> int:

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from quack_lm.config import unknown_flag
+from quack_lm.cli.flags import check_writable
+from quack_lm.config import take_keys
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import metrics_line, read_json, user_path, write_atomically
 from quack_lm.report.table import Table, duration, significant
@@ -43,7 +44,6 @@ BENCH = [
     "model.n_layers=8",
     "trainer.micro_batch_size=8",
     "trainer.global_batch_size=24",
-    "rounds=6",
     "steps=2",
     "warmup=2",
 ]
@@ -111,6 +111,7 @@ def main(arguments: list[str]) -> int:
     own, is_dry = read(arguments)
     directory, is_small = user_path(own.get("dir", "runs/gpu_check")), own.get("small") == "true"
     chosen = choose(parts(directory, is_small=is_small), own.get("only"))
+    check_writable(directory / "page.md", f"dir={directory}")
     if not is_dry and (directory / "page.md").exists():
         raise UserError(f"dir={directory} holds the page of an earlier check; choose another dir")
     if is_dry:
@@ -135,23 +136,19 @@ def main(arguments: list[str]) -> int:
 
 def read(arguments: list[str]) -> tuple[dict[str, str], bool]:
     """The keys of a command line, and whether it is only to be shown; UserError for anything unknown."""
-    own = {}
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if argument.startswith("-") and argument != "--dry-run":
-            raise UserError(unknown_flag(argument, ["--dry-run"]))
-        if not argument.startswith("-") and name not in ("dir", "only", "small"):
-            raise UserError(f"{argument}: quack-lm gpu-check has the keys dir= and only=")
-        own[name] = value
+    own, others = take_keys([one for one in arguments if one != "--dry-run"], ("dir", "only", "small"))
+    if others:
+        raise UserError(f"{others[0]}: quack-lm gpu-check has the keys dir= and only=")
     if own.get("small", "false") not in ("true", "false"):
         raise UserError(f"small={own['small']} must be true or false")
-    return own, own.pop("--dry-run", None) is not None
+    return own, "--dry-run" in arguments
 
 
 def parts(directory: Path, *, is_small: bool) -> list[Part]:
     """Everything that is run, in order."""
     cli = (sys.executable, "-m", "quack_lm")
-    bench = (*cli, "bench", *(["rounds=1", "steps=1", "warmup=1", *SMALL] if is_small else BENCH))
+    bench = (*cli, "bench", *(["steps=1", "warmup=1", *SMALL] if is_small else BENCH))
+    rounds = "rounds=1" if is_small else "rounds=6"
     short, compiled = ((), ()) if is_small else (ONE_MICRO_BATCH, (COMPILED,))
     suites = {
         "stabilizers": ("Stabilizers, MHA", ("suite=stabilizers", "attention=mha", *compiled)),
@@ -179,7 +176,7 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
         ),
         Part("trace", "Trace of a step, MHA", (*bench, *trace, f"out={directory / 'trace.jsonl'}")),
         *(
-            Part(name, title, (*bench, *settings, f"out={directory / name}.jsonl"))
+            Part(name, title, (*bench, rounds, *settings, f"out={directory / name}.jsonl"))
             for name, (title, settings) in suites.items()
         ),
     ]

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from quack_lm.cli.flags import check_writable
-from quack_lm.config import choice, compose, groups, unknown_flag
+from quack_lm.config import choice, compose, groups, take_keys
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import finite, user_path, write_together
 from quack_lm.text import echo
@@ -85,19 +85,14 @@ def main(arguments: list[str]) -> int:
 
 def read(arguments: list[str]) -> tuple[float, float, int, list[str], Path | None]:
     """The first and the last rate, the steps between them, the settings, and where the results go."""
-    own, overrides = dict(DEFAULTS), []
-    for argument in arguments:
-        if argument.startswith("-"):
-            raise UserError(unknown_flag(argument, []))
-        name, _, value = argument.partition("=")
-        if name in OWN:
-            own[name] = value
-        elif (key := name.lstrip("+")) in ELSEWHERE:
+    given, overrides = take_keys(arguments, OWN)
+    own = DEFAULTS | given
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if (key := name.lstrip("+")) in ELSEWHERE:
             raise UserError(f"{key} {ELSEWHERE[key]}")
-        elif name not in groups() and (close := difflib.get_close_matches(name, OWN, n=1)):
+        if name not in groups() and (close := difflib.get_close_matches(name, OWN, n=1)):
             raise UserError(f"unknown key {name}: did you mean {close[0]}={value}?")
-        else:
-            overrides.append(argument)
     rates = [_rate(name, own[name]) for name in ("from", "to")]
     if rates[0] >= rates[1]:
         raise UserError(f"from={own['from']} must be below to={own['to']}")

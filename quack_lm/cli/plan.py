@@ -26,11 +26,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quack_lm.cli import sweep as sweep_command
-from quack_lm.config import choice, compose, instantiate, split_axes, unknown_flag
+from quack_lm.config import choice, compose, instantiate, split_axes, take_keys
 from quack_lm.errors import UserError
 from quack_lm.files import metrics_line, user_path
 from quack_lm.report.table import NO_NUMBER, Table, count, significant
 from quack_lm.sweep import cost
+from quack_lm.sweep.label import describe_differences
 from quack_lm.text import echo
 from quack_lm.training.accelerators import Accelerator, named_accelerator
 from quack_lm.training.run_dir import RunDir, lines_backwards
@@ -89,7 +90,7 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         echo(*(__doc__ or "").splitlines())
         return 0
-    own, rest = split(arguments)
+    own, rest = take_keys(arguments, OWN)
     setting, is_measured = read(own), own.get("measure") == "true"
     if is_measured and len(own) > 1:
         key = next(key for key in own if key != "measure")
@@ -108,14 +109,6 @@ def main(arguments: list[str]) -> int:
         return measure([config])
     plan_run(config, setting)
     return 0
-
-
-def split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The keys of the plan itself, and the rest; UserError for a flag, of which a plan has none."""
-    if flags := [argument for argument in arguments if argument.startswith("-")]:
-        raise UserError(unknown_flag(flags[0], []))
-    own = dict(a.split("=", 1) for a in arguments if a.partition("=")[0] in OWN and "=" in a)
-    return own, [argument for argument in arguments if argument.partition("=")[0] not in own]
 
 
 def read(own: Mapping[str, str]) -> Setting:
@@ -273,8 +266,11 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
     flops = cost.count_flops(cells, count_flops_per_token)
     memory = [_step_memory(own[0].config, setting).total for own in kinds.values()]
     unit, in_unit = _unit(memory)
+    differences = describe_differences([own[0].config for own in kinds.values()])
+    settings = [" ".join(filter(None, pair)) for pair in differences]
+    has_settings = any(settings)
     rows = []
-    for own, taken in zip(kinds.values(), memory, strict=True):
+    for own, taken, others in zip(kinds.values(), memory, settings, strict=True):
         config = own[0].config
         per_token = flops[own[0].name] / own[0].total_tokens
         total = cost.estimate(own, {cell.name: flops[cell.name] for cell in own}, setting.speed)
@@ -282,6 +278,7 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
         rows.append(
             (
                 *(choice(config[section]) for section in ("attention", "stabilizer")),
+                *([others] if has_settings else []),
                 str(len(own)),
                 count(count_parameters(make_model(config))["total"]),
                 f"{per_token:.3g}",
@@ -294,6 +291,7 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
     header = (
         "attention",
         "stabilizer",
+        *(["settings"] if has_settings else []),
         "runs",
         "parameters",
         "FLOPs/token",
@@ -301,7 +299,12 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
         "tokens/s",
         "hours each",
     )
-    echo(*Table(header=(*header, "card-hours"), rows=rows, numeric=range(2, 9)).as_text().splitlines(), "")
+    echo(
+        *Table(header=(*header, "card-hours"), rows=rows, numeric=range(2 + has_settings, 9 + has_settings))
+        .as_text()
+        .splitlines(),
+        "",
+    )
     all_of_it = cost.estimate(cells, flops, setting.speed)
     echo(f"{len(cells)} runs, {all_of_it.tokens:.3g} tokens, {all_of_it.flops:.3g} FLOPs")
     if setting.speed is None or all_of_it.hours is None:

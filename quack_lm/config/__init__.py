@@ -6,7 +6,7 @@
 Hydra and OmegaConf are imported here and nowhere else.
 """
 
-from quack_lm.config.command_line import help_topic, read_flags, take_flag, unknown_flag
+from quack_lm.config.command_line import help_topic, read_flags, take_flag, take_keys, unknown_flag
 from quack_lm.config.compose import Axis, chosen_groups, compose, compose_all, split_axes
 from quack_lm.config.groups import CONFIG_DIR, choices, groups, nearest
 from quack_lm.config.reference import help_text, reference_markdown
@@ -48,5 +48,6 @@ __all__ = [
     "reference_markdown",
     "split_axes",
     "take_flag",
+    "take_keys",
     "unknown_flag",
 ]

@@ -1,5 +1,6 @@
 """The flags around the `key=value` settings, and answers to flags that Hydra or argparse users try."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from quack_lm.config.groups import CONFIG_DIR, groups, suggest
@@ -44,6 +45,25 @@ def take_flag(arguments: list[str], *names: str) -> tuple[str | None, list[str]]
         rest = arguments[:i] + arguments[i + (1 if equals else 2) :]
         break
     return value, rest
+
+
+def take_keys(arguments: list[str], names: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """(the values of a command's own `key=value`, the other arguments); UserError for a flag, and a key given twice."""
+    own: dict[str, str] = {}
+    rest = []
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise UserError(unknown_flag(argument, []))
+        name, _, value = argument.partition("=")
+        if name not in names:
+            rest.append(argument)
+        elif not value:
+            raise UserError(f"{name} needs a value: {name}=...")
+        elif name in own:
+            raise UserError(f"{argument}: {name}={own[name]} is given, too; choose one")
+        else:
+            own[name] = value
+    return own, rest
 
 
 def help_topic(arguments: list[str]) -> str | None:

@@ -173,7 +173,8 @@ def run_warnings(plan: RunPlan) -> list[str]:
 
 
 def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ranks_of_a_copy: int) -> None:
-    """Raise UserError where a rank's part of the weights, gradients and optimizer state cannot fit into its memory."""
+    """Raise UserError where a rank's part of the weights, gradients and optimizer state cannot fit into its memory, or
+    what every step keeps of a micro-batch: the inputs [B, T, D] of the blocks."""
     n_params = count_parameters(model)["total"]
     bytes_of_state = 2 if config["optimizer"]["state_dtype"] == "bfloat16" else 4
     needed = (BYTES_PER_PARAMETER - 4 + bytes_of_state) * n_params / ranks_of_a_copy
@@ -187,6 +188,16 @@ def check_memory(config: dict[str, Any], model: Transformer, *, device: str, ran
         raise UserError(
             f"{key}={sizes[key]} is too large, or another size of model or attention: {n_params:,} parameters take "
             f"{needed / 2**30:,.0f} GiB of the {available / 2**30:,.0f} GiB that each process has"
+        )
+    trainer, sizes = config["trainer"], config["model"]
+    micro_batch_size = 1 if trainer["micro_batch_size"] == "auto" else trainer["micro_batch_size"]
+    itemsize = getattr(torch, trainer["precision"]).itemsize
+    kept = micro_batch_size * trainer["seq_len"] * sizes["d_model"] * sizes["n_layers"] * itemsize
+    if kept > available:
+        raise UserError(
+            f"trainer.micro_batch_size={micro_batch_size} sequences of trainer.seq_len={trainer['seq_len']} are too "
+            f"large: the inputs of the blocks alone take {kept / 2**30:,.0f} GiB of the {available / 2**30:,.0f} GiB "
+            "that each process has"
         )
 
 
