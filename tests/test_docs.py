@@ -30,10 +30,10 @@ from quack_lm.cli.generate import read as read_generate
 from quack_lm.cli.gpu_check import choose, parts
 from quack_lm.cli.gpu_check import read as read_gpu_check
 from quack_lm.cli.lr_find import read as read_lr_find
+from quack_lm.cli.plan import OWN as KEYS_OF_PLAN
 from quack_lm.cli.plan import read as read_plan
-from quack_lm.cli.plan import split as split_plan
 from quack_lm.cli.sweep import parse
-from quack_lm.config import CONFIG_DIR, compose, instantiate
+from quack_lm.config import CONFIG_DIR, compose, instantiate, take_keys
 from quack_lm.logit_paths import Factor, LogitPath
 from quack_lm.paper import claims
 from quack_lm.report import collected
@@ -186,7 +186,7 @@ def check_sweep(arguments: list[str]) -> None:
 
 
 def check_plan(arguments: list[str]) -> None:
-    own, rest = split_plan(arguments)
+    own, rest = take_keys(arguments, KEYS_OF_PLAN)
     # The run that has measured an MFU is not there.
     ranks = read_plan({key: value for key, value in own.items() if not value.startswith("runs/")}).world_size
     if any(argument.startswith("sweep=") for argument in rest):
