@@ -30,7 +30,7 @@ def open_regular(path: Path, mode: str = "r", *, errors: str | None = None) -> I
     or a socket, or a link to one."""
     if path.exists() and not (path.is_file() or path.is_dir()):  # a directory is refused by `open` itself
         # Where only the `strerror` is shown, it still has to name the file.
-        raise OSError(errno.ENXIO, f"{path} is not a regular file: remove it")
+        raise OSError(errno.ENXIO, f"{path} is not a regular file")
     return open(path, mode, encoding=None if "b" in mode else "utf-8", errors=errors)
 
 

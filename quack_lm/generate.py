@@ -24,6 +24,7 @@ from quack_lm.errors import UserError
 from quack_lm.files import relative_note
 from quack_lm.model import Transformer
 from quack_lm.parallel import default_device, memory_of_a_rank
+from quack_lm.text import is_text
 from quack_lm.training.trained import Trained, find_run_data, load_trained
 
 # Logits divided by less could be infinite in float32.
@@ -118,12 +119,19 @@ def generate_tokens(
     new_BT, has_ended = torch.tensor(rows), [False] * len(prompts)
     for _ in range(max_new_tokens):
         logits_BV = model.decode(new_BT.to(device), cache)[:, -1, :n_ids].float().cpu()
+        refuse_not_finite(logits_BV)
         drawn_B = sampling.draw(logits_BV, generators)
         has_ended = [ended or token == stop_id for ended, token in zip(has_ended, drawn_B.tolist(), strict=True)]
         if all(has_ended):
             return
         yield [None if ended else token for ended, token in zip(has_ended, drawn_B.tolist(), strict=True)]
         new_BT = drawn_B[:, None]
+
+
+def refuse_not_finite(logits: Tensor) -> None:
+    """UserError where a logit is infinite or nan: whatever would be chosen among them means nothing."""
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite; take float32 (--dtype float32), or another checkpoint")
 
 
 @dataclass
@@ -165,7 +173,12 @@ class LanguageModel:
         return self.trained.model
 
     def encode(self, prompt: str) -> list[int]:
-        """The tokens of a prompt; of an empty one the end-of-text token, behind which a document begins."""
+        """The tokens of a prompt; of an empty one the end-of-text token, behind which a document begins.
+
+        UserError where it is no text: a lone surrogate is none.
+        """
+        if not is_text(prompt):
+            raise UserError(f"prompt {prompt!r} must be text that UTF-8 can encode")
         return self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
 
     def stream(
@@ -177,6 +190,12 @@ class LanguageModel:
         first_number: int = 0,
     ) -> Iterator[list[str]]:
         """The next piece of the text that follows each prompt, possibly empty, until all have ended."""
+        if isinstance(prompts, str):
+            raise UserError("prompts is a list of texts: write [prompt]")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if not prompts:
+            return
         tokens = [self.encode(prompt) for prompt in prompts]
         # An end-of-text token in the place of a prompt is not shown.
         texts = [
@@ -203,7 +222,9 @@ class LanguageModel:
         batch_size: int = 16,
     ) -> list[str]:
         """The text that follows each prompt, up to the end of its document or so many tokens."""
-        texts = []
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1")
+        texts: list[str] = []
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             pieces = self.stream(batch, max_new_tokens=max_new_tokens, sampling=sampling, first_number=start)

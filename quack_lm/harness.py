@@ -17,7 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from quack_lm.generate import LanguageModel, Sampling
+from quack_lm.generate import LanguageModel, Sampling, refuse_not_finite
 
 # What lm-eval's own models take where a task does not say it.
 MAX_NEW_TOKENS = 256
@@ -78,6 +78,7 @@ class CheckpointLM(TemplateLM):
                 n_scored = min(len(requests[i][2]), end)
                 targets = torch.tensor(rows[number][end + 1 - n_scored :], device=device)
                 scores = logits_BTV[number, end - n_scored : end].float().log_softmax(-1)
+                refuse_not_finite(scores)
                 is_greedy = bool((scores.argmax(-1) == targets).all())
                 found[i] = (scores.gather(-1, targets[:, None]).sum().item(), is_greedy)
         return [found[i] for i in range(len(requests))]

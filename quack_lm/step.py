@@ -138,25 +138,26 @@ def _trace(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(matrices.dtype).tiny)
 
 
-@torch.profiler.record_function("stabilized_step")
 @torch.no_grad()
 def stabilized_step(optimizers: list[Optimizer], stabilizer: Stabilizer, weights: LogitWeights, world: World) -> None:
     """Step every optimizer, under the stabilizer's rates, then let it edit the weights."""
-    kind = stabilizer.needs_norms
-    # The copies that have their norms taken are also where the scaled move starts.
-    stacks = weights.stacks() if kind == "frobenius" else {}
-    norms = weights.frobenius(stacks) if stacks else weights.norms(kind) if kind else {}
-    scales = stabilizer.step_scale(weights.paths, norms)
-    before = {name: stacks[name] if name in stacks else weights.stack(name) for name in scales}
-    if not stabilizer.scales_weight_decay:
-        _decay(before, weights, optimizers)
+    with torch.profiler.record_function("stabilizer"):
+        kind = stabilizer.needs_norms
+        # The copies that have their norms taken are also where the scaled move starts.
+        stacks = weights.stacks() if kind == "frobenius" else {}
+        norms = weights.frobenius(stacks) if stacks else weights.norms(kind) if kind else {}
+        scales = stabilizer.step_scale(weights.paths, norms)
+        before = {name: stacks[name] if name in stacks else weights.stack(name) for name in scales}
+        if not stabilizer.scales_weight_decay:
+            _decay(before, weights, optimizers)
     for optimizer in optimizers:
         optimizer.step()
-    if scales:
-        weights.rescale_step(before, scales)
-    if stabilizer.needs_max_logits:
-        # Seen under the weights before this step: Kimi K2's algorithm clips the stepped weights by these maxima.
-        weights.multiply(stabilizer.weight_scale(weights.paths, weights.take_max_logits(world)))
+    with torch.profiler.record_function("stabilizer"):
+        if scales:
+            weights.rescale_step(before, scales)
+        if stabilizer.needs_max_logits:
+            # Seen under the weights before this step: Kimi K2's algorithm clips the stepped weights by these maxima.
+            weights.multiply(stabilizer.weight_scale(weights.paths, weights.take_max_logits(world)))
 
 
 def _decay(before: dict[str, Tensor], weights: LogitWeights, optimizers: list[Optimizer]) -> None:

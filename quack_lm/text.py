@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeGuard
 from urllib.parse import unquote
 
 from quack_lm.errors import UserError
@@ -41,6 +41,11 @@ _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|xox[abeoprs]-[\w-]{10,}"
     r"|AKIA[0-9A-Z]{16}|sk-[\w-]{32,})"
 )
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether it is a string that UTF-8 can encode, as tokenizers do: a lone surrogate is none."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def escape(text: str, medium: Medium = "terminal") -> str:

@@ -745,15 +745,27 @@ def test_text_files_of_any_number_are_split_at_the_end_of_text_token(tmp_path: P
     assert note.endswith(f": documents end at {EOT} (data.separator=auto)")
 
 
-def test_three_text_files_or_more_without_end_of_text_tokens_are_a_document_each(tmp_path: Path) -> None:
+def test_text_files_without_end_of_text_tokens_are_a_document_each_where_they_fill_the_splits(tmp_path: Path) -> None:
     texts = [f"{PARAGRAPHS}\n", "b\n", f"One line\n{EOT}\nof a manual\n"]
     for name, text in zip("abc", texts, strict=True):
         (tmp_path / name).write_text(text)
-    corpus = local(tmp_path / "set", [f"{tmp_path}/?"], format="text")
-    assert texts_of(corpus) == texts
+    corpus = local(tmp_path / "set", [f"{tmp_path}/?"], format="text", val_fraction=1e-6, probe_fraction=1e-6)
+    assert ": documents end at blank lines (data.separator=auto)" in corpus.notes()[0]
+    assert len(texts_of(corpus)) > len(texts)
+    more = [f"{number}\n\nof many\n" for number in range(100)]
+    for number, text in enumerate(more):
+        (tmp_path / f"file{number:03}").write_text(text)
+    corpus = local(tmp_path / "set", [f"{tmp_path}/file*"], format="text", val_fraction=0.3, probe_fraction=0.3)
+    assert texts_of(corpus) == more
     assert ": each file is a document (data.separator=auto)" in corpus.notes()[0]
     split = local(tmp_path / "set", [f"{tmp_path}/?"], format="text", separator=EOT)
     assert texts_of(split)[2:] == ["One line", "of a manual"]
+
+
+def test_a_table_is_not_taken_for_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\none,1\n")
+    with pytest.raises(UserError, match=r"a\.csv is a table by its name, .*: convert it to jsonl or parquet"):
+        local(tmp_path / "set", [f"{tmp_path}/*"], format="auto").notes()
 
 
 def test_what_auto_chose_is_said_before_a_preparation_is_refused(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from calls import call, snapshot, write_files
 from models import ATTENTIONS, LONE, STABILIZERS, small_config, small_model, tokens
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,6 +28,7 @@ from quack_lm.config import compose, identity, instantiate
 from quack_lm.data.batches import EvalBatches
 from quack_lm.data.manifest import TokenData
 from quack_lm.errors import UserError
+from quack_lm.files import file_sha256
 from quack_lm.hf.counterpart import as_it_is, counterpart
 from quack_lm.hf.directory import WeightFiles, template, write_config, write_weights
 from quack_lm.logit_paths import largest_partner_product
@@ -278,6 +280,8 @@ def test_the_model_card_says_what_was_trained_and_how_to_load_and_cite_it(quack_
     assert card.startswith("---\nlicense: cc-by-4.0\n")
     assert f"{val_loss(quack_run):.4f}" in card
     assert f"{math.exp(val_loss(quack_run)):.4f}" in card
+    logged = [json.loads(line) for line in (quack_run / "metrics.jsonl").read_text().splitlines()]
+    assert f"{logged[-1]['val/bits_per_byte']:.4f}" in card
     for text in (
         "stabilizer `quack`",
         "tau: 0.1",
@@ -311,6 +315,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(quack_run: Path,
         (str(damaged), out): rf"{damaged} is not a valid checkpoint: \S+ has another sha256",
         (run, out, "--data", str(tmp_path / "other")): r"no prepared data in .*; say where it is with --data DIR, or",
         (run, out, "--license", "a b"): r"--license a b: give an identifier",
+        (run, out, "--without-tokenizer", "--data", str(tmp_path)): r"--data names the tokenizer, and --without-",
         (run, out, "--dtype", "int8"): r"argument --dtype: invalid choice",
     }
     before = snapshot(tmp_path)
@@ -325,8 +330,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(quack_run: Path,
 def test_an_export_without_data_has_no_tokenizer(quack_run: Path, tmp_path: Path, tiny_data: list[str]) -> None:
     moved = tmp_path / "run"
     shutil.copytree(quack_run, moved)
-    arguments = ["export", str(moved), str(tmp_path / "out"), "--without-tokenizer", "--data", str(tmp_path)]
-    assert call(*arguments)[0] == 0
+    assert call("export", str(moved), str(tmp_path / "out"), "--without-tokenizer")[0] == 0
     assert not list((tmp_path / "out").glob("tokenizer*"))
     assert loss_of(tmp_path / "out", tiny_data) == pytest.approx(val_loss(quack_run), rel=1e-5)
 
@@ -476,6 +480,54 @@ def test_every_shape_and_setting_that_does_not_fit_is_named(
     wider = ["attention.head_dim=12", f"trainer.init_from={quack_run}", f"run_dir={tmp_path}/run"]
     with pytest.raises(UserError, match=r"set attention\.head_dim=null$"):
         check_run(compose([*RUN, *tiny_data, *wider]))
+    # A stabilizer that is part of the forward has settings of the model; those of others are the new run's.
+    normed = trained(tiny_data, tmp_path / "normed", "stabilizer=qk_norm", "trainer.steps=1")
+    other = ["stabilizer=qk_norm", "stabilizer.eps=0.1", f"trainer.init_from={normed}", f"run_dir={tmp_path}/run"]
+    with pytest.raises(UserError, match=r"stabilizer\.eps is 1e-06 there and 0\.1 here; set stabilizer\.eps=1e-06$"):
+        check_run(compose([*RUN, *tiny_data, *other]))
+    check_run(
+        compose(
+            [
+                *RUN,
+                *tiny_data,
+                "stabilizer=quack",
+                "stabilizer.tau=0.7",
+                f"trainer.init_from={quack_run}",
+                f"run_dir={tmp_path}/run",
+            ]
+        )
+    )
+
+
+def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(
+    quack_run: Path, tiny_data: list[str], tmp_path: Path
+) -> None:
+    assert call("export", str(quack_run), str(tmp_path / "theirs"))[0] == 0
+    ours = tmp_path / newest(quack_run).name
+    shutil.copytree(newest(quack_run), ours)
+    for directory, name in ((ours, "model.blocks.0.attention.w_o.weight"), (tmp_path / "theirs", "model.norm.weight")):
+        (file,) = (file for file in directory.glob("*.safetensors") if name in load_file(file))
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        tensors[name].view(-1)[3] = torch.nan
+        save_file(tensors, file, metadata)
+    manifest = json.loads((ours / "manifest.json").read_text())
+    manifest["files"] = {
+        name: {"bytes": (ours / name).stat().st_size, "sha256": file_sha256(ours / name)} for name in manifest["files"]
+    }
+    (ours / "manifest.json").write_text(json.dumps(manifest))
+    message = r"w_o\.weight has values that are not finite; take other weights"
+    for arguments in (
+        ["export", str(ours), str(tmp_path / "out")],
+        ["generate", str(ours), "--prompt", "a"],
+        ["train", *RUN, *tiny_data, f"trainer.init_from={ours}", f"run_dir={tmp_path}/run"],
+    ):
+        code, _, stderr = call(*arguments)
+        assert (code, stderr.count("\n")) == (2, 1), stderr
+        assert re.search(message, stderr), stderr
+    with pytest.raises(UserError, match=r"model\.norm\.weight has values that are not finite"):
+        check_run(compose([*RUN, *tiny_data, f"trainer.init_from={tmp_path}/theirs", f"run_dir={tmp_path}/run"]))
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:

@@ -132,6 +132,26 @@ def test_settings_that_mean_nothing_are_refused(settings: dict, message: str) ->
         Sampling(**settings)
 
 
+def test_calls_that_mean_nothing_are_refused(language_model: LanguageModel) -> None:
+    assert language_model.generate([]) == list(language_model.stream([])) == []
+    for prompts, settings, message in (
+        ("abc", {}, r"prompts is a list of texts: write \[prompt\]"),
+        (["a"], {"batch_size": 0}, r"batch_size=0 must be at least 1"),
+        (["a"], {"max_new_tokens": -1}, r"max_new_tokens=-1 must be at least 1"),
+        (["\ud800"], {}, r"prompt '\\ud800' must be text that UTF-8 can encode"),
+    ):
+        with pytest.raises(UserError, match=message):
+            language_model.generate(prompts, **settings)
+
+
+def test_a_token_is_not_chosen_among_logits_that_are_not_finite() -> None:
+    model = small_model(small_config("mha", "none")).eval()
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.inf)
+    with pytest.raises(UserError, match=r"the model's logits are not finite; take float32"):
+        next(generate_tokens(model, [[1]], max_new_tokens=1, sampling=GREEDY))
+
+
 def test_a_cache_beyond_the_memory_is_refused_before_it_is_allocated() -> None:
     model = small_model(small_config("mla", "qk_norm")).eval()
     with pytest.raises(UserError, match=r"max_new_tokens=100000000000: the cache of 1 texts of .* GiB, .*; lower it"):

@@ -81,7 +81,7 @@ LAYERS: dict[str, set[str]] = {
     "hf": {"attention", "config", "errors", "files", "model", "stabilizers", "text"},
 }
 LAYERS["training"] = {*LAYERS}
-LAYERS["generate"] = {"attention", "data", "errors", "files", "model", "parallel", "training"}
+LAYERS["generate"] = {"attention", "data", "errors", "files", "model", "parallel", "text", "training"}
 LAYERS["harness"] = {"generate"}
 LAYERS["sweep"] = {"config", "errors", "files", "slurm", "text", "training"}
 LAYERS["report"] = {"config", "errors", "files", "slurm", "sweep", "text", "training"}

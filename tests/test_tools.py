@@ -4,6 +4,8 @@ import gzip
 import itertools
 import json
 import math
+import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -66,7 +68,8 @@ def test_trackio_has_the_scalars_of_the_log_in_one_run(run_with_sinks: Path) -> 
     (database,) = (run_with_sinks / "board").glob("ducks*.db")
     with sqlite3.connect(database) as board:
         rows = board.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
-    assert {name for name, *_ in rows} == {"run"}
+    (name,) = {name for name, *_ in rows}
+    assert re.fullmatch("run-[0-9a-f]{6}", name), "two runs whose directories have one name are two"
     found = {step: json.loads(metrics) for _, step, metrics in rows}
     for line in lines(run_with_sinks / "run"):
         scalars = {name: value for name, value in line.items() if name != "step" and not isinstance(value, list)}
@@ -84,11 +87,31 @@ def test_a_sink_that_fails_says_so_once_and_the_others_go_on(
     assert capsys.readouterr().out.count("TensorBoard failed and is off for the rest of this run") == 1
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "trackio"])
-def test_a_sink_that_is_not_installed_is_named_with_its_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, name, None)  # as Python marks a module that cannot be imported
-    with pytest.raises(UserError, match=rf"logger\.{name}=true needs {name}: pip install -e '\.\[{name}\]'"):
-        check_run(compose([*SMALL, f"logger.{name}=true"]))
+@pytest.mark.parametrize(
+    ("setting", "package", "extra"),
+    [
+        ("tensorboard=true", "tensorboard", r"-e '\.\[tensorboard\]'"),
+        ("trackio=true", "trackio", r"-e '\.\[trackio\]'"),
+        ("wandb=offline", "wandb", "wandb"),
+    ],
+)
+def test_a_sink_that_is_not_installed_is_named_with_its_command(
+    setting: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as Python marks a module that cannot be imported
+    with pytest.raises(UserError, match=rf"logger\.{setting} needs {package}: pip install {extra}"):
+        check_run(compose([*SMALL, f"logger.{setting}"]))
+
+
+def test_a_board_that_cannot_be_written_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "file" / "board"))
+    sink = TrackioSink(Path("mine"), LoggerSettings(project="ponds"), {}, is_continued=False)
+    sink.log({"step": 1, "x": 1.0})
+    sink.close({})
+    assert capsys.readouterr().out.count("trackio failed and is off for the rest of this run: NotADirectoryError") == 1
 
 
 def test_trackio_starts_anew_unless_the_run_is_continued(run_with_sinks: Path) -> None:
@@ -111,7 +134,7 @@ def test_a_trace_has_the_regions_of_the_steps_that_were_asked_for(run_with_sinks
         events = json.load(file)["traceEvents"]
     marked = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     # Two steps of two micro-batches each, and two layers, whose activations the backward computes again.
-    expected = {"data": 4, "forward": 4, "backward": 4, "attention": 8, "clip_gradients": 2, "stabilized_step": 2}
+    expected = {"data": 4, "forward": 4, "backward": 4, "attention": 8, "clip_gradients": 2, "stabilizer": 4}
     assert {name: marked.count(name) for name in expected} == expected
     assert any(name.startswith("Optimizer.step#") for name in marked)
 
@@ -123,7 +146,7 @@ def test_a_trace_that_the_end_of_the_run_cuts_is_written_and_summarized(
     train(build_run(check_run(compose(settings))))
     printed = capsys.readouterr().err
     assert (tmp_path / "profile" / "trace_rank0.json.gz").is_file()
-    for word in ("ms a step", "stabilized_step", "attention", "Self CPU", f"trace: {tmp_path / 'profile'}"):
+    for word in ("ms a step", "stabilizer", "attention", "Self CPU", f"trace: {tmp_path / 'profile'}"):
         assert word in printed
 
 
@@ -165,6 +188,10 @@ def test_several_directories_are_one_result_in_which_a_run_counts_once(
     runs, curves = results.load(run_with_sinks / "run", str(tmp_path / "other"), tmp_path / "other")
     assert sorted(runs["run"]) == ["other", "run"]
     assert set(curves["run"]) == {"other", "run"}
+    # Two runs whose directories have one name.
+    shutil.copytree(tmp_path / "other", tmp_path / "elsewhere" / "run")
+    runs, curves = results.load(run_with_sinks / "run", tmp_path / "elsewhere" / "run")
+    assert sorted(runs["run"]) == sorted({f"run-{own}" for own in runs["fingerprint"]}) == sorted(set(curves["run"]))
     code, _, stderr = call("report", str(tmp_path / "again"), str(tmp_path / "other"))
     assert (code, stderr) == (0, "")
     assert "2 runs" in (tmp_path / "report" / "report.md").read_text()
@@ -210,7 +237,7 @@ def test_the_rates_of_a_ramp_are_read_from_its_running_mean() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["from=0"], "from=0 must be a learning rate above 0"),
+        (["from=0"], "from=0 must be a learning rate from 1e-36 to 1e+36"),
         (["from=1", "to=0.1"], "from=1 must be below to=0.1"),
         (["steps=3"], "steps=3 must be an integer from 10"),
         (["optimizer.lr=0.1"], "optimizer.lr is what the ramp changes; give from=... and to=..."),

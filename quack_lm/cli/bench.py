@@ -11,7 +11,8 @@ suite=NAME     what is compared
 rounds=10      how often each variant has its turn; a ratio has an interval from six rounds on
 steps=3        steps of a turn
 warmup=3       steps of each variant before the first round: caches, compilation, and its peak memory
-               (loader, probe and checkpoint: 6 rounds of 50 steps, whole intervals; ranks: 6 rounds; decode: 8 steps)
+               (loader, probe and checkpoint: 6 rounds of 50 steps, whole intervals; ranks: 6 rounds; scaling: 6
+               rounds of 1 step behind 1; decode: 8 steps)
 out=FILE       a line of JSON for each turn, runs/bench/<suite>.jsonl unless given
 only=A,B       some variants of the suite
 trace=FILE     after that, a trace of the first variant's steps for Perfetto or chrome://tracing (FILE.json.gz), and

@@ -29,7 +29,12 @@ def read(arguments: list[str]) -> Namespace:
     add_model(parser, dtype_of="weights")
     add = parser.add_argument
     add("--tasks", required=True, metavar="A,B", help="names of tasks or of groups of them")
-    add("--include-path", type=user_path, metavar="DIR", help="where more tasks are, each a yaml file of lm-eval")
+    add(
+        "--include-path",
+        type=user_path,
+        metavar="DIR",
+        help="where more tasks are, each a yaml file of lm-eval, which may run code",
+    )
     add("--num-fewshot", type=int, metavar="N", help="examples in front of each question (the task's own number)")
     add("--limit", type=int, metavar="N", help="only the first N documents of each task")
     add("--batch-size", type=int, default=8, metavar="N", help="sequences of a forward (8)")

@@ -49,6 +49,9 @@ def read(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--without-tokenizer", action="store_true", help="export no tokenizer; needs no data")
     parser.add_argument("--license", default="unknown", metavar="ID", help="for the model card, such as apache-2.0")
     options = parser.parse_args(arguments)
+    if options.data and options.without_tokenizer:
+        raise UserError("--data names the tokenizer, and --without-tokenizer leaves it out; choose one")
+    options.license = options.license.lower()
     if not re.fullmatch(r"[a-z0-9.-]+", options.license):
         raise UserError(f"--license {options.license}: give an identifier of Hugging Face, such as apache-2.0 or other")
     return options
@@ -68,6 +71,7 @@ def main(arguments: list[str]) -> int:
     from quack_lm.hf.directory import template, write_config, write_weights
     from quack_lm.training import checkpoint
     from quack_lm.training.build import make_model
+    from quack_lm.training.run_dir import RunDir
     from quack_lm.training.trained import find_run_data
 
     path = checkpoint.find_checkpoint(options.source, str(options.source))
@@ -88,10 +92,8 @@ def main(arguments: list[str]) -> int:
     theirs = template(chosen, {**ids, "max_position_embeddings": config["trainer"]["seq_len"]})
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
-    def weight(name: str) -> torch.Tensor:
-        tensor = torch.empty(shapes[name])
-        checkpoint.load_tensors(path, {f"model.{name}": tensor})
-        return tensor
+    def read_weight(name: str) -> torch.Tensor:
+        return checkpoint.read_weight(path, name, shapes[name])
 
     dtype, name = getattr(torch, options.dtype), type(theirs).__name__
     with writing(options.out) as staging:
@@ -100,7 +102,7 @@ def main(arguments: list[str]) -> int:
         if (settings_file := staging / TOKENIZER_CONFIG).exists():
             write_json(settings_file, padded(read_json(settings_file), seq_len=config["trainer"]["seq_len"]))
         write_config(staging, theirs, dtype, generation={**ids, "pad_token_id": eot_id})
-        files, n_params = write_weights(staging, theirs, chosen, weight, dtype)
+        files, n_params = write_weights(staging, theirs, chosen, read_weight, dtype)
         card = Card(
             name=options.out.name,
             class_name=name,
@@ -111,7 +113,7 @@ def main(arguments: list[str]) -> int:
             config=recorded(config),
             data=manifest.source if manifest else config["data"],
             step=state.step,
-            metrics=metrics_of(state),
+            metrics=metrics_of(state, RunDir(path.parents[1]).summary().get("val_tokens_per_byte")),
             license=options.license,
             has_tokenizer=bool(tokenizer_files),
         )
@@ -182,12 +184,17 @@ def writing(out: Path) -> Iterator[Path]:
                 shutil.rmtree(staging, ignore_errors=True)
 
 
-def metrics_of(state: "TrainState") -> dict[str, float | None]:
+def metrics_of(state: "TrainState", val_tokens_per_byte: float | None) -> dict[str, float | None]:
     """What a model card says of the run up to its checkpoint."""
+    from quack_lm.training.state import bits_per_byte
+
     loss = state.val_loss
     return {
         f"validation loss, nats per token (step {state.val_step})": loss,
         "perplexity per token": None if loss is None else math.exp(min(loss, 700.0)),
+        "bits per byte of the validation text": (
+            None if loss is None or val_tokens_per_byte is None else bits_per_byte(loss, val_tokens_per_byte)
+        ),
         "best validation loss": state.best_val_loss,
         "max logit in the last probe": state.max_logit,
     }

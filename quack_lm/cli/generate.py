@@ -10,17 +10,16 @@ when they are complete. Draws depend on --seed and on the number of the prompt a
 """
 
 import json
-import re
 import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from quack_lm.cli.flags import Parser, add_model, check_file, load_model
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import open_regular, parse_json, user_path, write_atomically
-from quack_lm.text import echo, echo_piece
+from quack_lm.text import echo, echo_piece, is_text
 
 if TYPE_CHECKING:
     from quack_lm.generate import LanguageModel
@@ -44,7 +43,7 @@ def read(arguments: list[str]) -> Namespace:
     for name, value in (("--max-new-tokens", options.max_new_tokens), ("--batch-size", options.batch_size)):
         if value < 1:
             raise UserError(f"{name} {value} must be at least 1")
-    if prompt := next((prompt for prompt in options.prompt if not _is_text(prompt)), None):
+    if prompt := next((prompt for prompt in options.prompt if not is_text(prompt)), None):
         raise UserError(f"--prompt {prompt!r} is not UTF-8 text; correct it, or give it in a file with --prompts")
     check_file(options.out)
     return options
@@ -109,15 +108,10 @@ def read_prompts(file: Path) -> list[str]:
             found = parse_json(line)["prompt"]
         except (ValueError, KeyError, TypeError):
             found = None
-        if not _is_text(found):
+        if not is_text(found):
             raise UserError(f'--prompts {file}, line {number}: expected {{"prompt": "..."}}, with UTF-8 text')
         prompts.append(found)
     return prompts
-
-
-def _is_text(value: object) -> TypeGuard[str]:
-    """Whether it is a string that a tokenizer can encode: a lone surrogate is none."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def length_note(language_model: "LanguageModel", prompts: Sequence[str], max_new_tokens: int) -> str | None:

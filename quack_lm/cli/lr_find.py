@@ -36,6 +36,8 @@ SMOOTHING = 0.9
 # Nats above the smallest mean loss at which it has turned up, and at which the ramp ends.
 TURNED, ENDED = 0.1, 2.0
 PROBES = 50
+# So that ratios of rates are finite.
+LEAST_RATE = 1e-36
 FILES = ("ramp.jsonl", "ramp.png")
 # Settings of a run that a ramp does not have, with what to do instead.
 ELSEWHERE = {
@@ -106,8 +108,8 @@ def _rate(name: str, text: str) -> float:
         rate = float(text)
     except ValueError:
         rate = math.nan
-    if not (0 < rate < math.inf):
-        raise UserError(f"{name}={text} must be a learning rate above 0")
+    if not (LEAST_RATE <= rate <= 1 / LEAST_RATE):
+        raise UserError(f"{name}={text} must be a learning rate from {LEAST_RATE:g} to {1 / LEAST_RATE:g}")
     return rate
 
 

@@ -27,6 +27,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from quack_lm.data.documents import (
     BLANK_LINES,
     LINES,
+    TABLES,
     Format,
     Row,
     field_of,
@@ -39,7 +40,7 @@ from quack_lm.data.documents import (
     text_error,
     text_field_hint,
 )
-from quack_lm.data.manifest import MANIFEST, Manifest, SplitName, damaged, read_manifest
+from quack_lm.data.manifest import MANIFEST, SPLITS, Manifest, SplitName, damaged, read_manifest
 from quack_lm.data.settings import DataSettings, VocabSize
 from quack_lm.data.token_files import TokenFile, open_token_file, refuse_wider_numbers
 from quack_lm.errors import UserError
@@ -251,7 +252,7 @@ class LocalCorpus(RecordCorpus):
         text_field: column that has the text; doc.text is the field text of the column doc.
         separator: what ends a document inside of a text file: blank_lines, or any text, in which \\n is a line break;
             null: only the end of the file. auto: eot_token where the files have it at the ends of documents; else null
-            for three files or more, and for fewer, which could not fill the three splits, blank lines or line breaks.
+            where the files, a document each, fill the three splits; and blank lines or line breaks where they do not.
     """
 
     choice = "local"
@@ -286,6 +287,11 @@ class LocalCorpus(RecordCorpus):
         if self.format != "auto":
             return self.format
         paths = self.input_files()
+        if table := next((path for path in paths if path.suffix.lower() in TABLES), None):
+            raise UserError(
+                f"data.files: {table} is a table by its name, of which every line would be a document, the header too: "
+                "convert it to jsonl or parquet, or set data.format=text"
+            )
         named: dict[Format, Path] = {format_of_name(path) or "text": path for path in reversed(paths)}
         if len(named) > 1:
             (one, path), (another, other), *_ = named.items()
@@ -351,9 +357,22 @@ class LocalCorpus(RecordCorpus):
         for number in some:
             with input_errors(partial(self.source, number)):
                 starts.append(read_start(paths[number], LOOK_BYTES // len(some)))
-        separator = find_separator(starts, self.eot_token, n_files=len(paths))
+        fill = partial(self._fill_splits, paths)
+        separator = find_separator(starts, self.eot_token, are_documents=fill)
         seen = sum(start.count(self.eot_token.encode()) for start in starts)
         return separator, 0 if separator == self.eot_token else seen
+
+    def _fill_splits(self, paths: list[Path]) -> bool:
+        """Whether text files have a document for each split where each is one."""
+        if len(paths) < len(SPLITS) or any(path.stat().st_size > LOOK_BYTES for path in paths):
+            return False
+        filled = set()
+        for row in read_files([str(path) for path in paths], format="text", text_field="", separator=None):
+            if (text := row["text"]) and text.strip():
+                filled.add(self.split_of(text))
+            if len(filled) == len(SPLITS):
+                return True
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

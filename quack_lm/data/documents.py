@@ -8,7 +8,7 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -27,6 +27,7 @@ FORMATS: dict[str, Format] = {
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
 }
 PARQUET = b"PAR1\x15"  # its magic number, and the first byte of whatever follows, which is not of text
+TABLES = (".csv", ".tsv")  # which are not read: a line of them is no document
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 BLANK_LINES, LINES = "blank_lines", "\n"
 
@@ -153,14 +154,14 @@ def read_start(path: str | Path, n_bytes: int) -> bytes:
         return stream.read(n_bytes)
 
 
-def find_separator(starts: list[bytes], eot_token: str, *, n_files: int) -> str | None:
+def find_separator(starts: list[bytes], eot_token: str, *, are_documents: Callable[[], bool]) -> str | None:
     """What separates documents in text files, by their first bytes: eot_token, blank lines or lines; None: nothing.
 
-    Without eot_token, each of three files or more is a document. Fewer could not fill the three splits.
+    `are_documents`: whether each file can be a document, asked where eot_token ends none.
     """
     if _ends_documents(starts, eot_token.encode()):
         return eot_token
-    if n_files >= len(SPLITS):
+    if are_documents():
         return None
     is_blank_between = any(not line.strip() for start in starts for line in start.strip().split(b"\n"))
     return BLANK_LINES if is_blank_between else LINES

@@ -7,6 +7,7 @@ the largest value of a part in columns of their own. In curves.parquet null mean
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -162,13 +163,21 @@ def _read(directory: Path) -> Results:
 
 def rows_of(results: Results) -> list[dict[str, Any]]:
     """A row for each run: settings, outcome and the numbers of its summary."""
-    return [_row(result) for result in results.results]
+    names = _names(results)
+    return [_row(result, name) for result, name in zip(results.results, names, strict=True)]
 
 
-def _row(result: Result) -> dict[str, Any]:
+def _names(results: Results) -> list[str]:
+    """Of the runs, by which tables know them; those of several directories that have one name get their fingerprint."""
+    counts = Counter(result.cell.name for result in results.results)
+    cells = [result.cell for result in results.results]
+    return [cell.name if counts[cell.name] == 1 else f"{cell.name}-{cell.fingerprint}" for cell in cells]
+
+
+def _row(result: Result, name: str) -> dict[str, Any]:
     config = {k: v for k, v in flatten(result.cell.config).items() if k != "run_dir" and not k.startswith("logger.")}
     own = {
-        "run": result.cell.name,
+        "run": name,
         "fingerprint": result.cell.fingerprint,
         "attention": result.attention,
         "stabilizer": result.stabilizer,
@@ -225,7 +234,7 @@ def curves_of(results: Results) -> pa.Table:
     keys = dict.fromkeys(key for own in columns for key in own)
     # For each run the steps of all its curves.
     steps = [np.unique(np.concatenate([[], *(s for s, _ in own.values())])).astype(np.int64) for own in columns]
-    names = [[result.cell.name] * len(own) for result, own in zip(results.results, steps, strict=True)]
+    names = [[name] * len(own) for name, own in zip(_names(results), steps, strict=True)]
     tokens = [own * result.cell.tokens_per_step for result, own in zip(results.results, steps, strict=True)]
     table = {
         "run": pa.chunked_array(names, pa.string()).dictionary_encode(),

@@ -42,7 +42,7 @@ from quack_lm.training.state import TrainState
 STATE = "state.json"
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_\d{8,}")
-OF_STABILIZER = "stabilizer."
+OF_MODEL, OF_STABILIZER = "model.", "stabilizer."
 # The bytes of a file are put together in memory before they are written: safetensors knows no other way.
 FILE_BYTES = 1 << 30
 # One process needs no group. Here and not around the calls, because some are made in threads.
@@ -302,9 +302,26 @@ def _full_shape(pieces: list[Piece]) -> tuple[int, ...]:
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Take back the weights alone, in place, in one process; UserError where the checkpoint does not hold them."""
-    check_weights(checkpoint, model)
-    load_tensors(checkpoint, named_tensors(model, []))
+    """Take back the weights alone, in place, in one process, after `check_weights`; UserError where one is not
+    finite."""
+    tensors = named_tensors(model, [])
+    load_tensors(checkpoint, tensors)
+    for name, tensor in tensors.items():
+        refuse_not_finite(tensor, f"{checkpoint}: {name}")
+
+
+def read_weight(checkpoint: Path, name: str, shape: torch.Size) -> Tensor:
+    """One weight of the model, whole and on the CPU; UserError where a value of it is not finite."""
+    weight = torch.empty(shape)
+    load_tensors(checkpoint, {f"{OF_MODEL}{name}": weight})
+    refuse_not_finite(weight, f"{checkpoint}: {name}")
+    return weight
+
+
+def refuse_not_finite(weight: Tensor, what: str) -> None:
+    """UserError, which begins with `what`, where a value is infinite or nan: no run of this project saves any."""
+    if not weight.isfinite().all():
+        raise UserError(f"{what} has values that are not finite; take other weights")
 
 
 def _stored(checkpoint: Path) -> dict[str, list[Piece]]:
@@ -407,7 +424,7 @@ def named_tensors(
 ) -> dict[str, Tensor]:
     """Everything that is a tensor, under one flat name each; the tensors are the live ones."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
+    tensors = {f"{OF_MODEL}{name}": parameter.detach() for parameter, name in names.items()}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quack_lm.config import choice, flatten
+from quack_lm.config import choice, choices, flatten
 from quack_lm.config.schema import as_yaml
 from quack_lm.data.sources import DataSources
 from quack_lm.errors import UserError
@@ -25,7 +25,6 @@ from quack_lm.training import checkpoint
 
 # Settings with which the weights of another run mean the same.
 FREE = ("attention.backend", "model.init_std", "model.embedding_std", "num_nextn_predict_layers")
-OF_MODEL = "model."
 CONFIG_OF_TRANSFORMERS = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 SEAM = ".seam."  # in the name of a weight that the stabilizer adds to the model
@@ -92,7 +91,11 @@ def _of_checkpoint(
         what,
         (there, here),
         (
-            {name.removeprefix(OF_MODEL): shape for name, shape in shapes.items() if name.startswith(OF_MODEL)},
+            {
+                name.removeprefix(checkpoint.OF_MODEL): shape
+                for name, shape in shapes.items()
+                if name.startswith(checkpoint.OF_MODEL)
+            },
             {name: tuple(parameter.shape) for name, parameter in meta_model.named_parameters()},
         ),
         derived,
@@ -104,6 +107,8 @@ def _of_checkpoint(
                 f"trainer.init_stabilizer=checkpoint: {path} has no such state of stabilizer="
                 f"{choice(config['stabilizer'])}; use trainer.init_stabilizer=weights"
             )
+    for name, parameter in meta_model.named_parameters():
+        checkpoint.read_weight(path, name, parameter.shape)  # which refuses what is not finite
     is_same_data = checkpoint.read_state(path)["manifest_sha256"] == data.manifest_sha256
     tokenizers = [c["data"].get("tokenizer") for c in (source, config)]  # null: one of its own, made from the data
     return InitialWeights(
@@ -141,6 +146,8 @@ def _of_transformers(
     _check_fit(
         what, compared(ours, theirs), ({n: shape for n, shape in files.shapes.items() if n not in extra}, wanted)
     )
+    for name in wanted:
+        checkpoint.refuse_not_finite(files.read(name), f"{what}: {name}")
     origins = ours.origins()
 
     def value(name: str, _: torch.Size) -> Tensor:
@@ -166,12 +173,12 @@ def _check_fit(
     """
     there, here = map(_by_choice, settings)
     names = dict.fromkeys([*shapes[1], *shapes[0]])
-    free = [*FREE, *(key for key in here if key.startswith("stabilizer."))]
+    free = list(FREE)
     if shapes[0] == shapes[1]:
         free += derived
-    # A stabilizer without weights of its own does with any others.
-    if not any(SEAM in name for name in names if shapes[0].get(name) != shapes[1].get(name)):
-        free.append("stabilizer")
+    # A stabilizer without weights of its own does with any others, whatever its settings.
+    if not any(SEAM in name for name in names):
+        free += ["stabilizer", *(key for key in here if key.startswith("stabilizer."))]
     wrong = [key for key in here if key not in free and there.get(key) != here[key]]
     # With another attention, its settings are others as well.
     wrong = [key for key in wrong if key.partition(".")[0] not in wrong or "." not in key]
@@ -188,7 +195,7 @@ def _check_fit(
         fixes = " ".join(
             f"{key}={as_yaml(there[key])}"
             for key in wrong
-            if _is_ours(key) and (there.get(key) is not None or (key in derived and key in there))
+            if _is_ours(key, there.get(key)) and (there.get(key) is not None or (key in derived and key in there))
         )
         fix = f"set {fixes}" if fixes else "choose other weights, attention or stabilizer"
         raise UserError(f"{what} does not fit this run: {'; '.join(dict.fromkeys(problems))}; {fix}")
@@ -203,5 +210,6 @@ def _by_choice(settings: Settings) -> dict[str, Any]:
     return named
 
 
-def _is_ours(key: str) -> bool:
-    return key.partition(".")[0] in ("model", "attention", "stabilizer")
+def _is_ours(key: str, value: Any) -> bool:
+    section, dot, _ = key.partition(".")
+    return section in ("model", "attention", "stabilizer") and bool(dot or value in choices(section))

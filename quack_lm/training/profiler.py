@@ -1,6 +1,6 @@
 """A trace of chosen steps, by torch's profiler: where the time of a step goes, by region and by operator.
 
-The regions are those of the training loop, `data`, `forward`, `backward`, `clip_gradients` and `stabilized_step`, and
+The regions are those of the training loop, `data`, `forward`, `backward`, `clip_gradients` and `stabilizer`, and
 in the last torch's own `Optimizer.step#...`. `attention` is marked in a trace alone, and where nothing is compiled.
 """
 
@@ -17,7 +17,7 @@ from quack_lm.errors import explaining
 from quack_lm.model import Transformer
 from quack_lm.text import echo
 
-REGIONS = ("data", "forward", "attention", "backward", "clip_gradients", "stabilized_step")
+REGIONS = ("data", "forward", "attention", "backward", "clip_gradients", "stabilizer")
 OPTIMIZER = "Optimizer.step#"
 OPERATORS = 15
 MEMORY_EVENTS = 100_000

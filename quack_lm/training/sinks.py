@@ -1,5 +1,7 @@
 """Copies of the log in other tools: Weights & Biases, TensorBoard, trackio. Each may fail alone; training goes on."""
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -12,7 +14,7 @@ from quack_lm.errors import UserError
 from quack_lm.text import echo, one_line
 from quack_lm.training.metrics import LoggerSettings
 
-# The packages that W&B's competitors come in, which are optional: by the key that asks for them, also their extra.
+# The packages of extras, by the key that asks for them.
 OPTIONAL = ("tensorboard", "trackio")
 
 
@@ -138,12 +140,16 @@ class TrackioSink(Sink):
 
     def __init__(self, run_dir: Path, settings: LoggerSettings, config: dict[str, Any], *, is_continued: bool) -> None:
         super().__init__(settings)
+        # It knows runs by their names alone, and directories of several runs may have one name.
+        place = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:6]
         with self._ignoring_errors(), redirect_stdout(StringIO()):  # it prints how to see the board, and more
             import trackio
 
+            # Where it cannot write, it would warn from a thread and lose the log.
+            Path(os.environ.get("TRACKIO_DIR", ".")).mkdir(parents=True, exist_ok=True)
             self._run = trackio.init(
                 settings.project,
-                name=settings.name or run_dir.name,
+                name=f"{settings.name or run_dir.name}-{place}",
                 group=settings.group,
                 config=config,
                 resume="allow" if is_continued else "never",
@@ -156,12 +162,16 @@ class TrackioSink(Sink):
         self._run.log({name: value for name, value in values.items() if name != "step"}, step=step)
 
     def _close(self, summary: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
+        import trackio
+
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            self._run.finish()
+            trackio.finish()  # and not the run's own, behind which it would finish, and print, once more at exit
 
 
 def check_packages(settings: LoggerSettings) -> None:
     """UserError for a tool that is asked for and not installed."""
+    if settings.wandb != "disabled" and find_spec("wandb") is None:
+        raise UserError(f"logger.wandb={settings.wandb} needs wandb: pip install wandb, or leave it out")
     for name in OPTIONAL:
         if getattr(settings, name) and find_spec(name) is None:
             raise UserError(f"logger.{name}=true needs {name}: pip install -e '.[{name}]', or leave it out")

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from quack_lm.config import instantiate
 from quack_lm.data.manifest import Manifest, check_tokenizer, read_manifest
+from quack_lm.data.settings import DataSettings
 from quack_lm.data.sources import sha256_of_all
 from quack_lm.errors import UserError
 from quack_lm.files import user_path
@@ -37,6 +39,7 @@ def load_trained(path: Path, *, device: torch.device, dtype: torch.dtype = torch
     config = checkpoint.read_config(found)
     # The kernels of training may not run here; those of sdpa do.
     model = make_model({**config, "attention": {**config["attention"], "backend": "sdpa"}})
+    checkpoint.check_weights(found, model)  # first: sizes that no weights have could fill the memory
     materialize(model, None, device)
     checkpoint.load_weights(found, model)
     model.to(dtype).eval().requires_grad_(False)
@@ -59,7 +62,8 @@ def find_run_data(
     first, *others = [user_path(name) for name in data.get("dirs", [data.get("dir")])]
     first = directory or first
     try:
-        manifest, digest = read_manifest(first)
+        settings: DataSettings = instantiate(data)
+        manifest, digest = read_manifest(first, choice=settings.choice)
         digests = [digest, *(read_manifest(one)[1] for one in others)]
         check_tokenizer(first, manifest)
     except UserError as error:
