@@ -373,7 +373,7 @@ TRAIN: dict[str, Bad] = {
     "three_processes": one("seed=0", r"trainer\.global_batch_size=8 .*3 x 8 = 24", env=LAUNCHED | {"WORLD_SIZE": "3"}),
     "replicas_do_not_divide_processes": one("trainer.replicas=2", r"trainer\.replicas=2 .*ranks, 1"),
     "sequence_longer_than_the_data": one(
-        "trainer.seq_len=500000", r"trainer\.seq_len=5000000 is too long for the train"
+        "trainer.seq_len=500000", r"trainer\.seq_len=500000 is too long for the train"
     ),
     "vocabulary_too_small": one("model.vocab_size=100", r"model\.vocab_size=100 .*set model\.vocab_size=512"),
     "absurd_width": one("model.d_ff=10000000000000000000", r"model\.d_ff"),
