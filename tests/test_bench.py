@@ -17,13 +17,14 @@ from quack_lm.bench.muon import MuonStep
 from quack_lm.bench.peers import make_peer_step
 from quack_lm.bench.plot import decode_plot
 from quack_lm.bench.ranks import LaunchedStep
-from quack_lm.bench.rounds import Summary, Turn, measure, quiet_rounds, summarize
+from quack_lm.bench.rounds import Summary, Turn, busy_rounds, kept_rounds, measure, summarize
 from quack_lm.bench.run_step import RunStep
 from quack_lm.bench.step import Phases, Timing, TrainingStep
 from quack_lm.bench.trace import STEPS, trace
 from quack_lm.cli.bench import read
 from quack_lm.config import choices, compose
 from quack_lm.errors import UserError
+from quack_lm.files import take_lock
 from quack_lm.model import Transformer, count_parameters
 from quack_lm.optim.recipe import set_lr
 from quack_lm.parallel import World
@@ -86,9 +87,10 @@ def test_the_fastest_ratio_is_of_the_fastest_time_of_each_phase() -> None:
 
 def test_a_round_in_which_the_machine_was_busy_is_left_out() -> None:
     turns = [Turn(name, i, 1.0, {}, None, 2.0 if (name, i) == ("b", 1) else 1.0) for i in range(5) for name in "ab"]
-    assert quiet_rounds(turns) == {0, 2, 3, 4}
+    assert (kept_rounds(turns), busy_rounds(turns)) == ({0, 2, 3, 4}, {1})
     # If nearly every round is busy, that is how the machine is.
-    assert quiet_rounds([Turn("a", i, 1.0, {}, None, 1.0 + i % 2) for i in range(4)]) == {0, 1, 2, 3}
+    turns = [Turn("a", i, 1.0, {}, None, 1.0 + i % 2) for i in range(4)]
+    assert (kept_rounds(turns), busy_rounds(turns)) == ({0, 1, 2, 3}, {1, 3})
 
 
 @pytest.mark.parametrize("attention", choices("attention"))
@@ -237,7 +239,7 @@ def test_the_optimizers_of_the_suite_muon_make_the_same_step() -> None:
 
 def test_a_decode_step_adds_a_token_behind_the_context_of_the_cache() -> None:
     names = ("mla 128", "mla qk_norm absorbed 128", "mla qk_norm materialized 128", "mha 128", "gqa 128")
-    command = read(["suite=decode", f"only={','.join(names)}", *SMALL])
+    command = read(["suite=decode", f"only={','.join(names)}", *(one for one in SMALL if "seq_len" not in one)])
     sizes = {}
     for name in names:
         config = command.configs[name]
@@ -245,7 +247,7 @@ def test_a_decode_step_adds_a_token_behind_the_context_of_the_cache() -> None:
         step = make_step(command.variants[name], config, command.settings[name], HERE, Path("nowhere"))
         for _ in range(2):
             assert step.turn(2).phases_s.keys() == {"forward"}
-            assert step.cache.length == step.cache.layers[0].length == 16 + 1
+            assert step.cache.length == step.cache.layers[0].length == 128 + 1
         sizes[name] = step.cache_bytes
     # Width 32, 4 heads: a latent of 16 and a rotary key of 8; keys of 16 and values of 16; keys and values of 8.
     assert list(sizes.values()) == [4 * n for n in (16 + 8, 16 + 8 + 4, 4 * (16 + 16), 4 * (8 + 8), 2 * (8 + 8))]
@@ -329,7 +331,7 @@ def small_model() -> Transformer:
         (["suite=probe", "steps=60"], "steps=60 must be a multiple of trainer.probe_every=50"),
         (["suite=ranks", "trainer.global_batch_size=12"], "trainer.global_batch_size=12 must be a multiple of"),
         (["suite=compile", "model.width=3"], "model.width"),
-        (["suite=compile", "trainer.compile=true"], "trainer.compile is what suite=compile varies; leave it out"),
+        (["suite=compile", "trainer.compile=true"], "trainer.compile is what suite=compile sets; leave it out"),
         (["suite=compile", "--fast"], "--fast"),
         (["suite=compile", "plot=a.png"], "plot=a.png: suite=compile has no figure; decode and scaling have one"),
         (["suite=decode", "plot=a.svg"], "plot=a.svg must name a file that ends in .png or .pdf"),
@@ -347,10 +349,26 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
     ("arguments", "words"),
     [
         (["suite=backends", "only=flash,flex"], "flash, flex left out: no GPU here"),
-        (["suite=peers", "only=llama", "attention=mla"], "llama has attention=mha; leave attention out"),
-        (["suite=peers", "only=llama", "optimizer=muon"], "llama has optimizer=adamw; leave optimizer out"),
+        (
+            ["suite=peers", "only=llama", "attention=mla"],
+            "attention is what suite=peers sets; leave it out, or measure",
+        ),
+        (
+            ["suite=peers", "only=llama", "optimizer=muon"],
+            "optimizer is what suite=peers sets; leave it out, or measure",
+        ),
+        (["suite=muon", "optimizer=adamw"], "optimizer is what suite=muon sets; leave it out, or measure"),
+        (
+            ["suite=muon", "optimizer.ns_dtype=float32"],
+            "mha torch has optimizer.ns_dtype=bfloat16, as torch's Muon has",
+        ),
+        (
+            ["suite=peers", "only=llama", "trainer.activation_checkpointing=true"],
+            "llama has trainer.activation_checkpointing=false; leave trainer.activation_checkpointing out",
+        ),
         (["suite=peers", "only=llama", "attention.head_dim=7"], "attention.head_dim=7 must be even"),
-        (["suite=peers", "only=llama", "stabilizer=qk_norm"], "llama has stabilizer=none; leave stabilizer out"),
+        (["suite=stabilizers", "only=quack", "stabilizer=none"], "stabilizer is what suite=stabilizers sets"),
+        (["suite=step", "trainer.init_from=x"], "trainer.init_from has no effect: a benchmark makes steps on random"),
         (
             ["suite=step", "trainer.seq_len=1000000000"],
             "trainer.micro_batch_size=2 sequences of trainer.seq_len=1000000",
@@ -380,6 +398,14 @@ def test_a_result_replaces_no_pipe_and_no_link(tmp_path: Path) -> None:
         code, stdout, stderr = call("bench", "suite=step", f"{key}={path}", *SMALL)
         assert (code, stdout, stderr.count("\n")) == (2, "", 1)
         assert f"{key}={path} must name a file, not a directory, a link, a pipe" in stderr
+
+
+def test_two_benchmarks_do_not_write_one_file(tmp_path: Path) -> None:
+    with (tmp_path / ".turns.jsonl.lock").open("w") as lock:
+        assert take_lock(lock)
+        code, stdout, stderr = call("bench", "suite=step", f"out={tmp_path}/turns.jsonl", *SMALL)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert f"out={tmp_path}/turns.jsonl is being written by another process" in stderr
 
 
 class Step:

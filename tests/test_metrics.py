@@ -201,13 +201,17 @@ def test_writing_replaces_a_file_and_leaves_nothing_else(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("NVIDIA H100 80GB HBM3", Accelerator(989, 80)),
+        ("NVIDIA H100 80GB HBM3", Accelerator(989, 80, 7)),
+        ("NVIDIA GeForce RTX 4090", Accelerator(165.2, 24)),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", Accelerator(989 * 3 / 7, 40)),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb+me", Accelerator(312 / 7, 10)),
         ("NVIDIA A30 MIG 2g.12gb", Accelerator(165 / 2, 12)),
         # A part of an instance, whose share the name does not say.
         ("NVIDIA H100 80GB HBM3 MIG 1c.3g.40gb", None),
         ("NVIDIA H800 MIG 3g.40gb", None),
+        ("NVIDIA GeForce RTX 4090 MIG 3g.40gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 0g.10gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.160gb", None),
         ("NVIDIA H800", None),
         ("NVIDIA H100", None),
         ("NVIDIA GeForce RTX 4090 D", None),

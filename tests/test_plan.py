@@ -112,13 +112,27 @@ def test_a_plan_prints_what_the_run_will_be(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_which_nothing_fits_says_what_it_would_take() -> None:
-    sizes = ["model.vocab_size=50000000", "trainer.micro_batch_size=auto", "trainer.precision=bfloat16"]
-    code, stdout, stderr = call("plan", "experiment=tiny", *SMALL, *sizes, "card=RTX 4090")
-    assert (code, stderr) == (0, "")
-    rows = table(stdout)
-    assert float(rows["total"][0]) > 24
-    assert rows["largest micro-batch in 21.6 GiB"] == ["–"] * 3
-    assert rows["cheapest"] == ["nothing fits: use more ranks, or trainer.loss_chunk=1024"]
+    sizes = ["trainer.micro_batch_size=auto", "trainer.precision=bfloat16", "trainer.loss_chunk=null", "mfu=0.4"]
+    for vocab_size, advice in (
+        (50_000_000, r"weights, gradients and optimizer alone take 4\d\.\d GiB; use more ranks or a smaller model"),
+        (15_000_000, r"use more ranks, or trainer\.loss_chunk=1024"),
+    ):
+        code, stdout, stderr = call(
+            "plan", "experiment=tiny", *SMALL, *sizes, f"model.vocab_size={vocab_size}", "card=RTX 4090"
+        )
+        assert (code, stderr) == (0, "")
+        rows = table(stdout)
+        assert float(rows["total"][0]) > 21.6
+        assert rows["largest micro-batch in 21.6 GiB"] == ["–"] * 3
+        assert re.fullmatch(f"nothing fits: {advice}", rows["cheapest"][0]), rows["cheapest"]
+        assert re.fullmatch(r"none: a step takes \d+\.\d GiB, and may take 21\.6", rows["time"][0])
+
+
+def test_a_sweep_of_which_a_run_does_not_fit_has_no_time() -> None:
+    sizes = ["model.vocab_size=1000,50000000", "trainer.precision=bfloat16", "card=RTX 4090", "mfu=0.4"]
+    code, stdout, _ = call("plan", "experiment=tiny", *sizes)
+    assert code == 0
+    assert stdout.splitlines()[-1].startswith("time: none, for 1 of 2 kinds of runs take more than 21.6 GiB")
 
 
 def test_the_mfu_of_a_run_on_a_cpu_is_not_that_of_a_card(tmp_path: Path) -> None:
@@ -164,6 +178,8 @@ def test_runs_of_a_sweep_that_differ_in_more_than_attention_and_stabilizer_have_
         (["trainer.micro_batch_size=auto"], "trainer.micro_batch_size=auto needs a card=NAME"),
         (["trainer.micro_batch_size=auto", "seed=0,1"], "trainer.micro_batch_size=auto needs a card=NAME"),
         (["--dry-run"], "unknown flag --dry-run"),
+        (["card=H100", "trainer.device=cpu"], "trainer.device=cpu: card=NVIDIA H100 80GB HBM3 is a GPU"),
+        (["world_size=2", "world_size=4"], "world_size=4: world_size=2 is given, too; choose one"),
         (["measure=yes"], "measure=yes must be true or false"),
         (["measure=true", "world_size=2"], "world_size=2: measure=true measures on the ranks"),
     ],

@@ -1,8 +1,8 @@
 """The kernels that inductor makes of a step: a sign of fusion that does not depend on how fast a machine is.
 
 Loss and gradient are one graph each, lowered as `torch.compile` does it, and the scheduler's nodes are counted after
-fusion; nothing is compiled by a C++ compiler or run. Bytes are what each node must read and write at least; those of
-matrix products and attention are left out.
+fusion; nothing is compiled or run, but inductor needs a C++ compiler all the same. Bytes are what each node must read
+and write at least; those of matrix products and attention are left out.
 """
 
 from collections import Counter

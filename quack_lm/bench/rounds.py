@@ -125,11 +125,16 @@ class _Product:
         return median(found)
 
 
-def quiet_rounds(turns: Sequence[Turn]) -> set[int]:
-    """The rounds in which no product took long; all of them if fewer than FEWEST_ROUNDS would be left."""
+def busy_rounds(turns: Sequence[Turn]) -> set[int]:
+    """The rounds in which a product took long."""
     limit = BUSY * median(turn.product_s for turn in turns)
+    return {turn.round for turn in turns if turn.product_s > limit}
+
+
+def kept_rounds(turns: Sequence[Turn]) -> set[int]:
+    """The rounds that are not busy; all of them if fewer than FEWEST_ROUNDS would be left."""
     every = {turn.round for turn in turns}
-    quiet = every - {turn.round for turn in turns if turn.product_s > limit}
+    quiet = every - busy_rounds(turns)
     return quiet if len(quiet) >= min(FEWEST_ROUNDS, len(every)) else every
 
 

@@ -112,6 +112,10 @@ class Variant:
 
     def check_config(self, name: str, config: dict[str, Any]) -> None:
         """UserError where the config asks for what the variant does not do: a peer follows sizes alone."""
+        optimizer = config["optimizer"]
+        for key, dtype in (("ns_dtype", "bfloat16"), ("state_dtype", "float32")) if self.muon else ():
+            if optimizer[key] != dtype:
+                raise UserError(f"{name} has optimizer.{key}={dtype}, as torch's Muon has it; leave it out")
         trainer, own_chunk = config["trainer"], any(one.startswith("trainer.loss_chunk=") for one in self.settings)
         n_tokens, chunk = trainer["micro_batch_size"] * trainer["seq_len"], trainer["loss_chunk"]
         if own_chunk and isinstance(chunk, int) and chunk >= n_tokens:
@@ -161,13 +165,13 @@ def _stabilizers() -> dict[str, Sequence[str]]:
 
 
 def _sizes(name: str, numbers: Sequence[int], *keys: str) -> Suite:
-    """`keys` are settings in which `{}` is the number."""
+    """`keys` are settings in which `{}` is the number, and `{1}` four times it."""
     return _each({f"{name} {n}": [key.format(n, 4 * n) for key in keys] for n in numbers})
 
 
 def _around(variants: Mapping[str, Variant]) -> Suite:
     """A turn is a whole number of intervals."""
-    return Suite(variants, rounds=6, steps=50, warmup=50)
+    return Suite(variants, rounds=8, steps=50, warmup=50)
 
 
 def _ranks() -> Variants:
@@ -242,7 +246,7 @@ def _scaling() -> Suite:
             for each in (*SIZES.values(), Suite(_ranks()))
             for name, one in each.variants.items()
         },
-        rounds=6,
+        rounds=8,
         steps=1,
         warmup=1,
     )
@@ -265,7 +269,7 @@ SIZES: Mapping[str, Suite] = {
     "vocabulary": _sizes("vocabulary", (1024, 4096, 16384, 65536), "model.vocab_size={}"),
 }
 # Rows and columns of the matrices of the blocks of the 1B models, in multiples of their width; the rotary key's last.
-SHAPES = ((1, 1), (4, 1), (1, 4), (1, 2), (1, 0.25), (0.125, 1), (2, 0.125), (0.03125, 1))
+SHAPES = ((1, 1), (4, 1), (1, 4), (1, 2), (1, 0.25), (0.25, 1), (1, 0.125), (0.125, 1), (2, 0.125), (0.03125, 1))
 
 SUITES: Mapping[str, Suite] = {
     "stabilizers": _each(_stabilizers()),
@@ -337,7 +341,7 @@ SUITES: Mapping[str, Suite] = {
         }
     ),
     **SIZES,
-    "ranks": Suite(_ranks(), rounds=6),
+    "ranks": Suite(_ranks(), rounds=8),
     "scaling": _scaling(),
     "peers": Suite(_peers()),
     "kernels": Suite(_kernels()),

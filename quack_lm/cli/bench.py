@@ -11,7 +11,7 @@ suite=NAME     what is compared
 rounds=10      how often each variant has its turn; a ratio has an interval from six rounds on
 steps=3        steps of a turn
 warmup=3       steps of each variant before the first round: caches, compilation, and its peak memory
-               (loader, probe and checkpoint: 6 rounds of 50 steps, whole intervals; ranks: 6 rounds; scaling: 6
+               (loader, probe and checkpoint: 8 rounds of 50 steps, whole intervals; ranks: 8 rounds; scaling: 8
                rounds of 1 step behind 1; decode: 8 steps)
 out=FILE       a line of JSON for each turn, runs/bench/<suite>.jsonl unless given
 only=A,B       some variants of the suite
@@ -24,7 +24,8 @@ Every other key=value is a setting of all variants, as of quack-lm train; an exp
 its own sizes. Tokens are random, so no data set is needed; with data.mask_documents=true they are documents of 512
 tokens on average.
 Rounds in which a fixed matrix product between the turns took 1.25 times its median are left out and counted: then
-something else ran.
+something else ran. Where fewer than three are left, all count, and the table says so. Load that comes and goes within
+a turn is not seen, but hardly moves a median and widens the interval.
 """
 
 import json
@@ -32,9 +33,9 @@ import math
 import os
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,9 +46,9 @@ from tqdm import tqdm
 from quack_lm.bench import suites
 from quack_lm.bench.suites import Suite, Variant
 from quack_lm.cli.flags import check_writable
-from quack_lm.config import compose, instantiate, take_keys
+from quack_lm.config import compose, groups, instantiate, take_keys
 from quack_lm.errors import UserError, explaining
-from quack_lm.files import refuse_other_than_file, user_path, write_atomically, write_together
+from quack_lm.files import refuse_other_than_file, take_lock, user_path, write_atomically, write_together
 from quack_lm.report.table import Table, significant
 from quack_lm.text import echo
 from quack_lm.training.counts import format_count
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
     from quack_lm.parallel import World
 
 COUNTS = ("rounds", "steps", "warmup")
+# The fewest values whose signed ranks say something at 95%.
+ROUNDS_OF_AN_INTERVAL = 6
 # The suites with a figure.
 PLOTTED = ("decode", "scaling")
 # The phases of a step, by the header of their column.
@@ -70,6 +73,16 @@ PHASES = {
     "probe": "probe",
     "checkpoint": "checkpoint",
 }
+# Settings of a run that a benchmark does not have.
+WITHOUT_EFFECT = (
+    "run_dir",
+    "data.dir",
+    "data.dirs",
+    "trainer.init_from",
+    "trainer.init_stabilizer",
+    "trainer.profile",
+    "trainer.resume",
+)
 MIB = 2**20
 OWN = ("suite", "out", "only", "trace", "plot", *COUNTS)
 # Of the table of `kernels`.
@@ -107,7 +120,8 @@ class Command:
             elif variant.ranks > gpus:
                 reason = f"this machine has {gpus} GPUs"
             else:
-                reason = "" if variant.decode else _missing(self.configs[name], device)
+                is_lowered = self.suite == "kernels"  # by inductor, which asks the compiler what the CPU can do
+                reason = "" if variant.decode else _missing(self.configs[name], device, is_compiled=is_lowered)
             if reason:
                 without.setdefault(reason, []).append(name)
                 del self.variants[name], self.configs[name]
@@ -116,7 +130,7 @@ class Command:
             raise UserError("; ".join(self.notes))
 
 
-def _missing(config: dict[str, Any], device: str) -> str:
+def _missing(config: dict[str, Any], device: str, *, is_compiled: bool) -> str:
     """What a config needs and this machine does not have; empty where there is nothing."""
     from quack_lm.training.build import choose_kernels, make_model
     from quack_lm.training.compilation import check_compiler
@@ -124,7 +138,7 @@ def _missing(config: dict[str, Any], device: str) -> str:
     settings, model = instantiate(config["trainer"]), make_model(config)
     try:
         choose_kernels(model, settings, device=device)
-        check_compiler(settings, device=device)
+        check_compiler(replace(settings, compile=settings.compile or is_compiled), device=device)
     except UserError as error:
         return str(error)
     return ""
@@ -167,7 +181,8 @@ def main(arguments: list[str]) -> int:
         # Beside the result where a variant writes what a run writes: to the disk that this is meant for.
         place = command.out.parent if any(variant.parts for variant in command.variants.values()) else None
         own = tempfile.TemporaryDirectory(dir=place, prefix=".bench_", ignore_cleanup_errors=True)
-    with leaving(), own as name:
+    claimed = _claiming(command.out) if world.is_main else nullcontext()
+    with leaving(), claimed, own as name:
         directory = Path(world.all_gather(name)[0])  # of the main process
         (count if command.suite == "kernels" else measure)(command, world, directory)
         world.barrier()
@@ -203,8 +218,8 @@ def measure(command: Command, world: "World", directory: Path) -> None:
 
     def write_turns(turns: "Sequence[Turn]") -> None:
         if world.is_main:
-            quiet = rounds.quiet_rounds(turns)
-            more = [{"baseline": baselines[turn.variant], "is_kept": turn.round in quiet} for turn in turns]
+            kept = rounds.kept_rounds(turns)
+            more = [{"baseline": baselines[turn.variant], "is_kept": turn.round in kept} for turn in turns]
             _write(command, [_line(turn, scales[turn.variant]) | own for turn, own in zip(turns, more, strict=True)])
 
     turns = rounds.measure(
@@ -215,12 +230,19 @@ def measure(command: Command, world: "World", directory: Path) -> None:
         after_round=write_turns,
     )
     if world.is_main:
-        kept = rounds.quiet_rounds(turns)
+        kept, busy = rounds.kept_rounds(turns), rounds.busy_rounds(turns)
         found = rounds.summarize(baselines, turns, kept)
         has_faults = any(variant.is_isolated for variant in command.variants.values())
         echo(*_table(found, scales, has_faults=has_faults).splitlines(), "")
-        left_out = command.counts["rounds"] - len(kept)
-        echo(f"{len(kept)} rounds, {left_out} left out because the machine was busy; {_machine(world)}")
+        is_kept = bool(busy & kept)
+        how = (
+            "in which the machine was busy, too many to leave out"
+            if is_kept
+            else "left out because the machine was busy"
+        )
+        echo(f"{len(kept)} rounds, {len(busy)} {'of them ' * is_kept}{how}; {_machine(world)}")
+        if len(kept) < ROUNDS_OF_AN_INTERVAL and len(found) > 1:
+            echo(f"no intervals: they need {ROUNDS_OF_AN_INTERVAL} rounds")
         echo(f"each turn is in {command.out}")
         if command.plot:
             _write_plot(command, found, scales)
@@ -252,6 +274,21 @@ class Scale:
 def _line(turn: "Turn", scale: Scale) -> dict[str, Any]:
     rates = {"tokens_per_s": scale.tokens_per_s(turn.step_s), "mfu": scale.mfu(turn.step_s)}
     return {**asdict(turn), **rates, "memory_bytes": scale.memory_bytes, "cache_bytes": scale.cache_bytes}
+
+
+@contextmanager
+def _claiming(out: Path) -> Iterator[None]:
+    """UserError where another benchmark writes this file."""
+    path = out.with_name(f".{out.name}.lock")
+    with explaining(f"out={out}", "or choose another"):
+        lock = path.open("w")
+    with lock:
+        if not take_lock(lock):
+            raise UserError(f"out={out} is being written by another process; choose another")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _writing(command: Command) -> AbstractContextManager[None]:
@@ -372,7 +409,7 @@ def read(arguments: list[str]) -> Command:
     suite = suites.suite(own["suite"])
     counts = {name: _count(own, name, getattr(suite, name)) for name in COUNTS}
     variants, notes = _chosen(suite, own.get("only"))
-    _refuse_varied(own["suite"], variants, overrides)
+    _refuse_varied(own["suite"], suite.variants, overrides)
     base = _base(suite, overrides)
     settings, configs = {}, {}
     for name, variant in variants.items():
@@ -410,11 +447,15 @@ def read(arguments: list[str]) -> Command:
 
 
 def _refuse_varied(suite: str, variants: Mapping[str, Variant], overrides: Sequence[str]) -> None:
-    """UserError where a setting of all variants is one in which they differ."""
+    """UserError where a setting of all variants is one in which they differ, or a choice that the suite makes, or one
+    that no benchmark looks at."""
     own = [dict(setting.split("=", 1) for setting in variant.settings) for variant in variants.values()]
-    for key in (override.lstrip("+").partition("=")[0] for override in overrides):
-        if len({settings.get(key) for settings in own}) > 1:
-            raise UserError(f"{key} is what suite={suite} varies; leave it out, or choose one variant with only=...")
+    for key, _, value in (override.lstrip("+").partition("=") for override in overrides):
+        if key in WITHOUT_EFFECT or key.startswith("eval."):
+            raise UserError(f"{key} has no effect: a benchmark makes steps on random tokens; leave it out")
+        values = {settings.get(key) for settings in own}
+        if len(values) > 1 or (key in groups() and values - {None, value}):
+            raise UserError(f"{key} is what suite={suite} sets; leave it out, or measure one config with suite=step")
 
 
 def _base(suite: Suite, overrides: Sequence[str]) -> list[str]:

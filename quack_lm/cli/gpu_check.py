@@ -2,10 +2,11 @@
 
     quack-lm gpu-check                  # needs: GPU. About 12 min on an H100
     quack-lm gpu-check --dry-run        # print the commands, run nothing
-    quack-lm gpu-check only=run,trace
+    quack-lm gpu-check only=data,run,trace
 
 dir=DIR     where the results go, runs/gpu_check unless given: page.md, to attach to an issue, and what it is made of
-only=A,B    some of the parts: {parts}
+only=A,B    some of the parts: {parts};
+            or of those that are run only where they are named: {more}
 
 A part that fails or takes more than 5 minutes is on the page too, and the next one starts. A checkout of the
 repository is needed for the tests.
@@ -44,10 +45,9 @@ BENCH = [
     "model.n_layers=8",
     "trainer.micro_batch_size=8",
     "trainer.global_batch_size=24",
-    "steps=2",
-    "warmup=2",
 ]
 COMPILED = "trainer.compile=true"
+SHALLOW = ["model.n_layers=2"]
 ONE_MICRO_BATCH = ["model.n_layers=4", "trainer.micro_batch_size=6", "trainer.global_batch_size=6"]
 RUN = [
     "model=1b",
@@ -72,7 +72,13 @@ SMALL = [
     "trainer.global_batch_size=4",
     "trainer.val_sequences=2",
 ]
+AROUND = ("loader", "probe", "checkpoint")
+# For which ten minutes are too short.
+MORE = ("optimizers", "loss", *AROUND)
 PEERS = "ours as llama,llama,ours as deepseek_v3,deepseek_v3"
+
+
+Command = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Part:
 
     name: str
     title: str
-    command: tuple[str, ...]
+    command: Command
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,9 @@ class Outcome:
 def main(arguments: list[str]) -> int:
     """Run the parts one after another, and write the page."""
     if {"-h", "--help"} & set(arguments):
-        names = ", ".join(part.name for part in parts(Path("DIR"), is_small=False))
-        echo(*(__doc__ or "").format(parts=names).splitlines())
+        every = parts(Path("DIR"), is_small=False)
+        named = {kind: ", ".join(one.name for one in every if (one.name in MORE) == kind) for kind in (False, True)}
+        echo(*(__doc__ or "").format(parts=named[False], more=named[True]).splitlines())
         return 0
     own, is_dry = read(arguments)
     directory, is_small = user_path(own.get("dir", "runs/gpu_check")), own.get("small") == "true"
@@ -147,9 +154,16 @@ def read(arguments: list[str]) -> tuple[dict[str, str], bool]:
 def parts(directory: Path, *, is_small: bool) -> list[Part]:
     """Everything that is run, in order."""
     cli = (sys.executable, "-m", "quack_lm")
-    bench = (*cli, "bench", *(["steps=1", "warmup=1", *SMALL] if is_small else BENCH))
-    rounds = "rounds=1" if is_small else "rounds=6"
     short, compiled = ((), ()) if is_small else (ONE_MICRO_BATCH, (COMPILED,))
+
+    def bench(
+        name: str, *settings: str, rounds: int = 1 if is_small else 6, steps: int = 1 if is_small else 2
+    ) -> Command:
+        counts = (f"rounds={rounds}", f"steps={steps}", f"warmup={steps}")
+        return (*cli, "bench", *(SMALL if is_small else BENCH), *counts, *settings, f"out={directory / name}.jsonl")
+
+    # A turn is a whole number of the intervals at which something happens around the step.
+    around = ("attention=mha", *SHALLOW, "trainer.probe_every=10", "trainer.checkpoint_every=10", *compiled)
     suites = {
         "stabilizers": ("Stabilizers, MHA", ("suite=stabilizers", "attention=mha", *compiled)),
         "stabilizers_mla": ("Stabilizers, MLA", ("suite=stabilizers", "attention=mla", *compiled)),
@@ -157,6 +171,11 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
         "backends": ("Attention kernels, MHA", ("suite=backends", "attention=mha", *compiled)),
         "compile": ("Compiled blocks, MHA", ("suite=compile", "attention=mha")),
         "peers": ("transformers in a plain loop, compiled", ("suite=peers", f"only={PEERS}", *short, *compiled)),
+        "optimizers": ("Optimizers, MHA", ("suite=optimizers", "only=adamw,muon", "attention=mha", *compiled)),
+        "loss": ("The loss, whole and in pieces, MHA", ("suite=loss", "attention=mha", *SHALLOW, *compiled)),
+        "loader": ("Reading data, MHA", ("suite=loader", *around)),
+        "probe": ("Logging and the probe, MHA", ("suite=probe", *around)),
+        "checkpoint": ("Checkpoints, MHA", ("suite=checkpoint", "only=none,asynchronous", *around)),
     }
     data = f"data.dir={directory / 'data'}"
     sizes = ("experiment=tiny", *SMALL, "trainer.steps=8", "logger.log_every=2") if is_small else RUN
@@ -165,7 +184,7 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
     # Each test is mostly start-up and compilation, so several share the GPU.
     workers = str(min(12, os.cpu_count() or 1))
     tests = ("-m", "gpu", "-n", workers, "-rfs", "-p", "no:cacheprovider", f"--junitxml={directory / 'tests.xml'}")
-    trace = ("suite=stabilizers", "only=none", *compiled, "rounds=1", f"trace={directory / 'trace.json.gz'}")
+    trace = ("suite=stabilizers", "only=none", *compiled, f"trace={directory / 'trace.json.gz'}")
     return [
         Part("tests", "Tests that need a GPU", (sys.executable, "-m", "pytest", str(REPOSITORY / "tests"), *tests)),
         Part("data", "Data of the run", (*cli, "prepare", "data=stdlib", data)),
@@ -174,9 +193,9 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
             "20 steps of the 1B model, MHA",
             (*train, *quiet, f"run_dir={directory / 'run'}"),
         ),
-        Part("trace", "Trace of a step, MHA", (*bench, *trace, f"out={directory / 'trace.jsonl'}")),
+        Part("trace", "Trace of a step, MHA", bench("trace", *trace, rounds=1)),
         *(
-            Part(name, title, (*bench, rounds, *settings, f"out={directory / name}.jsonl"))
+            Part(name, title, bench(name, *settings, **({"steps": 10} if name in AROUND else {})))
             for name, (title, settings) in suites.items()
         ),
     ]
@@ -185,7 +204,7 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
 def choose(all_parts: list[Part], only: str | None) -> list[Part]:
     """The parts that `only=` names; UserError for one that does not exist."""
     if only is None:
-        return all_parts
+        return [part for part in all_parts if part.name not in MORE]
     names = [part.name for part in all_parts]
     if unknown := [name for name in only.split(",") if name not in names]:
         raise UserError(f"only={only}: there is no part '{unknown[0]}'; the parts are: {', '.join(names)}")

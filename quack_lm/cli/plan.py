@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 OWN = ("world_size", "card", "mfu", "measure")
 MIB, GIB = 2**20, 2**30
+LEAST_CHUNK = 1024  # of the loss, in tokens: fewer save little
 CHECKPOINTING: Mapping[str, Any] = {"keep all": False, "selective": "selective", "recompute all": True}
 
 
@@ -65,6 +66,8 @@ class Setting:
     def check(self, settings: "TrainerSettings") -> None:
         """UserError where the ranks cannot share the batch, or a number would follow from what is not known."""
         settings.check_ranks(self.world_size)
+        if self.card and settings.device == "cpu":
+            raise UserError(f"trainer.device=cpu: card={self.card} is a GPU; leave one of them out")
         if settings.micro_batch_size == "auto" and not self.accelerator:
             raise UserError("trainer.micro_batch_size=auto needs a card=NAME, whose memory decides")
         if self.speed and settings.precision != "bfloat16":
@@ -155,7 +158,7 @@ def plan_run(config: dict[str, Any], setting: Setting) -> None:
     flops, in_attention = count_flops_per_token(config), count_attention_flops_per_token(config)
     step_tokens = settings.global_batch_size * settings.seq_len
     parameters = count_parameters(make_model(config))["total"]
-    settings, memory = _memory(config, settings, setting)
+    settings, total, memory = _memory(config, settings, setting)
     echo(
         f"attention={choice(config['attention'])} stabilizer={choice(config['stabilizer'])}, {settings.precision}, "
         f"{setting.world_size} x {setting.card or 'an unnamed device'}",
@@ -170,6 +173,9 @@ def plan_run(config: dict[str, Any], setting: Setting) -> None:
     traffic = _traffic(config, settings, setting.world_size)
     kinds = ", ".join(f"{kind} {n_bytes / GIB:.3g}" for kind, n_bytes in traffic.items() if n_bytes)
     echo(f"communication   GiB sent by a rank in a step: {kinds or 'none'}")
+    if setting.budget and total > setting.budget:
+        echo(f"time            none: a step takes {total / GIB:.1f} GiB, and may take {setting.budget / GIB:.1f}")
+        return
     speed = setting.tokens_per_s(flops)
     if speed is None:
         echo("time            unknown without card=GH200 and mfu=0.4, or mfu=DIRECTORY of a run")
@@ -186,8 +192,8 @@ def plan_run(config: dict[str, Any], setting: Setting) -> None:
 
 def _memory(
     config: dict[str, Any], settings: "TrainerSettings", setting: Setting
-) -> "tuple[TrainerSettings, list[str]]":
-    """The settings, with the micro-batch of the table; and the lines of the table and of what fits."""
+) -> "tuple[TrainerSettings, int, list[str]]":
+    """The settings, with the micro-batch of the table; the bytes of their step; the table and what fits, as lines."""
     from quack_lm.training.step_memory import CATEGORIES, fake_step
 
     with fake_step(config, world_size=setting.world_size, device=_device(config)) as step:
@@ -215,10 +221,20 @@ def _memory(
         cheapest = (
             f"trainer.micro_batch_size={fitting[0][1]} trainer.activation_checkpointing={_as_yaml(fitting[0][0])}"
             if fitting
-            else "nothing fits: use more ranks, or trainer.loss_chunk=1024"
+            else f"nothing fits: {_advice(settings, taken['recompute all'], budget)}"
         )
         lines.append(f"cheapest        {cheapest}")
-    return settings, lines
+    return settings, next(taken[name].total for name, way in CHECKPOINTING.items() if way == own), lines
+
+
+def _advice(settings: "TrainerSettings", least: "StepMemory", budget: float) -> str:
+    """What helps a run of which no step fits; `least` is what it takes where everything is recomputed."""
+    from quack_lm.training.step_memory import LASTING
+
+    lasting = sum(least.parts.get(part, 0) for part in LASTING)
+    if lasting > budget:
+        return f"weights, gradients and optimizer alone take {lasting / GIB:.1f} GiB; use more ranks or a smaller model"
+    return "use more ranks" + (", or trainer.loss_chunk=1024" if settings.loss_chunk != LEAST_CHUNK else "")
 
 
 def _traffic(config: dict[str, Any], settings: "TrainerSettings", world_size: int) -> dict[str, float]:
@@ -271,7 +287,7 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
     has_settings = any(settings)
     rows = []
     for own, taken, others in zip(kinds.values(), memory, settings, strict=True):
-        config = own[0].config
+        config, fits = own[0].config, not setting.budget or taken <= setting.budget
         per_token = flops[own[0].name] / own[0].total_tokens
         total = cost.estimate(own, {cell.name: flops[cell.name] for cell in own}, setting.speed)
         hours = total.hours
@@ -283,9 +299,9 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
                 count(count_parameters(make_model(config))["total"]),
                 f"{per_token:.3g}",
                 in_unit(taken),
-                count(setting.tokens_per_s(per_token)),
-                significant(hours / len(own) if hours else None),
-                significant(hours * setting.world_size if hours else None),
+                count(setting.tokens_per_s(per_token) if fits else None),
+                significant(hours / len(own) if hours and fits else None),
+                significant(hours * setting.world_size if hours and fits else None),
             )
         )
     header = (
@@ -307,6 +323,12 @@ def plan_sweep(cells: "list[Cell]", setting: Setting) -> None:
     )
     all_of_it = cost.estimate(cells, flops, setting.speed)
     echo(f"{len(cells)} runs, {all_of_it.tokens:.3g} tokens, {all_of_it.flops:.3g} FLOPs")
+    if setting.budget and (n_large := sum(taken > setting.budget for taken in memory)):
+        echo(
+            f"time: none, for {n_large} of {len(memory)} kinds of runs take more than {setting.budget / GIB:.1f} GiB, "
+            "which a step may: use a smaller trainer.micro_batch_size, trainer.activation_checkpointing, or more ranks"
+        )
+        return
     if setting.speed is None or all_of_it.hours is None:
         echo("time: unknown without card=GH200 and mfu=0.4, or mfu=DIRECTORY of a run")
         return

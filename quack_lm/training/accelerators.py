@@ -20,17 +20,19 @@ class Accelerator:
 
     tflops: float
     memory_gib: float
-    mig_slices: int = 7
+    mig_slices: int = 0  # of which MIG instances are made, on cards that can be divided
 
+
+MIG = 7
 
 ACCELERATORS = {
     # Ampere
-    "NVIDIA A100-SXM4-80GB": Accelerator(312, 80),
-    "NVIDIA A100-SXM4-40GB": Accelerator(312, 40),
-    "NVIDIA A100-PCIE-40GB": Accelerator(312, 40),
-    "NVIDIA A100 80GB PCIe": Accelerator(312, 80),
-    "NVIDIA A800-SXM4-80GB": Accelerator(312, 80),
-    "NVIDIA A800 80GB PCIe": Accelerator(312, 80),
+    "NVIDIA A100-SXM4-80GB": Accelerator(312, 80, MIG),
+    "NVIDIA A100-SXM4-40GB": Accelerator(312, 40, MIG),
+    "NVIDIA A100-PCIE-40GB": Accelerator(312, 40, MIG),
+    "NVIDIA A100 80GB PCIe": Accelerator(312, 80, MIG),
+    "NVIDIA A800-SXM4-80GB": Accelerator(312, 80, MIG),
+    "NVIDIA A800 80GB PCIe": Accelerator(312, 80, MIG),
     "NVIDIA A30": Accelerator(165, 24, mig_slices=4),
     "NVIDIA A40": Accelerator(149.7, 45),
     "NVIDIA A10": Accelerator(125, 22.5),
@@ -46,18 +48,18 @@ ACCELERATORS = {
     "NVIDIA GeForce RTX 4080": Accelerator(97.5, 16),
     "NVIDIA GeForce RTX 4090": Accelerator(165.2, 24),
     # Hopper
-    "NVIDIA H100 80GB HBM3": Accelerator(989, 80),
-    "NVIDIA H100 PCIe": Accelerator(756, 80),
-    "NVIDIA H100 NVL": Accelerator(835, 94),
-    "NVIDIA H200": Accelerator(989, 141),
-    "NVIDIA H200 NVL": Accelerator(835, 141),
-    "NVIDIA GH200 480GB": Accelerator(989, 96),
-    "NVIDIA GH200 144G HBM3e": Accelerator(989, 144),
+    "NVIDIA H100 80GB HBM3": Accelerator(989, 80, MIG),
+    "NVIDIA H100 PCIe": Accelerator(756, 80, MIG),
+    "NVIDIA H100 NVL": Accelerator(835, 94, MIG),
+    "NVIDIA H200": Accelerator(989, 141, MIG),
+    "NVIDIA H200 NVL": Accelerator(835, 141, MIG),
+    "NVIDIA GH200 480GB": Accelerator(989, 96, MIG),
+    "NVIDIA GH200 144G HBM3e": Accelerator(989, 144, MIG),
     # Blackwell
-    "NVIDIA B200": Accelerator(2250, 180),
-    "NVIDIA GB200": Accelerator(2500, 186),
-    "NVIDIA B300 SXM6 AC": Accelerator(2250, 268),
-    "NVIDIA GB300": Accelerator(2500, 278),
+    "NVIDIA B200": Accelerator(2250, 180, MIG),
+    "NVIDIA GB200": Accelerator(2500, 186, MIG),
+    "NVIDIA B300 SXM6 AC": Accelerator(2250, 268, MIG),
+    "NVIDIA GB300": Accelerator(2500, 278, MIG),
     "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": Accelerator(503.8, 96, mig_slices=4),
     "NVIDIA GeForce RTX 5080": Accelerator(112.6, 16),
     "NVIDIA GeForce RTX 5090": Accelerator(209.5, 32),
@@ -86,10 +88,12 @@ def find_accelerator(name: str) -> Accelerator | None:
         return ACCELERATORS[name]
     instance = re.fullmatch(r"(?P<card>.+) MIG (?P<slices>\d)g\.(?P<memory>\d+)gb(\+me(\.all)?)?", name)
     card = ACCELERATORS.get(instance["card"]) if instance else None
-    if instance is None or card is None or int(instance["slices"]) > card.mig_slices:
+    if instance is None or card is None:
         return None
-    slices = int(instance["slices"])
-    return Accelerator(card.tflops * slices / card.mig_slices, int(instance["memory"]))
+    slices, memory = int(instance["slices"]), int(instance["memory"])
+    if not 1 <= slices <= card.mig_slices or memory > card.memory_gib:
+        return None
+    return Accelerator(card.tflops * slices / card.mig_slices, memory)
 
 
 def named_accelerator(text: str) -> tuple[str, Accelerator]:
