@@ -171,8 +171,6 @@ def parse(arguments: list[str]) -> Command:
             raise UserError(f"{argument} must be {key.read.__doc__}") from None
         if name == "reuse":
             command.reuse.append(read)
-        elif name in command.own:
-            raise UserError(f"{argument}: {name}= is given twice; choose one")
         else:
             command.own[name] = read
     if ("mfu" in command.own) != ("tflops" in command.own):
