@@ -48,6 +48,10 @@ def test_every_variant_of_a_suite_is_a_run_that_could_be_made(suite: str) -> Non
     assert set(suites.baselines(command.variants).values()) <= set(command.variants)
 
 
+def test_what_the_chosen_variants_have_anyway_may_be_said() -> None:
+    assert list(read(["suite=stabilizers", "only=quack", "stabilizer=quack"]).variants) == ["quack"]
+
+
 def test_a_chosen_model_or_experiment_has_its_own_sizes() -> None:
     for chosen, seq_len in (("model=1b", 512), ("experiment=paper", 2048)):
         config = read(["suite=compile", chosen, "model.n_layers=8"]).configs["eager"]

@@ -762,9 +762,18 @@ def test_text_files_without_end_of_text_tokens_are_a_document_each_where_they_fi
     assert texts_of(split)[2:] == ["One line", "of a manual"]
 
 
-def test_a_table_is_not_taken_for_text(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text,label\none,1\n")
-    with pytest.raises(UserError, match=r"a\.csv is a table by its name, .*: convert it to jsonl or parquet"):
+@pytest.mark.parametrize("name", ["a.csv", "B.TSV", "a.csv.gz"])
+def test_a_table_is_not_taken_for_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("text,label\none,1\n")
+    with pytest.raises(UserError, match=r"is a table by its name, .*: convert it to jsonl or parquet"):
+        local(tmp_path / "set", [f"{tmp_path}/*"], format="auto").notes()
+
+
+def test_a_damaged_file_among_texts_is_named_while_it_is_asked_where_documents_end(tmp_path: Path) -> None:
+    for number in range(70):  # so many that not every one is looked at for a separator
+        (tmp_path / f"{number:02}.txt").write_text("The same text.\n")
+    (tmp_path / "01.txt.gz").write_bytes(gzip.compress(b"A text.\n" * 999)[:-20])
+    with pytest.raises(UserError, match=r"01\.txt\.gz: cannot read it"):
         local(tmp_path / "set", [f"{tmp_path}/*"], format="auto").notes()
 
 

@@ -485,18 +485,11 @@ def test_every_shape_and_setting_that_does_not_fit_is_named(
     other = ["stabilizer=qk_norm", "stabilizer.eps=0.1", f"trainer.init_from={normed}", f"run_dir={tmp_path}/run"]
     with pytest.raises(UserError, match=r"stabilizer\.eps is 1e-06 there and 0\.1 here; set stabilizer\.eps=1e-06$"):
         check_run(compose([*RUN, *tiny_data, *other]))
-    check_run(
-        compose(
-            [
-                *RUN,
-                *tiny_data,
-                "stabilizer=quack",
-                "stabilizer.tau=0.7",
-                f"trainer.init_from={quack_run}",
-                f"run_dir={tmp_path}/run",
-            ]
-        )
-    )
+    quack = [*RUN, *tiny_data, "stabilizer=quack", f"trainer.init_from={quack_run}", f"run_dir={tmp_path}/run"]
+    check_run(compose([*quack, "stabilizer.tau=0.7", "trainer.init_stabilizer=checkpoint"]))
+    check_run(compose([*quack, "stabilizer.norm=spectral"]))
+    with pytest.raises(UserError, match=r"is of stabilizer\.norm=frobenius, not spectral; set stabilizer\.norm=frob"):
+        check_run(compose([*quack, "stabilizer.norm=spectral", "trainer.init_stabilizer=checkpoint"]))
 
 
 def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(

@@ -206,6 +206,7 @@ def test_writing_replaces_a_file_and_leaves_nothing_else(tmp_path: Path) -> None
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", Accelerator(989 * 3 / 7, 40)),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb+me", Accelerator(312 / 7, 10)),
         ("NVIDIA A30 MIG 2g.12gb", Accelerator(165 / 2, 12)),
+        ("NVIDIA B300 SXM6 AC MIG 7g.269gb", Accelerator(2250, 269)),
         # A part of an instance, whose share the name does not say.
         ("NVIDIA H100 80GB HBM3 MIG 1c.3g.40gb", None),
         ("NVIDIA H800 MIG 3g.40gb", None),

@@ -16,12 +16,14 @@ def decode_plot(found: Sequence[Summary], cache_bytes: Mapping[str, int]) -> Plo
 
 
 def scaling_plot(found: Sequence[Summary]) -> Plot:
-    """Step time against each size, both relative to the baseline."""
+    """Step time against each size, both relative to those of the baseline."""
     points: dict[str, list[tuple[float, float]]] = {}
     for one in found:
         name, size = _split(one.variant)
         points.setdefault(name, []).append((size / _split(one.baseline)[1], one.ratio))
-    return _plot("How the cost of a step grows", "times the smallest size", "times its step time", points, log_y=True)
+    return _plot(
+        "How the cost of a step grows", "times the size of the baseline", "times its step time", points, log_y=True
+    )
 
 
 def _split(variant: str) -> tuple[str, int]:

@@ -53,6 +53,7 @@ UNEQUAL = (
     "attention._target_",
     "attention.latent_norm",
     "optimizer._target_",
+    "optimizer.state_dtype",
     "stabilizer.",
     "trainer.activation_checkpointing",
 )

@@ -409,7 +409,7 @@ def read(arguments: list[str]) -> Command:
     suite = suites.suite(own["suite"])
     counts = {name: _count(own, name, getattr(suite, name)) for name in COUNTS}
     variants, notes = _chosen(suite, own.get("only"))
-    _refuse_varied(own["suite"], suite.variants, overrides)
+    _refuse_varied(own["suite"], suite.variants, list(variants), overrides)
     base = _base(suite, overrides)
     settings, configs = {}, {}
     for name, variant in variants.items():
@@ -446,14 +446,18 @@ def read(arguments: list[str]) -> Command:
     return Command(own["suite"], counts, out, trace, plot, variants, settings, configs, notes)
 
 
-def _refuse_varied(suite: str, variants: Mapping[str, Variant], overrides: Sequence[str]) -> None:
-    """UserError where a setting of all variants is one in which they differ, or a choice that the suite makes, or one
-    that no benchmark looks at."""
-    own = [dict(setting.split("=", 1) for setting in variant.settings) for variant in variants.values()]
+def _refuse_varied(
+    suite: str, variants: Mapping[str, Variant], chosen: Sequence[str], overrides: Sequence[str]
+) -> None:
+    """UserError where a setting is one in which the variants of the suite differ, or a choice that it makes, and is not
+    that of those that are chosen; or one that no benchmark looks at."""
+    own = {name: dict(setting.split("=", 1) for setting in one.settings) for name, one in variants.items()}
     for key, _, value in (override.lstrip("+").partition("=") for override in overrides):
         if key in WITHOUT_EFFECT or key.startswith("eval."):
             raise UserError(f"{key} has no effect: a benchmark makes steps on random tokens; leave it out")
-        values = {settings.get(key) for settings in own}
+        if {own[name].get(key) for name in chosen} == {value}:
+            continue
+        values = {settings.get(key) for settings in own.values()}
         if len(values) > 1 or (key in groups() and values - {None, value}):
             raise UserError(f"{key} is what suite={suite} sets; leave it out, or measure one config with suite=step")
 

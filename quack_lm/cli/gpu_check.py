@@ -164,6 +164,7 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
 
     # A turn is a whole number of the intervals at which something happens around the step.
     around = ("attention=mha", *SHALLOW, "trainer.probe_every=10", "trainer.checkpoint_every=10", *compiled)
+    long = ("trainer.seq_len=1024",) if is_small else ()  # so that the loss has pieces
     suites = {
         "stabilizers": ("Stabilizers, MHA", ("suite=stabilizers", "attention=mha", *compiled)),
         "stabilizers_mla": ("Stabilizers, MLA", ("suite=stabilizers", "attention=mla", *compiled)),
@@ -172,7 +173,7 @@ def parts(directory: Path, *, is_small: bool) -> list[Part]:
         "compile": ("Compiled blocks, MHA", ("suite=compile", "attention=mha")),
         "peers": ("transformers in a plain loop, compiled", ("suite=peers", f"only={PEERS}", *short, *compiled)),
         "optimizers": ("Optimizers, MHA", ("suite=optimizers", "only=adamw,muon", "attention=mha", *compiled)),
-        "loss": ("The loss, whole and in pieces, MHA", ("suite=loss", "attention=mha", *SHALLOW, *compiled)),
+        "loss": ("The loss, whole and in pieces, MHA", ("suite=loss", "attention=mha", *SHALLOW, *long, *compiled)),
         "loader": ("Reading data, MHA", ("suite=loader", *around)),
         "probe": ("Logging and the probe, MHA", ("suite=probe", *around)),
         "checkpoint": ("Checkpoints, MHA", ("suite=checkpoint", "only=none,asynchronous", *around)),

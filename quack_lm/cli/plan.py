@@ -234,7 +234,8 @@ def _advice(settings: "TrainerSettings", least: "StepMemory", budget: float) -> 
     lasting = sum(least.parts.get(part, 0) for part in LASTING)
     if lasting > budget:
         return f"weights, gradients and optimizer alone take {lasting / GIB:.1f} GiB; use more ranks or a smaller model"
-    return "use more ranks" + (", or trainer.loss_chunk=1024" if settings.loss_chunk != LEAST_CHUNK else "")
+    is_small = isinstance(settings.loss_chunk, int) and settings.loss_chunk <= LEAST_CHUNK
+    return "use more ranks" + ("" if is_small else f", or trainer.loss_chunk={LEAST_CHUNK}")
 
 
 def _traffic(config: dict[str, Any], settings: "TrainerSettings", world_size: int) -> dict[str, float]:

@@ -27,13 +27,13 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from quack_lm.data.documents import (
     BLANK_LINES,
     LINES,
-    TABLES,
     Format,
     Row,
     field_of,
     find_separator,
     format_note,
     format_of_name,
+    is_named_table,
     is_split_by,
     read_files,
     read_start,
@@ -252,7 +252,7 @@ class LocalCorpus(RecordCorpus):
         text_field: column that has the text; doc.text is the field text of the column doc.
         separator: what ends a document inside of a text file: blank_lines, or any text, in which \\n is a line break;
             null: only the end of the file. auto: eot_token where the files have it at the ends of documents; else null
-            where the files, a document each, fill the three splits; and blank lines or line breaks where they do not.
+            where files of at most 64 MB, a document each, fill the three splits; else blank lines or line breaks.
     """
 
     choice = "local"
@@ -287,7 +287,7 @@ class LocalCorpus(RecordCorpus):
         if self.format != "auto":
             return self.format
         paths = self.input_files()
-        if table := next((path for path in paths if path.suffix.lower() in TABLES), None):
+        if table := next((path for path in paths if is_named_table(path)), None):
             raise UserError(
                 f"data.files: {table} is a table by its name, of which every line would be a document, the header too: "
                 "convert it to jsonl or parquet, or set data.format=text"
@@ -364,12 +364,16 @@ class LocalCorpus(RecordCorpus):
 
     def _fill_splits(self, paths: list[Path]) -> bool:
         """Whether text files have a document for each split where each is one."""
-        if len(paths) < len(SPLITS) or any(path.stat().st_size > LOOK_BYTES for path in paths):
+        if len(paths) < len(SPLITS):
             return False
         filled = set()
-        for row in read_files([str(path) for path in paths], format="text", text_field="", separator=None):
-            if (text := row["text"]) and text.strip():
-                filled.add(self.split_of(text))
+        for number, path in enumerate(paths):
+            with input_errors(partial(self.source, number)):
+                start = read_start(path, LOOK_BYTES + 1)
+                if len(start) > LOOK_BYTES:
+                    return False
+                rows = list(read_files([str(path)], format="text", text_field="", separator=None))
+            filled |= {self.split_of(text) for row in rows if (text := row["text"]) and text.strip()}
             if len(filled) == len(SPLITS):
                 return True
         return False

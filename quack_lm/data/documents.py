@@ -52,8 +52,17 @@ def read_files(paths: list[str], *, format: Format | None, text_field: str, sepa
 
 def format_of_name(path: str | Path) -> Format | None:
     """The format that a file has by the last part of its name, None for any other than those of text and tables."""
+    return FORMATS.get(_last_suffix(path))
+
+
+def is_named_table(path: str | Path) -> bool:
+    """Whether a file is by its name one of TABLES."""
+    return _last_suffix(path) in TABLES
+
+
+def _last_suffix(path: str | Path) -> str:
     suffixes = [suffix.lower() for suffix in Path(path).suffixes if suffix.lower() not in COMPRESSED]
-    return FORMATS.get(suffixes[-1]) if suffixes else None
+    return suffixes[-1] if suffixes else ""
 
 
 def format_note(path: str | Path, format: Format | None) -> str:

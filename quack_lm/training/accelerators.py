@@ -3,6 +3,7 @@
 A name that is not here is unknown: similar names have other clocks, memories and numbers of units.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -91,7 +92,7 @@ def find_accelerator(name: str) -> Accelerator | None:
     if instance is None or card is None:
         return None
     slices, memory = int(instance["slices"]), int(instance["memory"])
-    if not 1 <= slices <= card.mig_slices or memory > card.memory_gib:
+    if not 1 <= slices <= card.mig_slices or memory > math.ceil(1.01 * card.memory_gib):  # names are rounded up
         return None
     return Accelerator(card.tflops * slices / card.mig_slices, memory)
 

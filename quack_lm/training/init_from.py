@@ -107,6 +107,12 @@ def _of_checkpoint(
                 f"trainer.init_stabilizer=checkpoint: {path} has no such state of stabilizer="
                 f"{choice(config['stabilizer'])}; use trainer.init_stabilizer=weights"
             )
+        norms = [settings.get("stabilizer.norm") for settings in (there, here)]
+        if state and norms[0] != norms[1]:
+            raise UserError(
+                f"trainer.init_stabilizer=checkpoint: the state in {path} is of stabilizer.norm={norms[0]}, not "
+                f"{norms[1]}; set stabilizer.norm={norms[0]}, or use trainer.init_stabilizer=weights"
+            )
     for name, parameter in meta_model.named_parameters():
         checkpoint.read_weight(path, name, parameter.shape)  # which refuses what is not finite
     is_same_data = checkpoint.read_state(path)["manifest_sha256"] == data.manifest_sha256
