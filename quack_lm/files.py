@@ -8,8 +8,9 @@ import math
 import os
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -187,6 +188,21 @@ def take_lock(file: IO[Any], *, shared: bool = False, wait_s: float = 0.0) -> bo
         if time.monotonic() >= deadline:
             return False
         time.sleep(LOCK_POLL_S)
+
+
+@contextmanager
+def holding(file: IO[Any], refusal: str) -> Iterator[None]:
+    """Lock an open file, which is removed at the end; the system releases it when this process ends, however it ends.
+
+    UserError, `refusal`, where another process has it.
+    """
+    with file:
+        if not take_lock(file):
+            raise UserError(refusal)
+        try:
+            yield
+        finally:
+            Path(file.name).unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:

@@ -33,8 +33,8 @@ import math
 import os
 import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -48,7 +48,7 @@ from quack_lm.bench.suites import Suite, Variant
 from quack_lm.cli.flags import check_writable
 from quack_lm.config import compose, groups, instantiate, take_keys
 from quack_lm.errors import UserError, explaining
-from quack_lm.files import refuse_other_than_file, take_lock, user_path, write_atomically, write_together
+from quack_lm.files import holding, refuse_other_than_file, user_path, write_atomically, write_together
 from quack_lm.report.table import Table, significant
 from quack_lm.text import echo
 from quack_lm.training.counts import format_count
@@ -181,8 +181,9 @@ def main(arguments: list[str]) -> int:
         # Beside the result where a variant writes what a run writes: to the disk that this is meant for.
         place = command.out.parent if any(variant.parts for variant in command.variants.values()) else None
         own = tempfile.TemporaryDirectory(dir=place, prefix=".bench_", ignore_cleanup_errors=True)
-    claimed = _claiming(command.out) if world.is_main else nullcontext()
-    with leaving(), claimed, own as name:
+        lock = command.out.with_name(f".{command.out.name}.lock").open("a") if world.is_main else None
+    refusal = f"out={command.out} is being written by another process; choose another"
+    with leaving(), holding(lock, refusal) if lock else nullcontext(), own as name:
         directory = Path(world.all_gather(name)[0])  # of the main process
         (count if command.suite == "kernels" else measure)(command, world, directory)
         world.barrier()
@@ -274,21 +275,6 @@ class Scale:
 def _line(turn: "Turn", scale: Scale) -> dict[str, Any]:
     rates = {"tokens_per_s": scale.tokens_per_s(turn.step_s), "mfu": scale.mfu(turn.step_s)}
     return {**asdict(turn), **rates, "memory_bytes": scale.memory_bytes, "cache_bytes": scale.cache_bytes}
-
-
-@contextmanager
-def _claiming(out: Path) -> Iterator[None]:
-    """UserError where another benchmark writes this file."""
-    path = out.with_name(f".{out.name}.lock")
-    with explaining(f"out={out}", "or choose another"):
-        lock = path.open("w")
-    with lock:
-        if not take_lock(lock):
-            raise UserError(f"out={out} is being written by another process; choose another")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _writing(command: Command) -> AbstractContextManager[None]:

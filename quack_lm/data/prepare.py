@@ -57,10 +57,10 @@ from quack_lm.files import (
     HASHING_THREADS,
     file_sha256,
     file_sha256s,
+    holding,
     nearest_existing_parent,
     read_json,
     sync_directory,
-    take_lock,
     write_atomically,
 )
 from quack_lm.text import echo
@@ -581,14 +581,7 @@ def _entropy(counts: npt.NDArray[np.int64]) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-@contextlib.contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """Hold `<dir>.lock`; the system releases it when this process ends, however it ends."""
-    path = target.with_name(target.name + ".lock")
-    with path.open("a") as file:
-        if not take_lock(file):
-            raise UserError(f"data.dir={target}: another preparation of it is running; wait for it")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+def _lock(target: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold `<dir>.lock`."""
+    refusal = f"data.dir={target}: another preparation of it is running; wait for it"
+    return holding(target.with_name(target.name + ".lock").open("a"), refusal)
