@@ -152,17 +152,20 @@ def max_logits(q_BHTK: Tensor, k_BGTK: Tensor, mask: Mask) -> Tensor:
     """Each head's largest visible logit, [H] float32, a block of query rows at a time: memory stays linear in T."""
     length, device = q_BHTK.shape[-2], q_BHTK.device
     n_rows = min(max(MIN_ROWS, length // CPU_BLOCKS), MAX_ROWS) if device.type == "cpu" else MAX_ROWS
+    q_BGSTK, k_BGTK = q_BHTK.unflatten(1, (k_BGTK.shape[1], -1)), k_BGTK.contiguous()
+    n_sharing = q_BGSTK.shape[2]  # query heads of a key head, S: one product for all of them
     best = []
     for rows in row_chunks(length, n_rows):
-        # In the working precision: a second pass in float32 would cost more than the attention itself.
-        k_seen = k_BGTK[:, :, : rows.stop].unsqueeze(2)
-        scores = (q_BHTK[:, :, rows].unflatten(1, (k_BGTK.shape[1], -1)) @ k_seen.mT).flatten(1, 2)
+        # In the working precision: a second pass in float32 would cost more than the attention itself. Keys times
+        # queries, because a bfloat16 product on a CPU copies its transposed factor, and the rows are fewer.
+        q_rows = q_BGSTK[..., rows, :].flatten(2, 3)
+        scores_BGTR = k_BGTK[:, :, : rows.stop] @ q_rows.mT
         # Of earlier keys only documents hide some.
         columns = rows if mask.documents_BT is None else slice(0, rows.stop)
         hidden = ~mask.visible(rows, rows.stop, device)[..., columns]
-        scores[..., columns].masked_fill_(hidden, -torch.inf)
-        best.append(scores.amax((0, 2, 3)))
-    return torch.stack(best).amax(0).float() / math.sqrt(q_BHTK.shape[-1])
+        scores_BGTR[:, :, columns].masked_fill_(hidden.mT.tile(n_sharing), -torch.inf)
+        best.append(scores_BGTR.amax(2).unflatten(-1, (n_sharing, -1)))
+    return torch.cat(best, -1).amax((0, 3)).flatten().float() / math.sqrt(q_BHTK.shape[-1])
 
 
 @torch.no_grad()
