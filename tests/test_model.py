@@ -409,6 +409,14 @@ def test_rotation_keeps_the_precision_of_what_it_rotates() -> None:
     assert torch.equal(turned, exact.bfloat16()), "rounded once, at the end"
 
 
+@pytest.mark.parametrize("still", [0, 3])
+def test_the_gradient_of_a_rotation_is_that_of_its_differences_however_heads_lie_in_memory(still: int) -> None:
+    table = rope_table(5, 4, theta=100.0, device="cpu")
+    for x in (random_vectors(2, 3, 5, still + 4), random_vectors(2, 5, 3, still + 4).transpose(1, 2)):
+        assert rotate(x, table).stride() == x.stride()
+        assert torch.autograd.gradcheck(lambda x: rotate(x, table), x.double().requires_grad_())
+
+
 # ------------------------------------------------------------------------------------------------ RMSNorm
 
 
