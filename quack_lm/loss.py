@@ -101,13 +101,12 @@ def _loss_and_gradient(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Nats [N] and their gradient by the logits [N, V], in the precision of the weight."""
-    logits = F.linear(x_ND, weight_VD).float()
-    log_sum_N1 = logits.logsumexp(-1, keepdim=True)
+    log_p = F.log_softmax(F.linear(x_ND, weight_VD).float(), -1)
     index_N1 = targets_N[:, None]
-    nats = (log_sum_N1 - logits.gather(-1, index_N1)).squeeze(-1)
+    nats = -log_p.gather(-1, index_N1).squeeze(-1)
     if not needs_grad:
-        return nats, logits
-    grad = logits.sub_(log_sum_N1).exp_()
+        return nats, log_p
+    grad = log_p.exp_()
     grad.scatter_add_(-1, index_N1, grad.new_full(index_N1.shape, -1.0))
     return nats, grad.to(weight_VD.dtype)
 
