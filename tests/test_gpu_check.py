@@ -60,7 +60,9 @@ def test_every_command_of_ours_is_one_that_could_be_given(part: Part) -> None:
     ("arguments", "words"),
     [
         (["only=run,rnu"], "there is no part 'rnu'; the parts are: tests, data, run"),
-        (["model=1b"], "model=1b: quack-lm gpu-check has the keys dir= and only="),
+        (["model=1b"], "model=1b: quack-lm gpu-check has the keys dir=, only= and minutes="),
+        (["minutes=soon"], "minutes=soon must be a number above 0"),
+        (["minutes=0"], "minutes=0 must be a number above 0"),
         (["small=yes"], "small=yes must be true or false"),
         (["--fast"], "--fast"),
     ],
@@ -75,8 +77,11 @@ def test_a_part_that_fails_is_on_the_page_with_the_end_of_its_errors(tmp_path: P
     code = "import sys; print('begun ```'); sys.exit('the last words')"
     outcome = run(Part("bad", "A bad part", (sys.executable, "-c", code)), tmp_path)
     assert (outcome.code, outcome.stdout) == (1, "begun ```\n")
-    slow = Outcome(Part("slow", "A slow part", ("sleep", "9999")), None, 900.0, "", "")
-    text = page({"GPU": "none"}, [outcome, slow])
+    part = Part("slow", "A slow part", ("sleep", "9999"))
+    slow, cut, unbegun = Outcome(part, None, 300.1), run(part, tmp_path, limit_s=0.2), run(part, tmp_path, limit_s=-1)
+    assert (slow.is_left_out, cut.is_left_out, unbegun.is_left_out) == (False, True, True)
+    text = page({"GPU": "none"}, [outcome, slow, cut, unbegun])
+    assert text.count("## A slow part: left out: minutes= are over") == 2
     assert "## A bad part: FAILED (exit code 1)" in text
     assert "\nthe last words\n````\n" in text
     assert "## A slow part: stopped: too slow" in text
@@ -96,6 +101,10 @@ def test_small_sizes_go_through_on_a_cpu(tmp_path: Path, tiny_data: list[str]) -
     assert "aten::" in text
     events = json.loads(gzip.decompress((directory / "trace.json.gz").read_bytes()))["traceEvents"]
     assert sum(event["name"] == "aten::scaled_dot_product_attention" for event in events) == 3 * 2 * 2
+    short = ("gpu-check", "small=true", "only=run,trace", f"dir={tmp_path / 'short'}", "minutes=0.001")
+    code, stdout, stderr = call(*short)
+    assert (code, stderr) == (0, "")
+    assert stdout.endswith("left out for want of time: quack-lm gpu-check only=run,trace dir=DIR\n")
     code, _, stderr = call("gpu-check", "small=true", "only=run,trace", f"dir={directory}")
     assert (code, stderr.count("\n")) == (2, 1)
     assert "earlier check" in stderr

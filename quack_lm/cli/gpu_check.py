@@ -1,18 +1,20 @@
 """Check quack_lm on this machine's GPU: tests, benchmarks, a run of 20 steps at 1B and a trace, and a page about them.
 
-    quack-lm gpu-check                  # needs: GPU. About 12 min on an H100
+    quack-lm gpu-check                  # needs: GPU. At most 10 min
     quack-lm gpu-check --dry-run        # print the commands, run nothing
     quack-lm gpu-check only=data,run,trace
 
 dir=DIR     where the results go, runs/gpu_check unless given: page.md, to attach to an issue, and what it is made of
 only=A,B    some of the parts: {parts};
             or of those that are run only where they are named: {more}
+minutes=10  for all parts together: what does not fit is left out, and the page says so
 
 A part that fails or takes more than 5 minutes is on the page too, and the next one starts. A checkout of the
 repository is needed for the tests.
-Exit codes: 0 every part passed; 1 some did not; 2 no GPU, or a mistake in the command line.
+Exit codes: 0 no part failed; 1 some did, or took too long; 2 no GPU, or a mistake in the command line.
 """
 
+import math
 import os
 import platform
 import signal
@@ -92,19 +94,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended: its exit code, None where it took too long; and what it printed."""
+    """How a part ended: its exit code, None where its time was over; and what it printed."""
 
     part: Part
     code: int | None
     seconds: float
-    stdout: str
-    stderr: str
+    stdout: str = ""
+    stderr: str = ""
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the time of all parts was over before it ended."""
+        return self.code is None and self.seconds < LIMIT_S
 
     @property
     def verdict(self) -> str:
-        """`passed`, or how it failed."""
+        """`passed`, how it failed, or that there was no time."""
         if self.code is None:
-            return "stopped: too slow"
+            return "left out: minutes= are over" if self.is_left_out else "stopped: too slow"
         return f"FAILED (exit code {self.code})" if self.code else "passed"
 
 
@@ -116,6 +123,7 @@ def main(arguments: list[str]) -> int:
         echo(*(__doc__ or "").format(parts=named[False], more=named[True]).splitlines())
         return 0
     own, is_dry = read(arguments)
+    end = time.monotonic() + 60 * minutes(own.get("minutes", "10"))
     directory, is_small = user_path(own.get("dir", "runs/gpu_check")), own.get("small") == "true"
     chosen = choose(parts(directory, is_small=is_small), own.get("only"))
     check_writable(directory / "page.md", f"dir={directory}")
@@ -132,23 +140,36 @@ def main(arguments: list[str]) -> int:
     with leaving():
         for number, part in enumerate(chosen, start=1):
             echo(f"[{number}/{len(chosen)}] {part.title}")
-            outcome = run(part, directory)
+            outcome = run(part, directory, limit_s=min(LIMIT_S, end - time.monotonic()))
             echo(f"      {outcome.verdict}, {duration(outcome.seconds)}")
             outcomes.append(outcome)
             # After each part: if this command is ended, the page has the parts before.
             write_atomically(directory / "page.md", page(facts(directory), outcomes))
     echo(f"page: {directory / 'page.md'}")
-    return 0 if all(outcome.code == 0 for outcome in outcomes) else 1
+    if left_out := [one.part.name for one in outcomes if one.is_left_out]:
+        echo(f"left out for want of time: quack-lm gpu-check only={','.join(left_out)} dir=DIR")
+    return 0 if all(one.code == 0 or one.is_left_out for one in outcomes) else 1
 
 
 def read(arguments: list[str]) -> tuple[dict[str, str], bool]:
     """The keys of a command line, and whether it is only to be shown; UserError for anything unknown."""
-    own, others = take_keys([one for one in arguments if one != "--dry-run"], ("dir", "only", "small"))
+    own, others = take_keys([one for one in arguments if one != "--dry-run"], ("dir", "only", "minutes", "small"))
     if others:
-        raise UserError(f"{others[0]}: quack-lm gpu-check has the keys dir= and only=")
+        raise UserError(f"{others[0]}: quack-lm gpu-check has the keys dir=, only= and minutes=")
     if own.get("small", "false") not in ("true", "false"):
         raise UserError(f"small={own['small']} must be true or false")
     return own, "--dry-run" in arguments
+
+
+def minutes(text: str) -> float:
+    """The value of minutes=; UserError where it is no time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UserError(f"minutes={text} must be a number above 0, the minutes that all parts may take together")
+    return value
 
 
 def parts(directory: Path, *, is_small: bool) -> list[Part]:
@@ -222,14 +243,16 @@ def refuse_without_gpu() -> None:
         )
 
 
-def run(part: Part, directory: Path) -> Outcome:
+def run(part: Part, directory: Path, *, limit_s: float = LIMIT_S) -> Outcome:
     """Run a part in a process group of its own, and keep what it prints in the directory."""
+    if limit_s <= 0:
+        return Outcome(part, None, 0.0)
     out, err = directory / f"{part.name}.log", directory / f"{part.name}.err"
     start, code, command = time.monotonic(), None, list(part.command)
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)
         try:
-            code = process.wait(LIMIT_S)
+            code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             pass
         finally:  # also where this command itself is interrupted

@@ -56,7 +56,7 @@ def completion_script(shell: str, verbs: Iterable[str], sweep_verbs: Iterable[st
         "eval": ["--tasks", "--include-path", "--num-fewshot", "--limit", "--batch-size", "--help"],
         "lr-find": ["from=", "to=", "steps=", "out=", *run_words(), "--help"],
         "generate": ["--prompt", "--prompts", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--help"],
-        "gpu-check": ["dir=", "only=", "--dry-run", "--help"],
+        "gpu-check": ["dir=", "only=", "minutes=", "--dry-run", "--help"],
         "completion": ["bash", "zsh"],
         "sweep": [*sweep_verbs, *sweeps, *(f"{key}=" for key in sweep_keys if key != "sweep"), *run_words(), "--help"],
     }
