@@ -23,7 +23,7 @@ from quack_lm.parallel import World, evaluating
 from quack_lm.step import LogitWeights
 
 # Query rows whose logits, old and new, exist at once.
-ROWS = 256
+ROWS = 128
 PARTS = ("query", "key", "upstream")
 
 
@@ -79,6 +79,7 @@ class Probe:
             mask = Mask(None if self.eot_id is None else number_documents(tokens[real], self.eot_id))
             for rows in row_chunks(tokens.shape[1], ROWS):
                 seen = mask.visible(rows, rows.stop, tokens.device)  # no row sees later keys
+                hidden = ~seen
                 pairs = seen.sum() * (1 if seen.ndim == 4 else real.sum())
                 counts += torch.stack([pairs, real.sum() * (rows.stop - rows.start)])
                 for layer, of_layer in enumerate(zip(old, new, halfway, strict=True)):
@@ -86,16 +87,17 @@ class Probe:
                         (q[real], k[real][:, :, : rows.stop]) for q, k in filter(None, of_layer)
                     )
                     after = logits(q1, k1, rows=rows)
-                    change = (after - logits(q0, k0, rows=rows)).abs().masked_fill(~seen, 0.0)
-                    after = after.masked_fill(~seen, -torch.inf)
+                    # In place where nothing else reads it: each of these is as large as the logits.
+                    change = logits(q0, k0, rows=rows).sub_(after).abs_().masked_fill_(hidden, 0.0)
+                    after.masked_fill_(hidden, -torch.inf)
                     highest = torch.stack([after.amax((0, 2, 3)), change.amax((0, 2, 3))])
                     largest[:2, layer] = torch.maximum(largest[:2, layer], highest)
                     log_p = after.log_softmax(-1)
                     # Masked, because 0 * -inf is not zero.
-                    entropy = -(log_p.exp() * log_p.masked_fill(~seen, 0.0)).sum((0, 2, 3))
+                    entropy = -log_p.exp().mul_(log_p.masked_fill_(hidden, 0.0)).sum((0, 2, 3))
                     sums[:2, layer] += torch.stack([change.sum((0, 2, 3)), entropy])
                     if middle:
-                        parts = _split(q0, k0, *middle[0], q1, k1, rows=rows).masked_fill(~seen, 0.0)
+                        parts = _split(q0, k0, *middle[0], q1, k1, rows=rows).masked_fill_(hidden, 0.0)
                         sums[2:, layer] += parts.abs().sum((1, 3, 4))
                         by_weights = (parts[0] + parts[1]).abs().amax((0, 2, 3))
                         largest[2, layer] = torch.maximum(largest[2, layer], by_weights)
