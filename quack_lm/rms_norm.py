@@ -18,7 +18,7 @@ class RMSNorm(nn.RMSNorm):
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         if x.dim() == 4 and x.stride(1) < x.stride(2):  # heads behind tokens in memory: no pass has to jump
-            return self(x.transpose(1, 2)).transpose(1, 2)
+            return _OnCPU.apply(x.transpose(1, 2), self.weight, self.eps).transpose(1, 2)
         return _OnCPU.apply(x, self.weight, self.eps)
 
 
@@ -44,7 +44,7 @@ class _OnCPU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         normalized, weight_W, scale = ctx.saved_tensors
         if grad.stride() != normalized.stride():  # one copy in place of passes that jump, two of which copy
-            grad = torch.empty_like(normalized).copy_(grad)
+            grad = torch.empty_like(normalized, dtype=grad.dtype).copy_(grad)
         product = grad * normalized
         grad_weight_W = product.flatten(0, -2).sum(0, dtype=scale.dtype).to(weight_W.dtype)
         mean = (product @ weight_W).div_(grad.shape[-1]).unsqueeze(-1)

@@ -81,7 +81,8 @@ def test_a_part_that_fails_is_on_the_page_with_the_end_of_its_errors(tmp_path: P
     slow, cut, unbegun = Outcome(part, None, 300.1), run(part, tmp_path, limit_s=0.2), run(part, tmp_path, limit_s=-1)
     assert (slow.is_left_out, cut.is_left_out, unbegun.is_left_out) == (False, True, True)
     text = page({"GPU": "none"}, [outcome, slow, cut, unbegun])
-    assert text.count("## A slow part: left out: minutes= are over") == 2
+    assert "## A slow part: cut off: no time left" in text
+    assert "## A slow part: left out: no time left" in text
     assert "## A bad part: FAILED (exit code 1)" in text
     assert "\nthe last words\n````\n" in text
     assert "## A slow part: stopped: too slow" in text
@@ -103,8 +104,8 @@ def test_small_sizes_go_through_on_a_cpu(tmp_path: Path, tiny_data: list[str]) -
     assert sum(event["name"] == "aten::scaled_dot_product_attention" for event in events) == 3 * 2 * 2
     short = ("gpu-check", "small=true", "only=run,trace", f"dir={tmp_path / 'short'}", "minutes=0.001")
     code, stdout, stderr = call(*short)
-    assert (code, stderr) == (0, "")
-    assert stdout.endswith("left out for want of time: quack-lm gpu-check only=run,trace dir=DIR\n")
+    assert (code, stderr) == (1, ""), "nothing passed"
+    assert stdout.endswith("no time was left for some: quack-lm gpu-check only=data,run,trace minutes=30 dir=ANOTHER\n")
     code, _, stderr = call("gpu-check", "small=true", "only=run,trace", f"dir={directory}")
     assert (code, stderr.count("\n")) == (2, 1)
     assert "earlier check" in stderr

@@ -417,6 +417,15 @@ def test_the_gradient_of_a_rotation_is_that_of_its_differences_however_heads_lie
         assert torch.autograd.gradcheck(lambda x: rotate(x, table), x.double().requires_grad_())
 
 
+def test_a_table_larger_than_its_input_or_with_a_gradient_rotates_as_the_formula_says() -> None:
+    table, x = rope_table(5, 4, theta=100.0, device="cpu"), random_vectors(1, 3, 5, 4)
+    of_two = torch.stack([table, table.flip(1)], dim=1)[:, :, None]  # positions of two sequences
+    rotated = rotate(x, of_two)
+    torch.testing.assert_close(rotated[:1], rotate(x, table))
+    torch.testing.assert_close(rotated[1:], rotate(x, table.flip(1)))
+    assert torch.autograd.gradcheck(lambda t: rotate(x.double(), t), table.double().requires_grad_())
+
+
 # ------------------------------------------------------------------------------------------------ RMSNorm
 
 
@@ -430,6 +439,17 @@ def test_the_norm_is_torchs_and_so_is_its_gradient(shape: tuple[int, ...]) -> No
     assert torch.autograd.gradcheck(
         lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, x), (x, norm.weight)
     )
+
+
+def test_a_norm_of_bfloat16_takes_a_gain_and_a_gradient_of_float32() -> None:
+    norm, seen = RMSNorm(6, eps=1e-6), []
+    norm.register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(2, 4, 3, 6).bfloat16().transpose(1, 2).requires_grad_()
+    norm(x).sum().backward()  # the gradient of a sum has strides of 0
+    exact = x.detach().double().requires_grad_()
+    torch.nn.functional.rms_norm(exact, (6,), eps=1e-6).sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2e-2, atol=2e-2)
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1.5e-7), (torch.bfloat16, 5e-3)])

@@ -21,12 +21,17 @@ def rotate(x_BHTK: Tensor, rope_2TF: Tensor) -> Tensor:
     The table may have more axes, [2, B, 1, T, F], for positions that differ between sequences.
     """
     cos, sin = rope_2TF[..., : x_BHTK.shape[-2], :]
-    if x_BHTK.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x_BHTK.device.type == "cpu" and not torch.compiler.is_compiling() and _is_constant(cos, x_BHTK):
         return _OnCPU.apply(x_BHTK, cos, sin)
     still, first, second = x_BHTK.split([x_BHTK.shape[-1] - 2 * cos.shape[-1], cos.shape[-1], cos.shape[-1]], dim=-1)
     # The table is float32, so the products are; bfloat16 angles would blur far positions.
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHTK.dtype)
     return torch.cat([still, rotated], dim=-1) if still.shape[-1] else rotated
+
+
+def _is_constant(cos: Tensor, x: Tensor) -> bool:
+    """Whether a table neither makes the result larger than x nor has a gradient."""
+    return not cos.requires_grad and torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1]) == x.shape[:-1]
 
 
 class _OnCPU(torch.autograd.Function):

@@ -159,12 +159,12 @@ def max_logits(q_BHTK: Tensor, k_BGTK: Tensor, mask: Mask) -> Tensor:
         # In the working precision: a second pass in float32 would cost more than the attention itself. Keys times
         # queries, because a bfloat16 product on a CPU copies its transposed factor, and the rows are fewer.
         q_rows = q_BGSTK[..., rows, :].flatten(2, 3)
-        scores_BGTR = k_BGTK[:, :, : rows.stop] @ q_rows.mT
+        scores_BGTSR = (k_BGTK[:, :, : rows.stop] @ q_rows.mT).unflatten(-1, (n_sharing, -1))
         # Of earlier keys only documents hide some.
         columns = rows if mask.documents_BT is None else slice(0, rows.stop)
         hidden = ~mask.visible(rows, rows.stop, device)[..., columns]
-        scores_BGTR[:, :, columns].masked_fill_(hidden.mT.tile(n_sharing), -torch.inf)
-        best.append(scores_BGTR.amax(2).unflatten(-1, (n_sharing, -1)))
+        scores_BGTSR[:, :, columns].masked_fill_(hidden.mT.contiguous().unsqueeze(-2), -torch.inf)
+        best.append(scores_BGTSR.amax(2))
     return torch.cat(best, -1).amax((0, 3)).flatten().float() / math.sqrt(q_BHTK.shape[-1])
 
 
