@@ -259,6 +259,8 @@ def test_the_sweep_file_shown_is_one(tmp_path: Path) -> None:
 def test_every_link_leads_to_a_file_and_a_heading_that_exist() -> None:
     checked = 0
     for page, text in PAGES.items():
+        own = headings(text)
+        assert len(own) == len(set(own)) or page == "CHANGELOG.md", f"{page} has a heading twice"
         for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
             if target.startswith(("http://", "https://")):
                 continue
