@@ -1,6 +1,7 @@
 """The parser of verbs with ordinary flags."""
 
 import argparse
+import math
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, NoReturn
@@ -54,6 +55,14 @@ def load_model(options: argparse.Namespace) -> "LanguageModel":
     if loaded.note:
         echo(loaded.note, err=True)
     return loaded
+
+
+def read_number(text: str) -> float:
+    """The number that a key's value is; nan, which no bound admits, where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def check_file(out: Path | None) -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from quack_lm.cli.flags import check_writable
+from quack_lm.cli.flags import check_writable, read_number
 from quack_lm.config import take_keys
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import metrics_line, read_json, user_path, write_atomically
@@ -168,10 +168,7 @@ def read(arguments: list[str]) -> tuple[dict[str, str], bool]:
 
 def minutes(text: str) -> float:
     """The value of minutes=; UserError where it is no time."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = read_number(text)
     if not 0 < value < math.inf:
         raise UserError(f"minutes={text} must be a number above 0, the minutes that all parts may take together")
     return value

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from quack_lm.cli.flags import check_writable
+from quack_lm.cli.flags import check_writable, read_number
 from quack_lm.config import choice, compose, groups, take_keys
 from quack_lm.errors import UserError, explaining
 from quack_lm.files import finite, user_path, write_together
@@ -104,10 +104,7 @@ def read(arguments: list[str]) -> tuple[float, float, int, list[str], Path | Non
 
 
 def _rate(name: str, text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = math.nan
+    rate = read_number(text)
     if not (LEAST_RATE <= rate <= 1 / LEAST_RATE):
         raise UserError(f"{name}={text} must be a learning rate from {LEAST_RATE:g} to {1 / LEAST_RATE:g}")
     return rate
